@@ -1,0 +1,39 @@
+"""Bytes as tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class ByteVocabulary:
+  """0 is padding, 1 ends a document, 2 is unknown, and byte b is token b + 3.
+
+  >>> ByteVocabulary.encode("Bath").tolist()
+  [69, 100, 119, 107]
+  >>> ByteVocabulary.decode([69, 100, 119, 107, 1])
+  b'Bath'
+  """
+
+  PAD = 0
+  EOS = 1
+  UNK = 2
+  SIZE = 259
+
+  @classmethod
+  def encode(cls, text: str | bytes) -> np.ndarray:
+    """[n] int32 tokens of the UTF-8 bytes of `text`."""
+    raw = text.encode() if isinstance(text, str) else text
+    return np.frombuffer(raw, np.uint8).astype(np.int32) + 3
+
+  @classmethod
+  def decode(cls, tokens) -> bytes:
+    """The bytes of `tokens`; special tokens have none.
+
+    Raises:
+      ValueError: a token is not of this vocabulary.
+    """
+    tokens = np.asarray(tokens, np.int64).reshape(-1)
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < cls.SIZE:
+      raise ValueError(f"byte tokens must lie in [0, {cls.SIZE}), got "
+                       f"{tokens.min()}...{tokens.max()}.")
+    return (tokens[tokens >= 3] - 3).astype(np.uint8).tobytes()

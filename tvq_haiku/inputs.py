@@ -1,0 +1,157 @@
+"""What stands between the caller's rows and the model: checks, padding, document positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+class Rows(NamedTuple):
+  """A batch whose padding stands behind its tokens, row by row."""
+
+  tokens: Array  # [B, T] int32
+  doc_ids: Array  # [B, T] int32
+  loss_mask: Array  # [B, T] f32; zero for padding
+  is_token: Array  # [B, T] bool
+  lengths: Array | None  # [B] int32; None: no padding
+  order: Array | None  # [B, T] int32: where each came from; None: unmoved
+
+
+def check_tokens(tokens: Array, n_vocab: int) -> None:
+  """Raises for a wrong shape or type, and for values out of range where they can be seen."""
+  if tokens.ndim != 2 or 0 in tokens.shape:
+    raise ValueError(f"tokens must be [B, T] with B, T >= 1, got shape {tokens.shape}.")
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise TypeError(f"tokens must be integers, got {tokens.dtype}.")
+  if not isinstance(tokens, jax.core.Tracer):
+    least, greatest = int(np.min(tokens)), int(np.max(tokens))
+    if least < 0 or greatest >= n_vocab:
+      raise ValueError(f"tokens must lie in [0, {n_vocab}), got {least}...{greatest}.")
+
+
+def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
+  """Raises unless `mask` is None or has the shape of `tokens`."""
+  if mask is not None and mask.shape != tokens.shape:
+    raise ValueError(f"{name} must have the shape of tokens, {tokens.shape}, got {mask.shape}.")
+
+
+def check_state(state: Any, initial_state: Callable[..., Any], config: Any, batch_size: int) -> None:
+  """Raises, naming the first field, if `state` is not one of this config and batch."""
+  expected = jax.eval_shape(lambda: initial_state(config, batch_size))
+  want, tree = jax.tree_util.tree_flatten_with_path(expected)
+  if jax.tree.structure(state) != tree:
+    raise ValueError(f"state must come from tvq_haiku.initial_state, got {type(state).__name__}.")
+  for (path, field), value in zip(want, jax.tree.leaves(state)):
+    if (field.shape, field.dtype) != (jnp.shape(value), jnp.result_type(value)):
+      name = jax.tree_util.keystr(path)
+      raise ValueError(
+          f"state{name} must be {field.dtype}{list(field.shape)} for this config and a batch of "
+          f"{batch_size}, got {jnp.result_type(value)}{list(jnp.shape(value))}.")
+
+
+def compact(tokens: Array, document: Array, doc_ids: Array | None,
+            loss_mask: Array | None) -> Rows:
+  """Moves the padding (negative `doc_ids`) of every row behind its tokens, which keep their order.
+
+  Then a token's place in the row is its place in the text, for padding on any side.
+
+  Args:
+    tokens: [B, T].
+    document: [B] int32: the document that tokens continue when `doc_ids` is None.
+    doc_ids: [B, T] or None.
+    loss_mask: [B, T] or None.
+
+  >>> rows = compact(jnp.array([[0, 8, 9]]), jnp.array([-1]), jnp.array([[-1, 0, 0]]), None)
+  >>> rows.tokens.tolist(), rows.lengths.tolist()
+  ([[8, 9, 0]], [2])
+  """
+  weights = jnp.ones(tokens.shape) if loss_mask is None else loss_mask.astype(jnp.float32)
+  if doc_ids is None:
+    docs = jnp.broadcast_to(jnp.maximum(document, 0)[:, None], tokens.shape)
+    return Rows(tokens, docs, weights, jnp.ones(tokens.shape, bool), None, None)
+  is_token = doc_ids >= 0
+  order = jnp.argsort(~is_token, axis=1, stable=True)
+  moved = [jnp.take_along_axis(x, order, axis=1)
+           for x in (tokens, doc_ids, jnp.where(is_token, weights, 0.0), is_token)]
+  # A padding token's id is never looked at; 0 keeps an out-of-range one from becoming NaN.
+  moved[0] = jnp.where(moved[3], moved[0], 0)
+  return Rows(*moved, lengths=jnp.sum(is_token, axis=1, dtype=jnp.int32), order=order)
+
+
+def restore(x: Array, rows: Rows) -> Array:
+  """[B, T, D] in the caller's order of tokens."""
+  if rows.order is None:
+    return x
+  return _permute(x, jnp.argsort(rows.order, axis=1), rows.order)
+
+
+@jax.custom_vjp
+def _permute(x: Array, order: Array, inverse: Array) -> Array:
+  """x[b, order[b, t]]; its gradient gathers with `inverse` instead of scattering."""
+  del inverse
+  return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def _permute_forward(x: Array, order: Array, inverse: Array):
+  return _permute(x, order, inverse), (order, inverse)
+
+
+def _permute_backward(residuals: tuple[Array, Array], gradient: Array):
+  order, inverse = residuals
+  return _permute(gradient, inverse, order), None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+def document_positions(rows: Rows, document: Array, position: Array, *,
+                       restart: bool) -> tuple[Array, Array, Array]:
+  """Index of each token in its document, and (document, tokens read of it) after the row.
+
+  Args:
+    rows: the compacted batch.
+    document: [B] int32: the last document before the row.
+    position: [B] int32: how many of its tokens were read.
+    restart: False counts through documents.
+
+  Returns:
+    index [B, T], document [B], position [B], all int32.
+  """
+  B, T = rows.doc_ids.shape
+  before = jnp.concatenate([document[:, None], rows.doc_ids[:, :-1]], axis=1)
+  starts = (rows.doc_ids != before) & (restart | (before < 0))
+  here = jnp.arange(T, dtype=jnp.int32)
+  # The document that runs on from the state began `position` tokens before this row.
+  start = jax.lax.cummax(jnp.where(starts, here, -position[:, None]), axis=1)
+  index = here - start
+  lengths = jnp.full((B,), T, jnp.int32) if rows.lengths is None else rows.lengths
+  last = jnp.maximum(lengths - 1, 0)[:, None]
+  read = lengths > 0
+  document = jnp.where(read, jnp.take_along_axis(rows.doc_ids, last, axis=1)[:, 0], document)
+  position = jnp.where(read, jnp.take_along_axis(index, last, axis=1)[:, 0] + 1, position)
+  return index, document, position
+
+
+def check_batch(batch: Mapping[str, Array], shape: tuple[int, int], n_vocab: int) -> None:
+  """Raises, naming the key, unless `batch` holds tokens and masks of `shape`."""
+  for key in ("inputs", "targets"):
+    if key not in batch:
+      raise ValueError(f"batch lacks {key!r}; it has {sorted(batch)}.")
+  unknown = sorted(set(batch) - {"inputs", "targets", "doc_ids", "loss_mask"})
+  if unknown:
+    raise ValueError(f"batch has unknown keys {unknown}.")
+  for key, value in batch.items():
+    if value.shape != shape:
+      raise ValueError(f"batch[{key!r}] must have shape {shape} "
+                       f"[global_batch_size, sequence_len], got {value.shape}.")
+    if key in ("inputs", "targets"):
+      try:
+        check_tokens(value, n_vocab)
+      except (TypeError, ValueError) as error:
+        raise type(error)(f"batch[{key!r}]: {error}") from None

@@ -1,0 +1,81 @@
+"""The training objective: cross-entropy + c_beta · commitment + the codebook's surrogate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvq_haiku import transformer
+from tvq_haiku.config import TransformerConfig
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+
+
+class LossAux(NamedTuple):
+  """What `training_loss` returns beside the loss."""
+
+  state: transformer.TransformerState
+  loss_lm: Array  # [] f32: nats per unmasked token
+  loss_commit: Array  # [] f32: summed over heads, attentions and layers
+  metrics: dict[str, Array]  # of the quantizer; empty unless asked for
+
+
+def token_nll(logits: Array, targets: Array) -> Array:
+  """-log softmax(logits)[target], [B, T] float32 nats.
+
+  >>> token_nll(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), jnp.int32)).round(3).tolist()  # log 4
+  [[1.3860000371932983]]
+  """
+  logits = logits.astype(jnp.float32)
+  target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits, axis=-1) - target
+
+
+def training_loss(
+    config: TransformerConfig,
+    params: Any,
+    rng: Array | None,
+    batch: Batch,
+    state: transformer.TransformerState,
+    *,
+    sequence_rng: Array | None = None,
+    with_metrics: bool = False,
+) -> tuple[Array, LossAux]:
+  """The loss of one update window; differentiate it with respect to `params`.
+
+  mean(loss_mask · nll) + c_beta · commit + codebook, the mean being over all B·T places.
+
+  Args:
+    config: the model.
+    params: its parameters.
+    rng: seeds dropout; may be None when all rates are 0.
+    batch: `inputs` and `targets` [B, T]; optionally `doc_ids` and `loss_mask` [B, T].
+    state: what was read before this window; gradients do not reach it.
+    sequence_rng: see `Transformer`.
+    with_metrics: also compute the quantizer's metrics.
+
+  Returns:
+    The loss, and what else was learned on the way.
+  """
+  out = transformer.make_transformer(config).apply(
+      params, rng, batch["inputs"], jax.lax.stop_gradient(state), doc_ids=batch.get("doc_ids"),
+      loss_mask=batch.get("loss_mask"), is_training=True, sequence_rng=sequence_rng,
+      with_metrics=with_metrics)
+  nll = token_nll(out.logits, batch["targets"])
+  mask = loss_weights(batch)
+  total = jnp.sum(mask * nll)
+  loss = total / nll.size + config.c_beta * out.commit_loss + out.codebook_loss
+  loss_lm = total / jnp.maximum(jnp.sum(mask), 1.0)
+  return loss, LossAux(out.state, loss_lm, out.commit_loss, out.metrics)
+
+
+def loss_weights(batch: Batch) -> Array:
+  """`loss_mask` [B, T] in float32, ones if absent; padding (negative `doc_ids`) weighs nothing."""
+  mask = batch.get("loss_mask")
+  mask = jnp.ones(batch["targets"].shape) if mask is None else mask.astype(jnp.float32)
+  doc_ids = batch.get("doc_ids")
+  return mask if doc_ids is None else jnp.where(doc_ids >= 0, mask, 0.0)

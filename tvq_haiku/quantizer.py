@@ -1,0 +1,119 @@
+"""Vector quantization of keys: nearest codes, and a codebook that follows its keys.
+
+The codebook is the ratio of two exponential moving averages, kept as parameters:
+  C = c_sum / max(c_count, 0.01)                                          [G, S, K]
+  c_sum   <- gamma c_sum   + (1 - gamma) sum of the keys of each code      [G, S, K]
+  c_count <- gamma c_count + (1 - gamma) number of the keys of each code   [G, S]
+The update is the gradient of a surrogate loss under plain SGD with learning rate 1, so that it
+needs no state beside the parameters and is averaged over devices like any other gradient.
+"""
+
+from __future__ import annotations
+
+import chex
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+_MIN_COUNT = 0.01  # keeps C finite for codes that nothing uses
+# TF32 and bf16 products move keys across cell boundaries, so that CPU and GPU would choose other
+# codes; the products that decide or average codes are computed in full float32.
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def nearest_codes(k: Array, codebook: Array) -> Array:
+  """Index of the nearest code of each key, z_t = argmin_s |k_t - C_s|^2.
+
+  Args:
+    k: [B, T, G, K] keys, any floating type.
+    codebook: [G, S, K] codes.
+
+  Returns:
+    [B, T, G] int32, in [0, S).
+
+  >>> codes = jnp.array([[[0.0], [1.0]]])
+  >>> nearest_codes(jnp.array([[[[0.2]], [[0.9]]]]), codes).squeeze().tolist()
+  [0, 1]
+  """
+  dims = chex.Dimensions()
+  dims["BTGK"] = k.shape
+  dims["GSK"] = codebook.shape
+  k = jax.lax.stop_gradient(k).astype(jnp.float32)
+  codebook = jax.lax.stop_gradient(codebook).astype(jnp.float32)
+  # |k|^2 is the same for every code, so the argmin needs only the rest of the square.
+  dots = jnp.einsum("btgk,gsk->btgs", k, codebook, precision=_EXACT)
+  return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2.0 * dots, axis=-1).astype(jnp.int32)
+
+
+def look_up(codes: Array, codebook: Array) -> Array:
+  """C_z: the [B, T, G, K] codes' vectors for `codes` [B, T, G] of a `codebook` [G, S, K]."""
+  return jax.vmap(lambda c, z: c[z], in_axes=(0, 2), out_axes=2)(codebook, codes)
+
+
+def straight_through(k: Array, quantized: Array) -> Array:
+  """`quantized` in value, `k` in gradient: sg(C_z) + (k - sg(k))."""
+  return jax.lax.stop_gradient(quantized) + (k - jax.lax.stop_gradient(k))
+
+
+def commit_loss(k: Array, quantized: Array, mask: Array) -> Array:
+  """Mean over all B·T tokens of mask · |k - sg(C_z)|^2, summed over heads.
+
+  Args:
+    k: [B, T, G, K] keys.
+    quantized: [B, T, G, K] their codes.
+    mask: [B, T] weights; masked tokens stay in the denominator.
+  """
+  squares = (k.astype(jnp.float32) - jax.lax.stop_gradient(quantized).astype(jnp.float32)) ** 2
+  return jnp.mean(mask.astype(jnp.float32) * jnp.sum(squares, axis=(2, 3)))
+
+
+def code_statistics(k: Array, codes: Array, mask: Array, n_code: int) -> tuple[Array, Array]:
+  """Sum [G, S, K] and number [G, S] of the unmasked keys of each code, in float32."""
+  weights = jax.nn.one_hot(codes, n_code, dtype=jnp.float32) * mask.astype(jnp.float32)[..., None, None]
+  sums = jnp.einsum("btgs,btgk->gsk", weights, k.astype(jnp.float32), precision=_EXACT)
+  return sums, jnp.sum(weights, axis=(0, 1))
+
+
+class VectorQuantizer(hk.Module):
+  """Holds one codebook of S codes for each of G heads."""
+
+  def __init__(self, *, n_head: int, n_code: int, d_k: int, gamma: float, name: str = "quantizer"):
+    super().__init__(name=name)
+    self._shape = (n_head, n_code, d_k)
+    self._gamma = gamma
+
+  def _moments(self) -> tuple[Array, Array]:
+    g, s, k = self._shape
+    # Untruncated normal of variance 1/(G·S): the same for every key width.
+    init = hk.initializers.RandomNormal((g * s) ** -0.5)
+    c_sum = hk.get_parameter("c_sum", (g, s, k), jnp.float32, init=init)
+    c_count = hk.get_parameter("c_count", (g, s), jnp.float32, init=jnp.ones)
+    return c_sum, c_count
+
+  def codebook(self) -> Array:
+    """C [G, S, K] in float32, without gradient."""
+    c_sum, c_count = self._moments()
+    return jax.lax.stop_gradient(c_sum / jnp.maximum(c_count, _MIN_COUNT)[..., None])
+
+  def counts(self) -> Array:
+    """The moving average [G, S] of how many keys each code gets per update."""
+    return jax.lax.stop_gradient(self._moments()[1])
+
+  def surrogate_loss(self, k: Array, codes: Array, mask: Array) -> Array:
+    """Zero in value; its gradient is the step from the new moving averages to the old.
+
+    Args:
+      k: [B, T, G, K] keys of the whole global batch.
+      codes: [B, T, G] their codes.
+      mask: [B, T] weights: zero keeps a token out of the averages.
+    """
+    c_sum, c_count = self._moments()
+    sums, numbers = code_statistics(jax.lax.stop_gradient(k), codes, mask, self._shape[1])
+
+    def pull(parameter: Array, target: Array) -> Array:
+      gradient = jax.lax.stop_gradient((1.0 - self._gamma) * (parameter - target))
+      return jnp.sum(gradient * (parameter - jax.lax.stop_gradient(parameter)))
+
+    return pull(c_sum, sums) + pull(c_count, numbers)

@@ -1,0 +1,179 @@
+"""The decoder-only Transformer-VQ: embeddings, N layers of two attentions, logits.
+
+Letters: B batch, T tokens, D model width, X vocabulary, N layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from tvq_haiku import attention
+from tvq_haiku import block_attention
+from tvq_haiku import inputs
+from tvq_haiku import layers
+from tvq_haiku.config import TransformerConfig
+
+Array = jax.Array
+
+
+class TransformerState(NamedTuple):
+  """What the model remembers: constant in size, whatever the length of the context."""
+
+  document: Array  # [B] int32: the document of the last token; -1 before the first
+  position: Array  # [B] int32: tokens read of it (of everything, with doc_mask=False)
+  attention_1: block_attention.AttentionState  # every field [N, ...]
+  attention_2: block_attention.AttentionState  # every field [N, ...]
+
+
+class TransformerOutput(NamedTuple):
+  """What one call of the model returns."""
+
+  logits: Array  # [B, T, X] f32, of the token that follows each input; e_scale included
+  state: TransformerState
+  commit_loss: Array  # [] f32: summed over heads, attentions and layers
+  codebook_loss: Array  # [] f32: zero in value; its gradient moves the codebook
+  metrics: dict[str, Array]  # scalars, averaged over attentions; empty unless asked for
+
+
+def initial_state(config: TransformerConfig, batch_size: int) -> TransformerState:
+  """The state before the first token.
+
+  >>> config = TransformerConfig.tiny()
+  >>> initial_state(config, 3).attention_1.cache_means.shape  # N, B, G, S, V
+  (2, 3, 1, 16, 64)
+  """
+  if batch_size < 1:
+    raise ValueError(f"initial_state: batch_size={batch_size} must be at least 1.")
+  one = block_attention.initial_attention_state(
+      batch_size=batch_size, n_kv_head=config.kv_heads, n_code=config.n_code,
+      mem_len=config.mem_len, d_k=config.d_k, d_v=config.d_v, dtype=config.compute_dtype)
+
+  def stack() -> block_attention.AttentionState:
+    # Two calls, two sets of buffers: a buffer that stands twice in a tree cannot be donated.
+    return jax.tree.map(lambda x: jnp.repeat(x[None], config.n_layer, axis=0), one)
+
+  return TransformerState(
+      document=jnp.full((batch_size,), -1, jnp.int32),
+      position=jnp.zeros((batch_size,), jnp.int32),
+      attention_1=stack(), attention_2=stack())
+
+
+class Transformer(hk.Module):
+  """The model, for use inside a function that `hk.transform` transforms."""
+
+  def __init__(self, config: TransformerConfig, *, name: str = "transformer"):
+    super().__init__(name=name)
+    self._config = config
+
+  def __call__(
+      self,
+      tokens: Array,
+      state: TransformerState,
+      *,
+      doc_ids: Array | None = None,
+      loss_mask: Array | None = None,
+      is_training: bool = False,
+      sequence_rng: Array | None = None,
+      with_metrics: bool = False,
+  ) -> TransformerOutput:
+    """Reads T tokens after those that `state` remembers.
+
+    Args:
+      tokens: [B, T] integers in [0, X); any T.
+      state: from `initial_state` or a previous call.
+      doc_ids: [B, T] int32. With `doc_mask`, tokens attend their own document only, and absolute
+        positions count from its start. Negative: padding, anywhere in a row; it is not attended
+        or remembered, and its logits mean nothing. None: no padding, and all tokens continue the
+        document of the state.
+      loss_mask: [B, T] weights of the commit loss and of the codebook's averages. None: ones.
+      is_training: switches dropout and the quantizer's losses on.
+      sequence_rng: seeds sinusoid dropout and LayerDrop, whose masks all windows of a sequence
+        share. None: drawn from the transform's rng.
+      with_metrics: also compute `metrics`.
+
+    Returns:
+      A `TransformerOutput`.
+    """
+    c = self._config
+    inputs.check_tokens(tokens, c.n_vocab)
+    inputs.check_mask("doc_ids", doc_ids, tokens)
+    inputs.check_mask("loss_mask", loss_mask, tokens)
+    inputs.check_state(state, initial_state, c, tokens.shape[0])
+    row = inputs.compact(tokens, state.document, doc_ids, loss_mask)
+    index, document, position = inputs.document_positions(
+        row, state.document, state.position, restart=c.doc_mask)
+    context = attention.BranchContext(
+        doc_ids=row.doc_ids if c.doc_mask else None, lengths=row.lengths, is_token=row.is_token,
+        loss_mask=row.loss_mask, is_training=is_training, with_losses=is_training,
+        with_metrics=with_metrics)
+
+    embedding = layers.TokenEmbedding(n_vocab=c.n_vocab, d_model=c.d_model, name="embedding")
+    x = embedding(row.tokens)
+    if c.pe_abs:
+      x += layers.AbsolutePositions(width=c.d_model, lam=c.pe_lam, name="position")(index)
+    if is_training and c.p_dropemb:
+      x = layers.dropout(hk.next_rng_key(), c.p_dropemb, x)
+    x = x.astype(c.policy.output_dtype)
+    with layers.mixed_precision(c.policy):
+      x, branches = self._layers(x, state, context, sequence_rng)
+    x = inputs.restore(x, row)
+    if c.e_preln:
+      x = layers.RMSNorm(name="norm")(x)
+    x = x.astype(c.compute_dtype)
+    unembed = embedding.logits if c.e_tie else layers.Unembedding(c.n_vocab, name="unembedding")
+    first, second = branches
+    return TransformerOutput(
+        logits=unembed(x) * c.e_scale,
+        state=TransformerState(document, position, first.state, second.state),
+        commit_loss=jnp.sum(first.commit_loss + second.commit_loss),
+        codebook_loss=jnp.sum(first.codebook_loss + second.codebook_loss),
+        metrics=jax.tree.map(lambda a, b: jnp.mean(a + b) / 2.0, first.metrics, second.metrics))
+
+  @hk.transparent
+  def _layers(self, x: Array, state: TransformerState, context: attention.BranchContext,
+              sequence_rng: Array | None):
+    """N layers as one scanned layer: compile time does not grow with N."""
+    c = self._config
+    keys = None
+    if context.is_training and (c.p_dropsin or c.p_droplyr):
+      sequence_rng = hk.next_rng_key() if sequence_rng is None else sequence_rng
+      keys = jax.random.split(sequence_rng, (c.n_layer, 2))
+
+    def layer(x: Array, states, keys):
+      outputs = []
+      for i, name in enumerate(("attention_1", "attention_2")):
+        branch = attention.VQAttention(c, name=name)
+        x, output = branch(x, states[i], context, None if keys is None else keys[i])
+        outputs.append(output)
+      return x, tuple(outputs)
+
+    stack = hk.layer_stack(c.n_layer, with_per_layer_inputs=True, name="layers")
+    body = hk.remat(layer) if c.remat == "layer" else layer
+    return stack(body)(x, (state.attention_1, state.attention_2), keys)
+
+
+def make_transformer(config: TransformerConfig) -> hk.Transformed:
+  """The model as a pair of pure functions.
+
+  `init(rng, tokens, state)` and `apply(params, rng, tokens, state, doc_ids=None, loss_mask=None,
+  is_training=False, sequence_rng=None, with_metrics=False)`, as in `Transformer.__call__`.
+
+  >>> config = TransformerConfig.tiny()
+  >>> model = make_transformer(config)
+  >>> tokens, state = jnp.zeros((1, 20), jnp.int32), initial_state(config, 1)
+  >>> params = model.init(jax.random.key(0), tokens, state)
+  >>> model.apply(params, None, tokens, state).logits.shape
+  (1, 20, 259)
+  """
+
+  def forward(tokens, state, doc_ids=None, loss_mask=None, is_training=False, sequence_rng=None,
+              with_metrics=False):
+    return Transformer(config, name="transformer")(
+        tokens, state, doc_ids=doc_ids, loss_mask=loss_mask, is_training=is_training,
+        sequence_rng=sequence_rng, with_metrics=with_metrics)
+
+  return hk.transform(forward)
