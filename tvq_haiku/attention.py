@@ -64,8 +64,7 @@ class VQAttention(hk.Module):
     H, G = c.n_head, c.kv_heads
     normed = layers.RMSNorm(name="norm")(x)
     q = layers.Projection(H * c.d_k, name="q")(normed).reshape(B, T, H, c.d_k)
-    kvg = layers.Projection(G * (c.d_k + c.d_v) + H * c.d_v, name="kvg")(normed)
-    k, v, gate = jnp.split(kvg, [G * c.d_k, G * (c.d_k + c.d_v)], axis=-1)
+    k, v, gate = layers.Projection(G * c.d_k, G * c.d_v, H * c.d_v, name="kvg")(normed)
     k = k.reshape(B, T, G, c.d_k)
     # K^(-1/4) on both factors of every score makes the K^(-1/2) of a softmax.
     scale = c.d_k**-0.25
@@ -83,7 +82,8 @@ class VQAttention(hk.Module):
         relative_keys=scale * self._relative_keys(sin_rng, context.is_training),
         content_bias=u.reshape(H, c.d_k), position_bias=position_bias.reshape(H, c.d_k),
         doc_ids=context.doc_ids, lengths=context.lengths, block_len=c.block_len,
-        agg_cache=c.agg_cache, grad_thru_cache=c.grad_thru_cache)
+        agg_cache=c.agg_cache, grad_thru_cache=c.grad_thru_cache,
+        remat=c.remat == "block")
     branch = out.values.reshape(B, T, H * c.d_v) * jax.nn.silu(gate)
     branch = layers.Projection(c.d_model, name="out")(branch)
     if context.is_training:

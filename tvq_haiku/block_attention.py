@@ -113,10 +113,12 @@ def vq_attention(
     block_len: int = 256,
     agg_cache: bool = True,
     grad_thru_cache: bool = True,
+    remat: bool = False,
 ) -> AttentionOutput:
   """Causal softmax attention over quantized keys, in time and memory linear in T.
 
-  The result does not depend on `block_len`, nor on how a sequence is cut into calls.
+  Values do not depend on `block_len`, nor on how a sequence is cut into calls. Gradients do: a key
+  learns from the queries that see it in their window, values through the cache as well.
 
   Args:
     q: [B, T, H, K] queries. Head h reads key/value head h // (H/G).
@@ -133,8 +135,8 @@ def vq_attention(
       attended nor remembered (its own outputs mean nothing). None: all T.
     block_len: L; tokens that one step of the scan attends together.
     agg_cache: False masks every token farther back than M.
-    grad_thru_cache: False stops gradients at the start of each block, as truncated
-      backpropagation would; then they, and only they, depend on where blocks begin.
+    grad_thru_cache: False stops all gradients at the start of each block.
+    remat: recompute each block's scores in the backward pass instead of keeping them.
 
   Returns:
     values [B, T, H, V] in the dtype of `v`, codes [B, T, G], and the state after the T tokens.
@@ -163,9 +165,8 @@ def vq_attention(
                    state.memory_docs[:, None])
   terms = _score_terms(q, codebook, relative_keys, content_bias, position_bias)
 
-  R = -(-T // min(block_len, T))
-  # Blocks may be shortened to need less padding, where their borders make no difference.
-  L = -(-T // R) if grad_thru_cache else min(block_len, T)
+  L = min(block_len, T)
+  R = -(-T // L)
 
   def attend_block(carry: tuple[_Tokens, _Cache], block: tuple[Array, Array, _Tokens]):
     memory, cache = carry if grad_thru_cache else jax.lax.stop_gradient(carry)
@@ -188,7 +189,8 @@ def vq_attention(
   blocks = (starts, _cut(queries, R).swapaxes(-2, -3), jax.tree.map(lambda x: _cut(x, R), padded))
   cache = _Cache(state.cache_counts, state.cache_means, state.cache_doc)
   # A pure body needs no hk.scan, and so the function runs outside of hk.transform as well.
-  (_, cache), values = jax.lax.scan(attend_block, (memory, cache), blocks)
+  body = jax.checkpoint(attend_block, prevent_cse=False) if remat else attend_block
+  (_, cache), values = jax.lax.scan(body, (memory, cache), blocks)
 
   values = values.transpose(1, 0, 4, 2, 3, 5).reshape(B, R * L, H, V)[:, :T]
   memory = _last_read(memory, sequence, lengths)

@@ -20,7 +20,7 @@ _PRECISIONS = {
 _HEAD_TYPES = ("shga", "mha", "mqa")
 _ATTN_TYPES = ("vq", "full")
 _REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
-_REMATS = ("none", "layer")
+_REMATS = ("none", "block", "layer")
 _OPTIMIZERS = ("adamw", "lion", "adafactor")
 _LR_SCHEDULES = ("cosine", "linear", "inv_sqrt")
 
@@ -113,7 +113,7 @@ class TransformerConfig(_JsonMixin):
   e_preln: bool = False
   e_scale: float = 1.0
   precision: str = "float32"
-  remat: str = "layer"
+  remat: str = "layer"  # what the backward pass recomputes: nothing, blocks' scores, or layers
 
   def __post_init__(self):
     _check_types(self)

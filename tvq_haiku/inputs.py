@@ -30,7 +30,8 @@ def check_tokens(tokens: Array, n_vocab: int) -> None:
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise TypeError(f"tokens must be integers, got {tokens.dtype}.")
   if not isinstance(tokens, jax.core.Tracer):
-    least, greatest = int(np.min(tokens)), int(np.max(tokens))
+    values = np.asarray(tokens)  # jnp would trace a constant, too, inside of a transformation
+    least, greatest = int(values.min()), int(values.max())
     if least < 0 or greatest >= n_vocab:
       raise ValueError(f"tokens must lie in [0, {n_vocab}), got {least}...{greatest}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import itertools
 
 import haiku as hk
 import jax
@@ -23,15 +24,23 @@ def _kernel(fan_in: int, width: int) -> Array:
 
 
 class Projection(hk.Module):
-  """x W with W ~ N(0, 1/fan_in), in the dtypes of the policy."""
+  """x W with W ~ N(0, 1/fan_in), in the dtypes of the policy.
 
-  def __init__(self, width: int, *, name: str = "projection"):
+  Several widths share one kernel, side by side, but are computed apart: cutting up W is cheaper
+  than cutting up x W, whose gradient would have to be put together again.
+  """
+
+  def __init__(self, *widths: int, name: str = "projection"):
     super().__init__(name=name)
-    self._width = width
+    self._widths = widths
 
-  def __call__(self, x: Array) -> Array:
-    """[..., D] -> [..., width]."""
-    return x @ _kernel(x.shape[-1], self._width)
+  def __call__(self, x: Array) -> Array | tuple[Array, ...]:
+    """[..., D] -> [..., width], or a tuple of them for several widths."""
+    kernel = _kernel(x.shape[-1], sum(self._widths))
+    if len(self._widths) == 1:
+      return x @ kernel
+    cuts = list(itertools.accumulate(self._widths[:-1]))
+    return tuple(x @ part for part in jnp.split(kernel, cuts, axis=1))
 
 
 @contextlib.contextmanager

@@ -118,5 +118,5 @@ def make_optimizer(train_cfg: TrainConfig) -> optax.GradientTransformation:
 
 def weights_norm(gradients: Any) -> jax.Array:
   """The global norm that clipping sees: of all gradients but the codebook's."""
-  return optax.global_norm([value for module, leaves in gradients.items()
+  return optax.tree.norm([value for module, leaves in gradients.items()
                             for name, value in leaves.items() if not is_codebook(module, name)])

@@ -88,6 +88,12 @@ class PackedBatches:
     return self._epoch[1:]
 
 
+def count_windows(stream: TokenStream, *, batch_size: int, window_len: int) -> int:
+  """How many batches `windows` yields."""
+  row_len = -(-len(stream.targets) // batch_size)
+  return -(-row_len // window_len)
+
+
 def windows(stream: TokenStream, *, batch_size: int, window_len: int) -> Iterator[Batch]:
   """Reads the whole stream once, as B rows side by side, for evaluation with carried state.
 

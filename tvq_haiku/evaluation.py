@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from tvq_haiku import inputs
 from tvq_haiku import losses
+from tvq_haiku import progress
 from tvq_haiku import transformer
 from tvq_haiku.config import TrainConfig, TransformerConfig
+from tvq_haiku.data import packing
 
 Array = jax.Array
 
@@ -74,24 +76,28 @@ def make_eval_step(config: TransformerConfig, train_cfg: TrainConfig | None = No
   return checked
 
 
-def evaluate(config: TransformerConfig, params: Any, batches: Iterable[losses.Batch], *,
-             progress: Callable[[Iterable], Iterable] = iter) -> Likelihood:
-  """Reads consecutive windows from a fresh state and adds up their likelihood.
+def evaluate(config: TransformerConfig, params: Any, stream: packing.TokenStream, *,
+             batch_size: int = 8, window_len: int = 512) -> Likelihood:
+  """Reads a whole stream, every token once, and adds up its likelihood.
+
+  The stream is read as `batch_size` rows side by side, each with its own carried state: one row
+  gives every token all the context there is, more rows are faster.
 
   Args:
     config: the model.
     params: its parameters.
-    batches: windows of one shape, in reading order (`data.windows`).
-    progress: wraps the batches, such as `tqdm.tqdm`.
+    stream: what to read.
+    batch_size: B.
+    window_len: T; changes nothing but speed.
   """
   eval_step = make_eval_step(config)
-  state, sums = None, []
-  for batch in progress(batches):
-    if state is None:
-      state = transformer.initial_state(config, batch["inputs"].shape[0])
-    step_sums, state = eval_step(params, batch, state)
-    sums.append(step_sums)
-  if not sums:
-    raise ValueError("evaluate: there is nothing to read.")
+  state = transformer.initial_state(config, batch_size)
+  n_windows = packing.count_windows(stream, batch_size=batch_size, window_len=window_len)
+  sums = []
+  with progress.show("evaluating", n_windows) as shown:
+    for batch in packing.windows(stream, batch_size=batch_size, window_len=window_len):
+      step_sums, state = eval_step(params, batch, state)
+      sums.append(jax.device_get(step_sums))
+      shown(len(sums))
   return Likelihood(nats=math.fsum(float(s.nats) for s in sums),
                     tokens=round(math.fsum(float(s.tokens) for s in sums)))

@@ -1,0 +1,46 @@
+"""How every experiment starts: flags in, one clear line out when something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+
+EXIT_BAD_INPUT = 1
+EXIT_BAD_FLAGS = 2
+
+
+def launch(name: str, main: Callable[[], None]) -> None:
+  """Parses the flags and runs `main`.
+
+  Exits with 2 for wrong flags and with 1 for wrong input (a file, a size, a checkpoint, a missing
+  package); either is one line on standard error that begins with `name`.
+  """
+
+  def fail(message: object, status: int) -> None:
+    line = " ".join(str(message).split())
+    print(f"{name}: {line}", file=sys.stderr)
+    sys.exit(status)
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    try:
+      return flags.FLAGS(argv)
+    except flags.Error as error:
+      return fail(error, EXIT_BAD_FLAGS)
+
+  def guarded(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      fail(f"unexpected argument {argv[1]!r}; see --help.", EXIT_BAD_FLAGS)
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # orbax narrates every save at level INFO
+    try:
+      main()
+    except KeyboardInterrupt:
+      fail("interrupted.", 130)
+    except (ImportError, OSError, ValueError) as error:
+      fail(error, EXIT_BAD_INPUT)
+
+  app.run(guarded, flags_parser=parse)

@@ -1,0 +1,253 @@
+"""Steps, loop, checkpoints: what is saved is what goes on."""
+
+import json
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import helpers
+import tvq_haiku as tvq
+from tvq_haiku import checkpoints
+from tvq_haiku import data
+from tvq_haiku import loop
+from tvq_haiku import train
+
+CONFIG = tvq.TransformerConfig.tiny(
+    d_model=16, d_k=8, d_v=16, n_code=6, n_layer=1, block_len=8, mem_len=8, p_dropres=0.1,
+    p_droplyr=0.2)
+TRAIN = tvq.TrainConfig(n_warmup_step=2, n_max_step=12, sequence_len=32, update_len=16,
+                        global_batch_size=2, lr_max=1e-2)
+
+
+def make_batches():
+  text = data.austen()["Emma"][:3000]
+  return data.PackedBatches(data.stream_of([data.ByteVocabulary.encode(text)]), batch_size=2,
+                            sequence_len=32)
+
+
+def assert_same(got, want):
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_step_makes_one_update_per_window_and_reports_each():
+  state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
+  step = tvq.make_train_step(CONFIG, TRAIN, with_metrics=True)
+  state, metrics = step(state, next(make_batches()), jax.random.key(1))
+  assert int(state.step) == 2
+  assert {"loss", "loss_lm", "loss_commit", "grad_norm", "learning_rate", "c_entropy"} <= metrics.keys()
+  for name, value in metrics.items():
+    assert value.shape == (2,) and value.dtype == jnp.float32 and np.isfinite(value).all(), name
+  np.testing.assert_allclose(metrics["learning_rate"], [0.0, 0.5e-2], rtol=1e-6)
+
+
+def test_training_lowers_the_loss_of_a_text_learned_by_heart():
+  config = CONFIG.replace(p_dropres=0.0, p_droplyr=0.0)
+  train_cfg = TRAIN.replace(n_max_step=200)
+  state = tvq.init_train_state(config, train_cfg, jax.random.key(0))
+  step = tvq.make_train_step(config, train_cfg)
+  batch = next(make_batches())
+  losses = []
+  for _ in range(60):
+    state, metrics = step(state, batch, jax.random.key(0))
+    losses.append(float(metrics["loss_lm"].mean()))
+  assert losses[-1] < 0.5 * losses[0]
+
+
+def test_given_parameters_are_copied_not_donated():
+  params = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0)).params
+  state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0), params)
+  tvq.make_train_step(CONFIG, TRAIN)(state, next(make_batches()), jax.random.key(0))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_masked_tokens_do_not_count():
+  params = helpers.random_params(CONFIG)
+  batch = {key: jnp.asarray(value) for key, value in next(make_batches()).items()}
+  batch["loss_mask"] = batch["loss_mask"].at[:, 20:].set(0)
+  step = tvq.make_eval_step(CONFIG, TRAIN)
+  sums, _ = step(params, batch, tvq.initial_state(CONFIG, 2))
+  head = {key: value[:, :20] for key, value in batch.items()}
+  want, _ = step(params, head, tvq.initial_state(CONFIG, 2))
+  np.testing.assert_allclose(sums, want, rtol=1e-5)
+  assert float(sums.tokens) == 40
+
+
+@pytest.mark.parametrize("rows, window_len", [(1, 50), (1, 301), (3, 64)])
+def test_evaluation_counts_every_token_once_at_any_window(rows, window_len):
+  params = helpers.random_params(CONFIG)
+  text = data.austen()["Emma"][:300]
+  stream = data.stream_of([data.ByteVocabulary.encode(text)])
+  got = tvq.evaluate(CONFIG, params, stream, batch_size=rows, window_len=window_len)
+  assert got.tokens == 301
+  nats = 0.0
+  for row in range(rows):  # each row is a sequence of its own
+    piece = slice(row * -(-301 // rows), (row + 1) * -(-301 // rows))
+    out = jax.jit(tvq.make_transformer(CONFIG).apply)(
+        params, None, stream.inputs[None, piece], tvq.initial_state(CONFIG, 1))
+    logprobs = jax.nn.log_softmax(out.logits[0])
+    nats -= float(jnp.take_along_axis(logprobs, stream.targets[piece, None], axis=1).sum())
+  np.testing.assert_allclose(got.nats, nats, rtol=1e-5)
+
+
+@pytest.mark.parametrize("key, change, message", [
+    ("inputs", lambda x: x[:, 1:], r"batch\['inputs'\] must have shape \(2, 32\).*got \(2, 31\)"),
+    ("targets", lambda x: x + 256, r"batch\['targets'\]: tokens must lie in \[0, 259\)"),
+    ("inputs", lambda x: x * 1.0, r"batch\['inputs'\]: tokens must be integers, got float64"),
+    ("targets", None, "batch lacks 'targets'"),
+    ("weights", lambda x: np.ones((2, 32)), r"unknown keys \['weights'\]")])
+def test_batches_that_do_not_fit(key, change, message):
+  batch = next(make_batches())
+  if change is None:
+    del batch[key]
+  else:
+    batch[key] = change(batch.get(key))
+  state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
+  with pytest.raises((TypeError, ValueError), match=message):
+    tvq.make_train_step(CONFIG, TRAIN)(state, batch, jax.random.key(0))
+  if key != "weights" and change is not None:
+    with pytest.raises((TypeError, ValueError)):
+      tvq.make_eval_step(CONFIG, TRAIN)(state.params, batch, tvq.initial_state(CONFIG, 2))
+
+
+def test_mesh_is_reserved():
+  with pytest.raises(ValueError, match="mesh='data:8' is reserved"):
+    tvq.make_train_step(CONFIG, TRAIN, mesh="data:8")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run that was never stopped."""
+  workdir = tmp_path_factory.mktemp("whole")
+  return workdir, loop.fit(CONFIG, TRAIN, make_batches(), workdir)
+
+
+def test_stopped_and_resumed_equals_never_stopped(finished, tmp_path, monkeypatch):
+  """Signals ask a run to end; what follows must be as if they had not, bit for bit."""
+  make_step = train.make_train_step
+  for ask in (signal.SIGINT, signal.SIGTERM):
+
+    def interrupted(config, train_cfg, ask=ask):
+      step = make_step(config, train_cfg)
+      seen = []
+
+      def count(*args):
+        seen.append(1)
+        if len(seen) == 2:
+          os.kill(os.getpid(), ask)
+        return step(*args)
+
+      return count
+
+    monkeypatch.setattr(train, "make_train_step", interrupted)
+    halted = loop.fit(CONFIG, TRAIN, make_batches(), tmp_path)
+    assert int(halted.train_state.step) < TRAIN.n_max_step
+  monkeypatch.undo()
+  resumed = loop.fit(CONFIG, TRAIN, make_batches(), tmp_path)
+  assert resumed.data_step == finished[1].data_step == 6
+  assert_same(resumed.train_state, finished[1].train_state)
+  assert_same(tvq.load_checkpoint(tmp_path).train_state, finished[1].train_state)
+
+
+def test_a_finished_run_is_left_as_it_is(finished):
+  workdir, checkpoint = finished
+  again = loop.fit(CONFIG, TRAIN, make_batches(), workdir)
+  assert_same(again.train_state, checkpoint.train_state)
+
+
+def test_loop_runs_outside_of_the_main_thread(tmp_path):
+  results = []
+  train_cfg = TRAIN.replace(n_max_step=4)
+  worker = threading.Thread(
+      target=lambda: results.append(loop.fit(CONFIG, train_cfg, make_batches(), tmp_path)))
+  worker.start()
+  worker.join()
+  assert int(results[0].train_state.step) == 4
+
+
+class TestCheckpoints:
+
+  def test_round_trip(self, finished):
+    workdir, saved = finished
+    loaded = tvq.load_checkpoint(workdir)
+    assert (loaded.config, loaded.train_cfg, loaded.data_step) == (CONFIG, TRAIN, saved.data_step)
+    assert_same(loaded.train_state, saved.train_state)
+    assert_same(jax.random.key_data(loaded.rng), jax.random.key_data(saved.rng))
+    assert jax.tree.structure(loaded.train_state) == jax.tree.structure(saved.train_state)
+
+  def test_bfloat16_momentum_survives(self, tmp_path):
+    train_cfg = TRAIN.replace(optimizer="lion")
+    state = tvq.init_train_state(CONFIG, train_cfg, jax.random.key(0))
+    tvq.save_checkpoint(tmp_path, tvq.Checkpoint(CONFIG, train_cfg, state, jax.random.key(1), 7))
+    loaded = tvq.load_checkpoint(tmp_path)
+    assert_same(loaded.train_state, state)
+    assert [x.dtype for x in jax.tree.leaves(loaded.train_state)] == [
+        x.dtype for x in jax.tree.leaves(state)]
+    assert loaded.data_step == 7
+
+  def test_old_ones_are_removed_and_each_can_be_had(self, tmp_path):
+    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
+    for step in (2, 4, 6):
+      now = tvq.Checkpoint(CONFIG, TRAIN, state._replace(step=jnp.int32(step)), jax.random.key(1), 1)
+      tvq.save_checkpoint(tmp_path, now)
+    assert checkpoints.latest_step(tmp_path) == 6
+    assert int(tvq.load_checkpoint(tmp_path, step=4).train_state.step) == 4
+    with pytest.raises(tvq.CheckpointError, match=r"no checkpoint of step 2; it has \[4, 6\]"):
+      tvq.load_checkpoint(tmp_path, step=2)
+
+  def test_missing(self, tmp_path):
+    assert checkpoints.latest_step(tmp_path / "nowhere") is None
+    with pytest.raises(tvq.CheckpointError, match=r"nowhere holds no checkpoint: config.json"):
+      tvq.load_checkpoint(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+  def test_configuration_without_steps(self, finished, tmp_path):
+    (tmp_path / "config.json").write_text((finished[0] / "config.json").read_text())
+    with pytest.raises(tvq.CheckpointError, match="holds no checkpoint yet"):
+      tvq.load_checkpoint(tmp_path)
+
+  @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99, "model": {}, "train": {}}',
+                                    '{"format": 1, "model": {"n_vocab": -1}, "train": {}}'])
+  def test_configuration_that_cannot_be_read(self, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(tvq.CheckpointError, match="config.json is not a configuration"):
+      tvq.load_checkpoint(tmp_path)
+
+  @pytest.mark.parametrize("harm", ["truncate", "remove", "empty"])
+  def test_damage_is_found(self, tmp_path, harm):
+    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
+    tvq.save_checkpoint(tmp_path, tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
+    files = [f for f in (tmp_path / "checkpoints" / "0").rglob("*") if f.is_file()]
+    largest = max(files, key=lambda f: f.stat().st_size)
+    content = largest.read_bytes()
+    if harm == "remove":
+      largest.unlink()
+    else:
+      largest.write_bytes(content[: len(content) // 2] if harm == "truncate" else b"")
+    with pytest.raises(tvq.CheckpointError, match=r"checkpoints/0 is damaged or incomplete: \S"):
+      tvq.load_checkpoint(tmp_path)
+
+  def test_another_configuration_is_refused_by_name(self, finished):
+    with pytest.raises(tvq.CheckpointError, match=r"n_code=6 there, 7 now; lr_max=0.01 there, 0.02"):
+      loop.fit(CONFIG.replace(n_code=7), TRAIN.replace(lr_max=0.02), make_batches(), finished[0])
+
+  def test_directory_that_cannot_be_written(self, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to the directory .*file/run: Not a directory"):
+      loop.fit(CONFIG, TRAIN, make_batches(), tmp_path / "file" / "run")
+
+  def test_missing_extra_is_named(self, monkeypatch, tmp_path):
+    def missing(name):
+      raise ModuleNotFoundError(name)
+    monkeypatch.setattr("importlib.import_module", missing)
+    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
+    with pytest.raises(ImportError, match=r"checkpoints need orbax.*pip install 'tvq_haiku\[train\]'"):
+      tvq.save_checkpoint(tmp_path, tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
+
+  def test_configuration_is_json_beside_the_steps(self, finished):
+    settings = json.loads((finished[0] / "config.json").read_text())
+    assert settings["model"]["n_code"] == 6 and settings["train"]["n_max_step"] == 12
