@@ -58,7 +58,7 @@ def main() -> None:
       batch_size=train_cfg.global_batch_size, sequence_len=train_cfg.sequence_len)
 
   # -- train, or go on, or find it done --------------------------------------------------------
-  run = loop.fit(config, train_cfg, batches, workdir, seed=_SEED.value)
+  run = loop.fit(config, train_cfg, batches, workdir, seed=_SEED.value, token_name="byte")
   again = "python -m experiments.quickstart" + (" --smoke" if smoke else "")
   again += f" --workdir={workdir}" if _WORKDIR.value else ""
   made = int(run.train_state.step)

@@ -60,6 +60,7 @@ def fit(
     *,
     seed: int = 0,
     save_seconds: float = 60.0,
+    token_name: str = "token",
 ) -> checkpoints.Checkpoint:
   """Trains to `n_max_step` updates, from the newest checkpoint of `workdir` if there is one.
 
@@ -72,6 +73,7 @@ def fit(
     workdir: of the run.
     seed: of parameters and dropout.
     save_seconds: time between checkpoints.
+    token_name: what progress calls a token, such as "byte".
 
   Returns:
     The last checkpoint; its step is short of `n_max_step` if the run was asked to end.
@@ -95,7 +97,7 @@ def fit(
       previous = metrics
       rate = clock.tick(tokens_per_batch)
       if average is not None:
-        shown(done, f"{average / math.log(2):.3f} bits per token  {rate:,.0f} tokens/s")
+        shown(done, f"{average / math.log(2):.3f} bits per {token_name}  {rate:,.0f} tokens/s")
       last = stop or done == n_batches
       if last or time.monotonic() - saved > save_seconds:
         now = now._replace(train_state=state, data_step=batches.step)

@@ -1,0 +1,51 @@
+"""How long a training step takes to compile, by depth.
+
+  python -m experiments.benchmarks.compile_time
+
+The layers are one scanned layer in the program, so depth should not matter.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+
+from experiments import launcher
+import tvq_haiku as tvq
+
+_DEPTHS = flags.DEFINE_list("depths", ["2", "24"], "Numbers of layers; the first is the yardstick.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Compilations of each, alternating.", lower_bound=1)
+_SMOKE = flags.DEFINE_boolean("smoke", False, "A tiny model, once.")
+
+
+def main() -> None:
+  depths = [int(depth) for depth in _DEPTHS.value]
+  times = {depth: [] for depth in depths}
+  for _ in range(1 if _SMOKE.value else _REPEATS.value):
+    for depth in depths:
+      times[depth].append(_seconds_to_compile(depth))
+  medians = {depth: statistics.median(times[depth]) for depth in depths}
+  print("layers  seconds  times the first")
+  for depth, median in medians.items():
+    print(f"{depth:6d}  {median:7.2f}  {median / medians[depths[0]]:15.2f}")
+
+
+def _seconds_to_compile(n_layer: int) -> float:
+  sizes = tvq.TransformerConfig.tiny() if _SMOKE.value else tvq.TransformerConfig(n_vocab=259)
+  config = sizes.replace(n_layer=n_layer)
+  train_cfg = tvq.TrainConfig(sequence_len=512, update_len=512, global_batch_size=1)
+  tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+  state = jax.eval_shape(lambda: tvq.init_train_state(config, train_cfg, jax.random.key(0)))
+  step = tvq.make_train_step(config, train_cfg)
+  jax.clear_caches()
+  start = time.perf_counter()
+  step.lower(state, {"inputs": tokens, "targets": tokens}, jax.random.key(0)).compile()
+  return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+  launcher.launch("compile_time", main)

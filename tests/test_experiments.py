@@ -1,0 +1,145 @@
+"""The launchers and the README, as a user meets them: in processes of their own."""
+
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A directory with the launchers but not the library: that must be the installed one."""
+  directory = tmp_path_factory.mktemp("place")
+  for name in ("experiments", "README.md"):
+    (directory / name).symlink_to(ROOT / name)
+  return directory
+
+
+def start(command, place, **kwargs):
+  arguments = [sys.executable if word == "python" else word for word in shlex.split(command)]
+  return subprocess.Popen(arguments, cwd=place, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, **kwargs)
+
+
+def run(command, place):
+  process = start(command, place)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def quickstart(place):
+  """The whole path of the quickstart, in small."""
+  status, out, err = run("python -m experiments.quickstart --smoke --workdir=runs/quickstart", place)
+  assert status == 0, err
+  return out, err
+
+
+def test_quickstart_ends_with_the_table_and_what_it_wrote(quickstart):
+  out, err = quickstart
+  assert re.search(r"tvq_haiku +\d\.\d{3}\n +gzip -9 +\d\.\d{3}\n +bzip2 -9 +\d\.\d{3}\n +xz -9e", out)
+  assert out.count("\n  [") == 3  # three passages
+  assert "python -m experiments.sample --checkpoint=runs/quickstart" in out
+  assert re.search(r"training \d+/\d+  \d\.\d{3} bits per byte  [\d,]+ tokens/s  \d+ s left", err)
+  assert "Traceback" not in err and "checkpoint_manager" not in err
+
+
+def test_quickstart_again_says_that_it_is_done(quickstart, place):
+  status, out, err = run("python -m experiments.quickstart --smoke --workdir=runs/quickstart", place)
+  assert status == 0, err
+  assert out.startswith(quickstart[0]) and "This run is done" in out
+
+
+def test_quickstart_interrupted_saves_and_goes_on(place):
+  command = "python -m experiments.quickstart --smoke --workdir=halted"
+  process = start(command, place)
+  while "training" not in process.stderr.readline():
+    assert process.poll() is None
+  process.send_signal(signal.SIGINT)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 0
+  assert re.search(r"Stopped after \d+ of \d+ updates and saved. To go on: " + re.escape(command), out)
+  status, out, err = run(command, place)
+  assert status == 0 and "xz -9e" in out, err
+
+
+def readme_blocks(language):
+  return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+
+
+def test_readme_python_runs():
+  script = "".join(readme_blocks("python"))
+  namespace = {}
+  exec(compile(script, "README.md", "exec"), namespace)
+  assert namespace["probabilities"].shape == (2, 100, 259)
+  assert namespace["metrics"]["loss_lm"].shape == (2,)
+
+
+def test_readme_commands_run(quickstart, place):
+  commands = [part.strip() for block in readme_blocks("sh") for line in block.splitlines()
+              for part in line.split("&&")]
+  assert commands[:2] == ["pip install -e '.[train]'", "python -m experiments.quickstart"]
+  for command in commands:
+    if command.startswith("pip install '.[test]'") or command.startswith("pytest"):
+      continue  # that is how this test came to run
+    if command.startswith("pip install -e '.[train]'"):
+      assert "train =" in (ROOT / "setup.cfg").read_text()
+      continue
+    assert command.startswith("python -m experiments."), command
+    if "quickstart" in command.split("--")[0]:
+      command += " --smoke --workdir=runs/quickstart"
+    status, out, err = run(command, place)
+    assert status == 0 and out.strip(), (command, err)
+
+
+def test_readme_is_brief_where_it_must_be():
+  lines = (ROOT / "README.md").read_text().splitlines()
+  assert any(line.startswith("pip install") for line in lines[:25])
+  assert len([line for line in readme_blocks("python")[0].splitlines() if line]) <= 15
+
+
+def test_compile_time_benchmark_prints_a_table(place):
+  status, out, err = run("python -m experiments.benchmarks.compile_time --smoke --depths=1,2", place)
+  assert status == 0, err
+  assert re.search(r"1 +\d+\.\d\d +1\.00\n +2 +\d+\.\d\d +\d\.\d\d", out)
+
+
+BAD = [
+    ("quickstart --stepz=3", 2, "Unknown command line flag 'stepz'"),
+    ("quickstart --seed=-1", 2, "seed"),
+    ("quickstart now", 2, "unexpected argument 'now'"),
+    ("quickstart --smoke --workdir=README.md/run", 1, "cannot write to the directory"),
+    ("sample", 2, "--checkpoint"),
+    ("sample --checkpoint=nowhere", 1, "nowhere holds no checkpoint: config.json is missing"),
+    ("sample --checkpoint=nowhere --top_p=1.5", 2, "top_p"),
+    ("sample --checkpoint=runs/quickstart --length=0", 2, "length"),
+    ("evaluate --checkpoint=runs/quickstart --file=missing.txt", 1, "missing.txt"),
+    ("evaluate --checkpoint=runs/quickstart --file=empty.txt", 1, "empty.txt is empty"),
+    ("benchmarks.compile_time --depths=0", 1, "n_layer=0: must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("command, status, message", BAD)
+def test_bad_input_is_one_line_and_a_status(quickstart, place, command, status, message):
+  (place / "empty.txt").write_text("")
+  before = sorted(str(p) for p in place.rglob("*"))
+  got, out, err = run(f"python -m experiments.{command}", place)
+  assert got == status, err
+  assert message in err and len(err.strip().splitlines()) == 1, err
+  assert not out and "Traceback" not in err
+  assert sorted(str(p) for p in place.rglob("*")) == before
+
+
+def test_run_of_another_configuration_is_refused(quickstart, place):
+  config = place / "runs" / "quickstart" / "config.json"
+  text = config.read_text()
+  config.write_text(text.replace('"n_code": 16', '"n_code": 17'))
+  status, _, err = run("python -m experiments.quickstart --smoke --workdir=runs/quickstart", place)
+  config.write_text(text)
+  assert status == 1 and "n_code=17 there, 16 now" in err, err
