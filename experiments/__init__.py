@@ -1,0 +1,1 @@
+"""Launchers: flags in, results out; the library does the work."""

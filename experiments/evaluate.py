@@ -15,7 +15,8 @@ from tvq_haiku import data
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
 _FILE = flags.DEFINE_string("file", None, "What to read, as bytes.", required=True)
-_ROWS = flags.DEFINE_integer("rows", 1, "Pieces read side by side; more are faster, with less context.", lower_bound=1)
+_ROWS = flags.DEFINE_integer(
+    "rows", 1, "Pieces read side by side; more are faster, with less context.", lower_bound=1)
 
 
 def main() -> None:

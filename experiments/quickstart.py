@@ -28,11 +28,11 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seeds parameters, the order of the data
 _SMOKE = flags.DEFINE_boolean("smoke", False, "A tiny model and little text: the path, not the result.")
 
 _MODEL = tvq.TransformerConfig(
-    n_vocab=259, d_model=128, d_k=64, d_v=256, n_code=64, n_layer=1, block_len=64, mem_len=64,
+    n_vocab=259, d_model=192, d_k=32, d_v=384, n_code=64, n_layer=1, block_len=64, mem_len=64,
     remat="none")
 _TRAINING = tvq.TrainConfig(
-    lr_max=3e-3, n_warmup_step=50, n_max_step=1200, sequence_len=512, update_len=512,
-    global_batch_size=8)
+    lr_max=4e-3, n_warmup_step=100, n_max_step=3200, sequence_len=2048, update_len=512,
+    global_batch_size=2)
 _SMOKE_MODEL = tvq.TransformerConfig.tiny(n_layer=1, remat="none")
 _SMOKE_TRAINING = _TRAINING.replace(
     n_max_step=20, n_warmup_step=5, sequence_len=64, update_len=64, global_batch_size=4)

@@ -15,7 +15,8 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", req
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to go on from; may be given several times.")
 _LENGTH = flags.DEFINE_integer("length", 500, "Bytes to write, at most.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest byte.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "Nucleus of the likeliest bytes.", lower_bound=0.0, upper_bound=1.0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.95, "Nucleus of the likeliest bytes.", lower_bound=0.0, upper_bound=1.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Another seed, another text.", lower_bound=0)
 
 

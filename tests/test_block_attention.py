@@ -9,7 +9,8 @@ import oracle
 import tvq_haiku as tvq
 
 B, T, K, V, S = 2, 24, 4, 6, 5
-DIVISORS = [1, 2, 3, 4, 6, 8, 12, 24]
+SHORT = 12
+DIVISORS = [1, 2, 3, 4, 6, 12]
 
 
 def make_inputs(*, heads=1, kv_heads=1, length=T, mem_len=4, seed=0, n_code=S):
@@ -51,20 +52,21 @@ def check_against_oracle(arrays, codebook, biases, *, mem_len, block_len, **sett
 
   (got, values), gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(
       arrays, biases)
-  (want, expected), expected_gradients = jax.jit(
-      jax.value_and_grad(theirs, argnums=(0, 1), has_aux=True))(arrays, biases)
+  # Not jitted: its small operations are compiled once for all tests.
+  (want, expected), expected_gradients = jax.value_and_grad(
+      theirs, argnums=(0, 1), has_aux=True)(arrays, biases)
   np.testing.assert_allclose(values, expected, atol=1e-5)
   np.testing.assert_allclose(got, want, rtol=1e-4)
   for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
     reference = dict(jax.tree_util.tree_leaves_with_path(expected_gradients))[path]
-    assert float(jnp.abs(reference).max()) > 0.0 or settings.get("agg_cache") is False, path
+    assert float(jnp.abs(reference).max()) > 0.0 or weight.shape[1] == 1, path
     np.testing.assert_allclose(gradient, reference, atol=2e-5, err_msg=str(path))
 
 
 @pytest.mark.parametrize("mem_len", DIVISORS)
 @pytest.mark.parametrize("block_len", DIVISORS)
 def test_scan_equals_quadratic_oracle(block_len, mem_len):
-  arrays, codebook, biases = make_inputs(mem_len=mem_len)
+  arrays, codebook, biases = make_inputs(length=SHORT, mem_len=mem_len)
   check_against_oracle(arrays, codebook, biases, mem_len=mem_len, block_len=block_len)
 
 

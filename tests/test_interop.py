@@ -57,7 +57,7 @@ def test_wrong_and_missing_leaves_are_named():
 def test_our_own_wrong_leaves_are_named():
   config = tvq.TransformerConfig.tiny()
   params = helpers.random_params(config)
-  with pytest.raises(ValueError, match="transformer/layers/attention_1:? ?.*u has shape"):
+  with pytest.raises(ValueError, match="transformer/layers/attention_1/u has shape"):
     bad = {**params, "transformer/layers/attention_1":
            {**params["transformer/layers/attention_1"], "u": np.zeros((2, 3))}}
     tvq.interop.params_to_official(bad, config)

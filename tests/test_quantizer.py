@@ -68,7 +68,7 @@ def test_code_statistics_count_unmasked_tokens():
 
 @pytest.mark.parametrize("n_code", [1, 5])
 def test_metrics_are_finite_scalars(n_code):
-  k, codebook = draw(n_code=n_code)
+  _, codebook = draw(n_code=n_code)
   counts = jnp.zeros((3, n_code)).at[:, 0].set(2.0)
   values = metrics.codebook_metrics(codebook, counts)
   assert all(value.shape == () and jnp.isfinite(value) for value in values.values())

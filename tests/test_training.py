@@ -201,7 +201,7 @@ class TestCheckpoints:
 
   def test_missing(self, tmp_path):
     assert checkpoints.latest_step(tmp_path / "nowhere") is None
-    with pytest.raises(tvq.CheckpointError, match=r"nowhere holds no checkpoint: config.json"):
+    with pytest.raises(tvq.CheckpointError, match=r"nowhere holds no checkpoint: config\.json"):
       tvq.load_checkpoint(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
@@ -214,7 +214,7 @@ class TestCheckpoints:
                                     '{"format": 1, "model": {"n_vocab": -1}, "train": {}}'])
   def test_configuration_that_cannot_be_read(self, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(tvq.CheckpointError, match="config.json is not a configuration"):
+    with pytest.raises(tvq.CheckpointError, match=r"config\.json is not a configuration"):
       tvq.load_checkpoint(tmp_path)
 
   @pytest.mark.parametrize("harm", ["truncate", "remove", "empty"])

@@ -55,7 +55,7 @@ def mixed_precision(policy: jmp.Policy) -> Iterator[None]:
 
 
 def rms_normalize(x: Array) -> Array:
-  """x / sqrt(mean x^2 + eps) over the last axis, in float32."""
+  """Computes x / sqrt(mean x^2 + eps) over the last axis, in float32."""
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + _NORM_EPS)
 
