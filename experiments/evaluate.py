@@ -25,7 +25,8 @@ def main() -> None:
     raise ValueError(f"--file={_FILE.value} is empty: there is nothing to evaluate.")
   run = tvq.load_checkpoint(_CHECKPOINT.value)
   stream = data.stream_of([data.ByteVocabulary.encode(text)])
-  likelihood = tvq.evaluate(run.config, run.train_state.params, stream, batch_size=_ROWS.value)
+  likelihood = tvq.evaluate(run.config, run.train_state.params, stream, batch_size=_ROWS.value,
+                            show_progress=True)
   print(f"{likelihood.bits_per(len(text)):.4f} bits per byte over {len(text):,} bytes "
         f"({likelihood.nats_per_token:.4f} nats per token)")
 

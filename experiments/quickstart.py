@@ -72,7 +72,8 @@ def main() -> None:
 
   # -- test on all of the sixth novel ----------------------------------------------------------
   params = run.train_state.params
-  likelihood = tvq.evaluate(config, params, data.stream_of([encode(held_out)]))
+  likelihood = tvq.evaluate(
+      config, params, data.stream_of([encode(held_out)]), show_progress=True)
   table = {"tvq_haiku": likelihood.bits_per(len(held_out))}
   for name, compress in compressors.COMPRESSORS.items():
     table[name] = compressors.bits_per_byte(compress, b"".join(novels.values()), held_out)

@@ -42,7 +42,7 @@ def random_params(config, seed=0):
     return jnp.asarray(values, jnp.float32)
 
   return {module: {name: draw(name, leaf.shape) for name, leaf in leaves.items()}
-          for module, leaves in tvq.interop.params_shapes(config).items()}
+          for module, leaves in tvq.params_shapes(config).items()}
 
 
 def random_tokens(config, batch, length, seed=0):

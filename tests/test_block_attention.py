@@ -181,6 +181,9 @@ def test_counts_stay_exact_in_bfloat16():
     (dict(v=jnp.zeros((B, T - 1, 1, V))), "shape"),
     (dict(k=jnp.zeros((B, T, 1, K + 1))), "shape"),
     (dict(relative_keys=jnp.zeros((4, 1, K))), "4"),
+    (dict(content_bias=jnp.zeros((K, 1))), "shape"),
+    (dict(doc_ids=jnp.zeros((B, 1), jnp.int32)), "shape"),
+    (dict(block_len=0), "block_len=0"),
     (dict(codebook=jnp.zeros((2, S, K))), "2 key/value heads"),
 ])
 def test_shapes_that_do_not_fit_are_named(change, message):

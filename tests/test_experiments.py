@@ -3,6 +3,7 @@
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,23 @@ def test_bad_input_is_one_line_and_a_status(quickstart, place, command, status, 
   assert message in err and len(err.strip().splitlines()) == 1, err
   assert not out and "Traceback" not in err
   assert sorted(str(p) for p in place.rglob("*")) == before
+
+
+def test_damaged_checkpoint_is_one_line(quickstart, place):
+  shutil.copytree(place / "runs" / "quickstart", place / "damaged")
+  files = [file for file in (place / "damaged" / "checkpoints").rglob("*") if file.is_file()]
+  largest = max(files, key=lambda file: file.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:1000])
+  for command in ("sample --checkpoint=damaged", "quickstart --smoke --workdir=damaged"):
+    status, out, err = run(f"python -m experiments.{command}", place)
+    assert status == 1 and not out, err
+    assert "damaged or incomplete" in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_run_of_another_seed_is_refused(quickstart, place):
+  status, _, err = run(
+      "python -m experiments.quickstart --smoke --workdir=runs/quickstart --seed=5", place)
+  assert status == 1 and "a run of another seed than 5" in err, err
 
 
 def test_run_of_another_configuration_is_refused(quickstart, place):

@@ -91,7 +91,10 @@ def test_sampling_draws_from_the_allowed_set_in_proportion(settings, allowed):
     (dict(temperature=-1.0), "temperature=-1.0 must not be negative"),
     (dict(top_p=0.0), r"top_p=0.0 must lie in \(0, 1\]"), (dict(top_p=1.1), "top_p=1.1"),
     (dict(top_k=0), "top_k=0 must be at least 1"), (dict(min_p=2.0), "min_p=2.0"),
-    (dict(n=0), "max_new_tokens=0"), (dict(lengths=[1, 6]), r"lengths=\[1, 6\] must be one of 1...5"),
+    (dict(top_k=1.5), "top_k=1.5"), (dict(eos_id=11), r"eos_id=11 must lie in \[0, 11\)"),
+    (dict(state=tvq.initial_state(CONFIG, 3)), "batch of 2"),
+    (dict(n=2.5), "max_new_tokens=2.5"), (dict(n=0), "max_new_tokens=0"),
+    (dict(lengths=[1, 6]), r"lengths=\[1, 6\] must be one of 1...5"),
     (dict(lengths=[0, 5]), r"lengths=\[0, 5\]"), (dict(lengths=[5]), r"lengths=\[5\]")])
 def test_settings_that_cannot_be(settings, message):
   with pytest.raises(ValueError, match=message):
@@ -106,6 +109,10 @@ def test_prompts_out_of_range():
 def test_text_needs_the_byte_vocabulary():
   with pytest.raises(ValueError, match="n_vocab=11, not the 259"):
     tvq.continue_text(PARAMS, CONFIG, ["a"], max_new_tokens=1, rng=jax.random.key(0))
+  config = tvq.TransformerConfig.tiny()
+  for prompts in ("text", []):
+    with pytest.raises(ValueError, match="must be a list of at least one text"):
+      tvq.continue_text(PARAMS, config, prompts, max_new_tokens=1, rng=jax.random.key(0))
 
 
 def test_text_continues_each_prompt():

@@ -27,7 +27,7 @@ def test_in_and_out_without_loss(name, form):
   if form == "wrapped":
     tree = {"params": tree}
   ours = tvq.interop.params_from_official(tree, config)
-  assert jax.tree.structure(ours) == jax.tree.structure(tvq.interop.params_shapes(config))
+  assert jax.tree.structure(ours) == jax.tree.structure(tvq.params_shapes(config))
   back = tvq.interop.params_to_official(ours, config)
   assert back.keys() == theirs.keys()
   for key, value in theirs.items():

@@ -114,6 +114,33 @@ def test_batches_that_do_not_fit(key, change, message):
       tvq.make_eval_step(CONFIG, TRAIN)(state.params, batch, tvq.initial_state(CONFIG, 2))
 
 
+def test_updates_that_do_not_fill_batches_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="n_max_step=13 must be a multiple of the 2 updates"):
+    loop.fit(CONFIG, TRAIN.replace(n_max_step=13), make_batches(), tmp_path)
+
+
+def test_parameters_of_another_config_are_named():
+  with pytest.raises(ValueError, match=r"quantizer/c_count has shape \(1, 1, 6\), expected \(1, 1, 7\)"):
+    tvq.init_train_state(CONFIG.replace(n_code=7), TRAIN, jax.random.key(0),
+                         helpers.random_params(CONFIG))
+
+
+def test_weights_of_padding_and_fractions():
+  params, state = helpers.random_params(CONFIG), tvq.initial_state(CONFIG, 2)
+  plain = CONFIG.replace(p_dropres=0.0, p_droplyr=0.0)
+  batch = {key: jnp.asarray(value) for key, value in next(make_batches()).items()}
+  loss = jax.jit(lambda batch: tvq.training_loss(plain, params, None, batch, state))
+  whole = loss(batch)[1].loss_lm
+  faint = loss({**batch, "loss_mask": jnp.full((2, 32), 0.01)})[1].loss_lm
+  np.testing.assert_allclose(faint, whole, rtol=1e-5)
+  padded = {**batch, "doc_ids": batch["doc_ids"].at[:, 20:].set(-1)}
+  value = loss(padded)[0]
+  odd = {**padded, "targets": padded["targets"].at[:, 20:].set(-7)}
+  assert np.isfinite(value) and loss(odd)[0] == value
+  for wrong in (-1, 259):  # where it counts, a target out of range is not passed over in silence
+    assert np.isnan(loss({**batch, "targets": batch["targets"].at[0, 0].set(wrong)})[0])
+
+
 def test_mesh_is_reserved():
   with pytest.raises(ValueError, match="mesh='data:8' is reserved"):
     tvq.make_train_step(CONFIG, TRAIN, mesh="data:8")
@@ -198,6 +225,23 @@ class TestCheckpoints:
     assert int(tvq.load_checkpoint(tmp_path, step=4).train_state.step) == 4
     with pytest.raises(tvq.CheckpointError, match=r"no checkpoint of step 2; it has \[4, 6\]"):
       tvq.load_checkpoint(tmp_path, step=2)
+
+  def test_what_would_not_be_written_is_refused(self, tmp_path):
+    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
+    now = tvq.Checkpoint(CONFIG, TRAIN, state._replace(step=jnp.int32(4)), jax.random.key(1), 1)
+    tvq.save_checkpoint(tmp_path, now)
+    for step in (2, 4):
+      with pytest.raises(tvq.CheckpointError, match=f"holds a checkpoint of step 4: one of step {step}"):
+        tvq.save_checkpoint(tmp_path, now._replace(train_state=state._replace(step=jnp.int32(step))))
+    (tmp_path / "config.json").unlink()
+    for use in (lambda: tvq.save_checkpoint(tmp_path, now),
+                lambda: loop.fit(CONFIG, TRAIN, make_batches(), tmp_path)):
+      with pytest.raises(tvq.CheckpointError, match=r"holds checkpoints but no config\.json"):
+        use()
+
+  def test_another_seed_is_refused(self, finished):
+    with pytest.raises(tvq.CheckpointError, match="another seed than 99"):
+      loop.fit(CONFIG, TRAIN, make_batches(), finished[0], seed=99)
 
   def test_missing(self, tmp_path):
     assert checkpoints.latest_step(tmp_path / "nowhere") is None

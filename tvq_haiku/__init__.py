@@ -25,6 +25,7 @@ from tvq_haiku.train import make_train_step
 from tvq_haiku.train import TrainState
 from tvq_haiku.transformer import initial_state
 from tvq_haiku.transformer import make_transformer
+from tvq_haiku.transformer import params_shapes
 from tvq_haiku.transformer import Transformer
 from tvq_haiku.transformer import TransformerOutput
 from tvq_haiku.transformer import TransformerState

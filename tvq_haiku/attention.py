@@ -26,7 +26,6 @@ class BranchContext(NamedTuple):
   is_token: Array  # [B, T] bool: False for padding
   loss_mask: Array  # [B, T] f32
   is_training: bool
-  with_losses: bool
   with_metrics: bool
 
 
@@ -107,9 +106,9 @@ class VQAttention(hk.Module):
                  codebook: quantizer.VectorQuantizer, context: BranchContext) -> BranchOutput:
     commit = surrogate = jnp.zeros(())
     values = {}
-    if context.with_losses or context.with_metrics:
+    if context.is_training or context.with_metrics:
       quantized = quantizer.look_up(out.codes, codebook.codebook())
-    if context.with_losses:
+    if context.is_training:
       commit = quantizer.commit_loss(k, quantized, context.loss_mask)
       surrogate = codebook.surrogate_loss(k, out.codes, context.loss_mask)
     if context.with_metrics:

@@ -152,7 +152,9 @@ def vq_attention(
   B, T, H, _ = q.shape
   G, S, _ = codebook.shape
   V, M = v.shape[-1], state.memory_docs.shape[-1]
-  _check_shapes(q, k, v, codebook, state, relative_keys)
+  _check_shapes(q, k, v, codebook, state, relative_keys, content_bias, position_bias, doc_ids)
+  if block_len < 1 or T < 1:
+    raise ValueError(f"vq_attention: block_len={block_len} and T={T} must be at least 1.")
   codebook = jax.lax.stop_gradient(codebook.astype(jnp.float32))
   codes = quantizer.nearest_codes(k, codebook)
   k_hat = quantizer.straight_through(k.astype(jnp.float32), quantizer.look_up(codes, codebook))
@@ -194,7 +196,9 @@ def vq_attention(
 
   values = values.transpose(1, 0, 4, 2, 3, 5).reshape(B, R * L, H, V)[:, :T]
   memory = _last_read(memory, sequence, lengths)
-  state = AttentionState(state.position + n_read, *memory[:3], memory.docs[:, 0], *cache)
+  state = AttentionState(
+      state.position + n_read, memory.codes, memory.keys,
+      memory.values.astype(state.memory_values.dtype), memory.docs[:, 0], *cache)
   return AttentionOutput(values, codes, state)
 
 
@@ -247,7 +251,8 @@ def _absorb(cache: _Cache, leaving: _Tokens) -> _Cache:
   before = jnp.where((cache.doc == doc)[:, None, None], cache.counts, 0.0)
   counts = before + jnp.sum(weights, axis=2)
   share = 1.0 / jnp.maximum(counts, 1.0)[..., None]
-  sums = jnp.einsum("bgns,bgnv->bgsv", weights, leaving.values.astype(jnp.float32))
+  sums = jnp.einsum("bgns,bgnv->bgsv", weights, leaving.values.astype(jnp.float32),
+                    precision=jax.lax.Precision.HIGHEST)  # or TF32 would wear the means down
   return _Cache(counts, (before[..., None] * share) * cache.means + share * sums, doc)
 
 
@@ -300,7 +305,8 @@ def _cut(x: Array, n_block: int) -> Array:
 
 
 def _check_shapes(q: Array, k: Array, v: Array, codebook: Array, state: AttentionState,
-                  relative_keys: Array | None) -> None:
+                  relative_keys: Array | None, content_bias: Array | None,
+                  position_bias: Array | None, doc_ids: Array | None) -> None:
   dims = chex.Dimensions()
   dims["BTHK"] = q.shape
   dims["GS"] = codebook.shape[:2]
@@ -315,4 +321,9 @@ def _check_shapes(q: Array, k: Array, v: Array, codebook: Array, state: Attentio
   chex.assert_shape(state.memory_keys, dims["BGMK"])
   chex.assert_shape(state.cache_means, dims["BGSV"])
   if relative_keys is not None:
-    chex.assert_axis_dimension(relative_keys, 0, state.memory_docs.shape[-1] + 1)
+    chex.assert_shape(relative_keys, (state.memory_docs.shape[-1] + 1, *dims["HK"]))
+  for bias in (content_bias, position_bias):
+    if bias is not None:
+      chex.assert_shape(bias, dims["HK"])
+  if doc_ids is not None:
+    chex.assert_shape(doc_ids, dims["BT"])

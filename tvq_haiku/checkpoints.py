@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -51,11 +53,12 @@ def save_checkpoint(directory: str | os.PathLike, checkpoint: Checkpoint, *,
     max_to_keep: older ones are removed.
 
   Raises:
-    CheckpointError: the directory belongs to a run of another configuration.
+    CheckpointError: the directory belongs to a run of another configuration, or holds a
+      checkpoint of this step or a later one.
     OSError: it cannot be written.
   """
   path = files.prepare_directory(directory)
-  if (path / _CONFIG).exists():
+  if exists(path):
     check_same_run(path, checkpoint.config, checkpoint.train_cfg)
   else:
     text = json.dumps({
@@ -64,9 +67,27 @@ def save_checkpoint(directory: str | os.PathLike, checkpoint: Checkpoint, *,
     files.write_whole(path / _CONFIG, text + "\n")
   step = int(checkpoint.train_state.step)
   with _manager(path, max_to_keep) as manager:
-    if step not in manager.all_steps():
-      manager.save(step, args=_orbax().args.StandardSave(_to_tree(checkpoint)))
-      manager.wait_until_finished()
+    newest = manager.latest_step()
+    if newest is not None and newest >= step:
+      raise CheckpointError(f"{path} already holds a checkpoint of step {newest}: one of step {step} "
+                            "is not newer. Use another directory.")
+    manager.save(step, args=_orbax().args.StandardSave(_to_tree(checkpoint)), force=True)
+    manager.wait_until_finished()
+
+
+def exists(directory: str | os.PathLike) -> bool:
+  """Whether the directory is that of a run.
+
+  Raises:
+    CheckpointError: it holds checkpoints whose configuration is lost.
+  """
+  path = pathlib.Path(directory).absolute()
+  if (path / _CONFIG).is_file():
+    return True
+  if (path / _STEPS).is_dir() and any((path / _STEPS).iterdir()):
+    raise CheckpointError(f"{path} holds checkpoints but no {_CONFIG}, without which they cannot be "
+                          "read. Put it back, or use another directory.")
+  return False
 
 
 def load_config(directory: str | os.PathLike) -> tuple[TransformerConfig, TrainConfig]:
@@ -117,14 +138,28 @@ def load_checkpoint(directory: str | os.PathLike, step: int | None = None) -> Ch
     if step not in manager.all_steps():
       raise CheckpointError(f"{path} holds no checkpoint of step {step}; it has "
                             f"{sorted(manager.all_steps())}.")
-    try:
-      tree = manager.restore(step, args=_orbax().args.StandardRestore(target))
-    except Exception as error:  # orbax and tensorstore raise whatever they like
-      raise CheckpointError(f"{path / _STEPS / str(step)} is damaged or incomplete: "
-                            f"{_first_line(error)}") from error
+    tree, problem = _restore(manager, step, target)
+    if problem:
+      older = [other for other in sorted(manager.all_steps()) if other < step]
+      advice = f" Remove it to go on from step {older[-1]}." if older else ""
+      raise CheckpointError(f"{path / _STEPS / str(step)} is damaged or incomplete: {problem}{advice}")
   state = train.TrainState(tree["params"], tree["opt_state"], tree["step"])
   return Checkpoint(config, train_cfg, state, jax.random.wrap_key_data(tree["rng"]),
                     int(tree["data_step"]))
+
+
+def _restore(manager: Any, step: int, target: Any) -> tuple[Any, str]:
+  """The tree, or what is wrong with it."""
+  # A failed read leaves coroutines behind, and Python would report each of them on stderr. They
+  # are freed here, unheard, for which the exception that holds them must have been left.
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    tree, problem = manager.restore(step, args=_orbax().args.StandardRestore(target)), ""
+  except Exception as error:  # orbax and tensorstore raise whatever they like
+    tree, problem = None, _first_line(error)
+  gc.collect()
+  sys.unraisablehook = hook
+  return tree, problem
 
 
 def check_same_run(directory: str | os.PathLike, config: TransformerConfig,

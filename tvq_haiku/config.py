@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from typing import Any, Self
 
@@ -33,7 +34,7 @@ def _require(config: Any, condition: bool, names: str, rule: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_types(config: Any) -> None:
@@ -138,11 +139,13 @@ class TransformerConfig(_JsonMixin):
       _require(self, getattr(self, name) in (value, "auto"), name,
                f"is reserved for a later version; this one has {value!r}")
     try:
-      _ = self.policy
-    except (KeyError, ValueError) as error:
-      raise ValueError(
-          f"TransformerConfig: precision={self.precision!r}: must be 'float32', 'bfloat16' or a "
-          "jmp policy such as 'params=float32,compute=bfloat16,output=bfloat16'.") from error
+      policy = self.policy
+      known = (policy.param_dtype == jnp.float32 and
+               {policy.compute_dtype, policy.output_dtype} <= {jnp.float32, jnp.bfloat16, jnp.float16})
+    except (KeyError, ValueError):
+      known = False
+    _require(self, known, "precision", "must be 'float32', 'bfloat16' or a jmp policy with float32 "
+             "parameters, such as 'params=float32,compute=bfloat16,output=bfloat16'")
 
   @property
   def kv_heads(self) -> int:

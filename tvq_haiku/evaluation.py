@@ -62,9 +62,7 @@ def make_eval_step(config: TransformerConfig, train_cfg: TrainConfig | None = No
   def eval_step(params, batch, state):
     out = model.apply(params, None, batch["inputs"], state, doc_ids=batch.get("doc_ids"))
     mask = losses.loss_weights(batch)
-    nll = losses.token_nll(out.logits, batch["targets"])
-    # A padding token's nll means nothing and may be anything: select, do not multiply.
-    return EvalSums(jnp.sum(jnp.where(mask > 0, mask * nll, 0.0)), jnp.sum(mask)), out.state
+    return EvalSums(losses.weighted_nll(out.logits, batch["targets"], mask), jnp.sum(mask)), out.state
 
   def checked(params, batch, state):
     rows, window_len = batch["inputs"].shape
@@ -77,7 +75,8 @@ def make_eval_step(config: TransformerConfig, train_cfg: TrainConfig | None = No
 
 
 def evaluate(config: TransformerConfig, params: Any, stream: packing.TokenStream, *,
-             batch_size: int = 8, window_len: int = 512) -> Likelihood:
+             batch_size: int = 8, window_len: int = 512,
+             show_progress: bool = False) -> Likelihood:
   """Reads a whole stream, every token once, and adds up its likelihood.
 
   The stream is read as `batch_size` rows side by side, each with its own carried state: one row
@@ -89,12 +88,16 @@ def evaluate(config: TransformerConfig, params: Any, stream: packing.TokenStream
     stream: what to read.
     batch_size: B.
     window_len: T; changes nothing but speed.
+    show_progress: on standard error.
   """
+  for name, value in (("batch_size", batch_size), ("window_len", window_len)):
+    if value < 1:
+      raise ValueError(f"evaluate: {name}={value!r} must be at least 1.")
   eval_step = make_eval_step(config)
   state = transformer.initial_state(config, batch_size)
   n_windows = packing.count_windows(stream, batch_size=batch_size, window_len=window_len)
   sums = []
-  with progress.show("evaluating", n_windows) as shown:
+  with progress.show("evaluating", n_windows, enabled=show_progress) as shown:
     for batch in packing.windows(stream, batch_size=batch_size, window_len=window_len):
       step_sums, state = eval_step(params, batch, state)
       sums.append(jax.device_get(step_sums))

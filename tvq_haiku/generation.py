@@ -64,22 +64,30 @@ def generate(
   prompts = jnp.asarray(prompts)
   inputs.check_tokens(prompts, config.n_vocab)
   lengths = np.full(prompts.shape[:1], prompts.shape[1]) if lengths is None else np.asarray(lengths)
+  if not np.issubdtype(lengths.dtype, np.integer):
+    raise TypeError(f"generate: lengths must be integers, got {lengths.dtype}.")
   if lengths.shape != prompts.shape[:1] or not ((1 <= lengths) & (lengths <= prompts.shape[1])).all():
     raise ValueError(f"generate: lengths={lengths.tolist()} must be one of 1...{prompts.shape[1]} "
                      f"for each of {prompts.shape[0]} prompts.")
   for name, value, valid, rule in (
-      ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "must be at least 1"),
+      ("max_new_tokens", max_new_tokens, max_new_tokens == int(max_new_tokens) >= 1,
+       "must be an integer, at least 1"),
       ("temperature", temperature, temperature >= 0, "must not be negative"),
       ("top_p", top_p, 0 < top_p <= 1, "must lie in (0, 1]"),
-      ("top_k", top_k, top_k is None or top_k >= 1, "must be at least 1, or None"),
+      ("top_k", top_k, top_k is None or top_k == int(top_k) >= 1,
+       "must be an integer, at least 1, or None"),
+      ("eos_id", eos_id, eos_id is None or 0 <= eos_id < config.n_vocab,
+       f"must lie in [0, {config.n_vocab}), or be None"),
       ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "must lie in [0, 1], or None")):
     if not valid:
       raise ValueError(f"generate: {name}={value!r} {rule}.")
   if state is None:
     state = transformer.initial_state(config, prompts.shape[0])
-  settings = (float(temperature), float(top_p), top_k, min_p)
+  inputs.check_state(state, transformer.initial_state, config, prompts.shape[0])
+  settings = (float(temperature), float(top_p), top_k if top_k is None else int(top_k), min_p)
   return _generate(params, rng, prompts.astype(jnp.int32), jnp.asarray(lengths, jnp.int32), state,
-                   config=config, max_new_tokens=max_new_tokens, settings=settings, eos_id=eos_id)
+                   config=config, max_new_tokens=int(max_new_tokens), settings=settings,
+                   eos_id=None if eos_id is None else int(eos_id))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "settings", "eos_id"))
@@ -146,6 +154,8 @@ def continue_text(params: Any, config: TransformerConfig, prompts: Sequence[str]
   if config.n_vocab != ByteVocabulary.SIZE:
     raise ValueError(f"continue_text: the model has n_vocab={config.n_vocab}, not the "
                      f"{ByteVocabulary.SIZE} of the byte vocabulary.")
+  if isinstance(prompts, str) or not prompts:
+    raise ValueError(f"continue_text: prompts={prompts!r} must be a list of at least one text.")
   rows = [np.append(ByteVocabulary.EOS, ByteVocabulary.encode(text)) for text in prompts]
   lengths = np.array([len(row) for row in rows])
   tokens = np.zeros((len(rows), lengths.max()), np.int32)

@@ -25,6 +25,8 @@ class Rows(NamedTuple):
 
 def check_tokens(tokens: Array, n_vocab: int) -> None:
   """Raises for a wrong shape or type, and for values out of range where they can be seen."""
+  if not hasattr(tokens, "shape"):
+    raise TypeError(f"tokens must be an array, got {type(tokens).__name__}.")
   if tokens.ndim != 2 or 0 in tokens.shape:
     raise ValueError(f"tokens must be [B, T] with B, T >= 1, got shape {tokens.shape}.")
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -38,8 +40,12 @@ def check_tokens(tokens: Array, n_vocab: int) -> None:
 
 def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
   """Raises unless `mask` is None or has the shape of `tokens`."""
-  if mask is not None and mask.shape != tokens.shape:
-    raise ValueError(f"{name} must have the shape of tokens, {tokens.shape}, got {mask.shape}.")
+  if mask is None:
+    return
+  if jnp.shape(mask) != tokens.shape:
+    raise ValueError(f"{name} must have the shape of tokens, {tokens.shape}, got {jnp.shape(mask)}.")
+  if name == "doc_ids" and not jnp.issubdtype(jnp.result_type(mask), jnp.signedinteger):
+    raise TypeError(f"{name} must be signed integers, got {jnp.result_type(mask)}.")
 
 
 def check_state(state: Any, initial_state: Callable[..., Any], config: Any, batch_size: int) -> None:
@@ -54,6 +60,16 @@ def check_state(state: Any, initial_state: Callable[..., Any], config: Any, batc
       raise ValueError(
           f"state{name} must be {field.dtype}{list(field.shape)} for this config and a batch of "
           f"{batch_size}, got {jnp.result_type(value)}{list(jnp.shape(value))}.")
+
+
+def check_params(params: Any, shapes: Mapping[str, Mapping[str, Any]]) -> None:
+  """Raises, naming the first, unless `params` has the modules, names and `shapes` of a model."""
+  got = {(m, n): jnp.shape(x) for m, leaves in params.items() for n, x in leaves.items()}
+  want = {(m, n): x.shape for m, leaves in shapes.items() for n, x in leaves.items()}
+  for key in sorted(want.keys() | got.keys()):
+    if want.get(key) != got.get(key):
+      raise ValueError(f"params are not of this config: {'/'.join(key)} has shape {got.get(key)}, "
+                       f"expected {want.get(key)}.")
 
 
 def compact(tokens: Array, document: Array, doc_ids: Array | None,
@@ -72,10 +88,11 @@ def compact(tokens: Array, document: Array, doc_ids: Array | None,
   >>> rows.tokens.tolist(), rows.lengths.tolist()
   ([[8, 9, 0]], [2])
   """
-  weights = jnp.ones(tokens.shape) if loss_mask is None else loss_mask.astype(jnp.float32)
+  weights = jnp.ones(tokens.shape, jnp.float32) if loss_mask is None else loss_mask.astype(jnp.float32)
   if doc_ids is None:
     docs = jnp.broadcast_to(jnp.maximum(document, 0)[:, None], tokens.shape)
     return Rows(tokens, docs, weights, jnp.ones(tokens.shape, bool), None, None)
+  doc_ids = jnp.asarray(doc_ids, jnp.int32)
   is_token = doc_ids >= 0
   order = jnp.argsort(~is_token, axis=1, stable=True)
   moved = [jnp.take_along_axis(x, order, axis=1)
@@ -89,26 +106,8 @@ def restore(x: Array, rows: Rows) -> Array:
   """[B, T, D] in the caller's order of tokens."""
   if rows.order is None:
     return x
-  return _permute(x, jnp.argsort(rows.order, axis=1), rows.order)
-
-
-@jax.custom_vjp
-def _permute(x: Array, order: Array, inverse: Array) -> Array:
-  """x[b, order[b, t]]; its gradient gathers with `inverse` instead of scattering."""
-  del inverse
-  return jnp.take_along_axis(x, order[..., None], axis=1)
-
-
-def _permute_forward(x: Array, order: Array, inverse: Array):
-  return _permute(x, order, inverse), (order, inverse)
-
-
-def _permute_backward(residuals: tuple[Array, Array], gradient: Array):
-  order, inverse = residuals
-  return _permute(gradient, inverse, order), None, None
-
-
-_permute.defvjp(_permute_forward, _permute_backward)
+  back = jnp.argsort(rows.order, axis=1)[..., None]
+  return jnp.take_along_axis(x, back, axis=1)
 
 
 def document_positions(rows: Rows, document: Array, position: Array, *,
@@ -150,7 +149,7 @@ def check_batch(batch: Mapping[str, Array], shape: tuple[int, int], n_vocab: int
   for key, value in batch.items():
     if value.shape != shape:
       raise ValueError(f"batch[{key!r}] must have shape {shape} "
-                       f"[global_batch_size, sequence_len], got {value.shape}.")
+                       f"[B, T], got {value.shape}.")
     if key in ("inputs", "targets"):
       try:
         check_tokens(value, n_vocab)

@@ -86,7 +86,7 @@ def params_to_official(params: Mapping[str, Mapping[str, Any]], config: Transfor
     layout: 'main', the branch of the paper's code whose naming is wanted.
 
   >>> config = TransformerConfig.tiny()
-  >>> ours = params_shapes(config)
+  >>> ours = transformer.params_shapes(config)
   >>> sorted(params_to_official(ours, config))[0]
   'out_proj/bias'
   """
@@ -109,17 +109,9 @@ def params_to_official(params: Mapping[str, Mapping[str, Any]], config: Transfor
   return theirs
 
 
-def params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-  """Shapes and types of all parameters, without computing any."""
-  def init(rng):
-    state = transformer.initial_state(config, 1)
-    return transformer.make_transformer(config).init(rng, jnp.zeros((1, 1), jnp.int32), state)
-  return jax.eval_shape(init, jax.random.key(0))
-
-
 def _places(config: TransformerConfig) -> Iterator[tuple[str, tuple[str, str, int | None, tuple]]]:
   """(their name, (our module, our name, layer or None, shape there)) of every leaf."""
-  shapes = params_shapes(config)
+  shapes = transformer.params_shapes(config)
   ours = {(module, name) for module, leaves in shapes.items() for name in leaves}
   for key, (module, name) in _OUTSIDE.items():
     module = f"transformer/{module}"

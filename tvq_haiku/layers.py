@@ -89,7 +89,9 @@ class TokenEmbedding(hk.Module):
   def __call__(self, tokens: Array) -> Array:
     """[B, T] int32 -> [B, T, D] float32; a token out of range becomes NaN, not a neighbour."""
     embeddings, _ = self._parameters()
-    return jnp.take(embeddings, tokens, axis=0, mode="fill", fill_value=jnp.nan)
+    beyond = embeddings.shape[0]  # a negative index would count from the end
+    return jnp.take(embeddings, jnp.where(tokens < 0, beyond, tokens), axis=0, mode="fill",
+                    fill_value=jnp.nan)
 
   def logits(self, x: Array) -> Array:
     """[B, T, D] -> [B, T, X] float32."""

@@ -78,6 +78,9 @@ def fit(
   Returns:
     The last checkpoint; its step is short of `n_max_step` if the run was asked to end.
   """
+  if train_cfg.n_max_step % train_cfg.updates_per_step:
+    raise ValueError(f"fit: n_max_step={train_cfg.n_max_step} must be a multiple of the "
+                     f"{train_cfg.updates_per_step} updates that one batch makes.")
   workdir = files.prepare_directory(workdir)
   n_batches = train_cfg.n_max_step // train_cfg.updates_per_step
   now = _start(config, train_cfg, workdir, seed)
@@ -96,8 +99,9 @@ def fit(
         average = loss if average is None else 0.98 * average + 0.02 * loss
       previous = metrics
       rate = clock.tick(tokens_per_batch)
-      if average is not None:
-        shown(done, f"{average / math.log(2):.3f} bits per {token_name}  {rate:,.0f} tokens/s")
+      note = "compiled" if average is None else (
+          f"{average / math.log(2):.3f} bits per {token_name}  {rate:,.0f} tokens/s")
+      shown(done, note)
       last = stop or done == n_batches
       if last or time.monotonic() - saved > save_seconds:
         now = now._replace(train_state=state, data_step=batches.step)
@@ -110,10 +114,15 @@ def fit(
 
 def _start(config: TransformerConfig, train_cfg: TrainConfig, workdir: os.PathLike,
            seed: int) -> checkpoints.Checkpoint:
-  if checkpoints.latest_step(workdir) is not None:
-    checkpoints.check_same_run(workdir, config, train_cfg)
-    return checkpoints.load_checkpoint(workdir)
   init_rng, rng = jax.random.split(jax.random.key(seed))
+  if checkpoints.exists(workdir):
+    checkpoints.check_same_run(workdir, config, train_cfg)
+    if checkpoints.latest_step(workdir) is not None:
+      saved = checkpoints.load_checkpoint(workdir)
+      if (jax.random.key_data(saved.rng) != jax.random.key_data(rng)).any():
+        raise checkpoints.CheckpointError(
+            f"{workdir} holds a run of another seed than {seed}. Use its seed, or another directory.")
+      return saved
   state = train.init_train_state(config, train_cfg, init_rng)
   return checkpoints.Checkpoint(config, train_cfg, state, rng, 0)
 

@@ -57,7 +57,7 @@ def is_codebook(module_name: str, name: str) -> bool:
 
 def is_stacked(module_name: str) -> bool:
   """Whether a module's parameters carry the layer axis."""
-  return "layers" in module_name.split("/")
+  return "/layers/attention_" in module_name
 
 
 def _map_named(function, params: Any) -> Any:

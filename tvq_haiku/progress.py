@@ -21,12 +21,15 @@ class Progress(Protocol):
 
 
 @contextlib.contextmanager
-def show(name: str, total: int, start: int = 0) -> Iterator[Progress]:
+def show(name: str, total: int, start: int = 0, *, enabled: bool = True) -> Iterator[Progress]:
   """Shows progress from `start` to `total` on standard error.
 
   >>> with show("counting", 2) as progress:
   ...   progress(1, "one")
   """
+  if not enabled:
+    yield lambda step, note="": None
+    return
   if sys.stderr.isatty():
     tqdm = extras.load("tqdm", extra="train", purpose="progress bars")
     with tqdm.tqdm(total=total, initial=start, desc=name, leave=True, dynamic_ncols=True,
@@ -37,16 +40,20 @@ def show(name: str, total: int, start: int = 0) -> Iterator[Progress]:
         bar.update(step - bar.n)
       yield update
     return
-  begin = last = time.monotonic()
+  first = last = None  # the first step pays for compilation, and tells nothing of the rest
 
   def report(step: int, note: str = "") -> None:
-    nonlocal last
+    nonlocal first, last
     now = time.monotonic()
-    if now - last < _SECONDS_BETWEEN_LINES and step < total:
+    parts = [f"{name} {step}/{total}", note]
+    if first is None:
+      first = (step, now)
+    elif now - last < _SECONDS_BETWEEN_LINES and step < total:
       return
+    else:
+      left = (now - first[1]) / (step - first[0]) * (total - step)
+      parts.append(f"{left:.0f} s left")
     last = now
-    left = (now - begin) / max(step - start, 1) * (total - step)
-    print(f"{name} {step}/{total}  {note}  {left:.0f} s left".replace("    ", "  "),
-          file=sys.stderr, flush=True)
+    print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
   yield report

@@ -44,6 +44,7 @@ def init_train_state(config: TransformerConfig, train_cfg: TrainConfig, rng: Arr
     init = jax.jit(transformer.make_transformer(config).init)
     params = init(rng, jnp.zeros((1, 1), jnp.int32), state)
   else:
+    inputs.check_params(params, transformer.params_shapes(config))
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
   opt_state = optimizers.make_optimizer(train_cfg).init(params)
   return TrainState(params, opt_state, jnp.zeros((), jnp.int32))

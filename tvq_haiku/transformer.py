@@ -108,8 +108,7 @@ class Transformer(hk.Module):
         row, state.document, state.position, restart=c.doc_mask)
     context = attention.BranchContext(
         doc_ids=row.doc_ids if c.doc_mask else None, lengths=row.lengths, is_token=row.is_token,
-        loss_mask=row.loss_mask, is_training=is_training, with_losses=is_training,
-        with_metrics=with_metrics)
+        loss_mask=row.loss_mask, is_training=is_training, with_metrics=with_metrics)
 
     embedding = layers.TokenEmbedding(n_vocab=c.n_vocab, d_model=c.d_model, name="embedding")
     x = embedding(row.tokens)
@@ -177,3 +176,18 @@ def make_transformer(config: TransformerConfig) -> hk.Transformed:
         sequence_rng=sequence_rng, with_metrics=with_metrics)
 
   return hk.transform(forward)
+
+
+def params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """Shapes and types of all parameters of `make_transformer(config)`, without computing any.
+
+  >>> shapes = params_shapes(TransformerConfig.tiny())
+  >>> shapes["transformer/embedding"]["embeddings"].shape
+  (259, 32)
+  """
+
+  def init(rng):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return make_transformer(config).init(rng, tokens, initial_state(config, 1))
+
+  return jax.eval_shape(init, jax.random.key(0))
