@@ -51,3 +51,31 @@ def random_tokens(config, batch, length, seed=0):
 
 def assert_trees_close(got, want, atol=2e-5, rtol=1e-5):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=rtol), got, want)
+
+
+VARIANTS = {
+    "plain": dict(),
+    "heads": dict(n_head=2, d_v=32),
+    "absolute": dict(pe_abs=True, e_tie=True, e_preln=True, e_scale=0.3),
+    "long memory": dict(block_len=4, mem_len=24),
+    "short memory": dict(block_len=16, mem_len=3),
+    "single tokens": dict(block_len=1, mem_len=5),
+    "no cache": dict(agg_cache=False),
+    "crossing": dict(doc_mask=False),
+}
+
+
+def tiny(**changes):
+  return tvq.TransformerConfig.tiny(**{
+      **dict(n_vocab=11, d_model=16, d_k=8, d_v=16, n_code=6, block_len=8, mem_len=8), **changes})
+
+
+def apply(config, params, tokens, state=None, **kwargs):
+  state = tvq.initial_state(config, tokens.shape[0]) if state is None else state
+  return jitted(config)(params, tokens, state, kwargs)
+
+
+@functools.cache
+def jitted(config):
+  model = tvq.make_transformer(config)
+  return jax.jit(lambda p, t, s, kwargs: model.apply(p, None, t, s, **kwargs))

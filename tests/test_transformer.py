@@ -1,6 +1,5 @@
 """The whole model: invariants, names, sizes, bad input."""
 
-import functools
 import json
 
 import haiku as hk
@@ -10,36 +9,11 @@ import numpy as np
 import pytest
 
 import helpers
+from helpers import apply
+from helpers import tiny
+from helpers import VARIANTS
 import tvq_haiku as tvq
 from tvq_haiku import layers
-
-VARIANTS = {
-    "plain": dict(),
-    "heads": dict(n_head=2, d_v=32),
-    "absolute": dict(pe_abs=True, e_tie=True, e_preln=True, e_scale=0.3),
-    "long memory": dict(block_len=4, mem_len=24),
-    "short memory": dict(block_len=16, mem_len=3),
-    "single tokens": dict(block_len=1, mem_len=5),
-    "no cache": dict(agg_cache=False),
-    "crossing": dict(doc_mask=False),
-}
-
-
-def tiny(**changes):
-  return tvq.TransformerConfig.tiny(**{
-      **dict(n_vocab=11, d_model=16, d_k=8, d_v=16, n_code=6, block_len=8, mem_len=8), **changes})
-
-
-def apply(config, params, tokens, state=None, **kwargs):
-  state = tvq.initial_state(config, tokens.shape[0]) if state is None else state
-  return jitted(config)(params, tokens, state, kwargs)
-
-
-@functools.cache
-def jitted(config):
-  model = tvq.make_transformer(config)
-  return jax.jit(lambda p, t, s, kwargs: model.apply(p, None, t, s, **kwargs))
-
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_whole_equals_windows_equals_single_tokens(name):
@@ -89,99 +63,6 @@ def test_causality_jacobian_is_lower_triangular(name):
   influence = jnp.abs(jax.jit(jax.jacrev(summaries))(vectors)).sum(-1)
   assert float(jnp.triu(influence, 1).max()) == 0.0
   assert float(influence[jnp.tril_indices(length)].min()) > 0.0
-
-
-@pytest.mark.parametrize("name", ["plain", "heads", "absolute", "long memory", "no cache"])
-def test_packed_documents_equal_documents_alone(name):
-  config = tiny(**VARIANTS[name])
-  params = helpers.random_params(config)
-  lengths = (13, 1, 30, 9)
-  tokens = helpers.random_tokens(config, 1, sum(lengths))
-  doc_ids = np.repeat([3, 4, 6, 7], lengths)[None].astype(np.int32)
-  whole = apply(config, params, tokens, doc_ids=doc_ids)
-  # Cut into windows that documents begin in, last over and end in.
-  state, pieces = None, []
-  for start, stop in ((0, 20), (20, 33), (33, 53)):
-    out = apply(config, params, tokens[:, start:stop], state, doc_ids=doc_ids[:, start:stop])
-    state, pieces = out.state, [*pieces, out.logits]
-  np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole.logits, atol=2e-5)
-  for document, length in zip((3, 4, 6, 7), lengths):
-    own = doc_ids[0] == document
-    # Cut off behind by padding, so that one program serves every length.
-    row = np.zeros((1, 30), np.int32)
-    row[0, :length] = tokens[0, own]
-    ids = np.where(np.arange(30) < length, 0, -1)[None].astype(np.int32)
-    alone = apply(config, params, row, doc_ids=ids).logits[0, :length]
-    np.testing.assert_allclose(whole.logits[0, own], alone, atol=2e-5, err_msg=str(document))
-
-
-def test_changing_one_document_never_moves_another():
-  config = tiny()
-  params = helpers.random_params(config)
-  tokens = helpers.random_tokens(config, 1, 50)
-  doc_ids = np.repeat([0, 1, 2], [14, 20, 16])[None].astype(np.int32)
-  changed = tokens.copy()
-  changed[0, 20] = (tokens[0, 20] + 1) % config.n_vocab
-  for doc_mask in (True, False):
-    model = config.replace(doc_mask=doc_mask)
-    before, after = (apply(model, params, x, doc_ids=doc_ids).logits for x in (tokens, changed))
-    moved = np.abs(before - after).max(-1)[0] > 0
-    assert not moved[:20].any() and moved[20:34].all()
-    assert moved[34:].any() != doc_mask
-
-  def loss(doc, params):
-    mask = (doc_ids == doc).astype(np.int32)
-    batch = dict(inputs=jnp.asarray(tokens), targets=jnp.asarray(tokens), doc_ids=doc_ids,
-                 loss_mask=mask)
-    return tvq.training_loss(config, params, None, batch, tvq.initial_state(config, 1))[0]
-
-  # Weights that only tokens of the first document use learn nothing from the third.
-  only_first = sorted(set(tokens[0, :14]) - set(tokens[0, 34:]))
-  gradient = jax.jit(jax.grad(loss, argnums=1))(2, params)["transformer/embedding"]["embeddings"]
-  assert only_first and float(jnp.abs(gradient[np.array(only_first)]).max()) == 0.0
-
-
-def test_padding_anywhere_changes_nothing():
-  config = tiny(pe_abs=True)
-  params = helpers.random_params(config)
-  tokens = helpers.random_tokens(config, 3, 40)
-  warm = apply(config, params, tokens[:, :9]).state
-  tokens = tokens[:, 9:]
-  real = np.ones((3, 31), bool)
-  real[0, :7] = False  # in front
-  real[1, 20:] = False  # behind
-  real[2, ::3] = False  # between
-  noise = np.where(real, tokens, (tokens + 5) % config.n_vocab)
-  padded = apply(config, params, noise, warm, doc_ids=np.where(real, 0, -1).astype(np.int32))
-  for row in range(3):
-    one = lambda x, axis, r=row: jax.lax.slice_in_dim(x, r, r + 1, axis=axis)
-    state = tvq.TransformerState(
-        one(warm.document, 0), one(warm.position, 0),
-        *(jax.tree.map(lambda x: one(x, 1), s) for s in (warm.attention_1, warm.attention_2)))
-    alone = apply(config, params, tokens[row, real[row]][None], state)
-    np.testing.assert_allclose(padded.logits[row, real[row]], alone.logits[0], atol=2e-5)
-    got = tvq.TransformerState(
-        one(padded.state.document, 0), one(padded.state.position, 0),
-        *(jax.tree.map(lambda x: one(x, 1), s)
-          for s in (padded.state.attention_1, padded.state.attention_2)))
-    helpers.assert_trees_close(got, alone.state)
-
-
-def test_padding_reaches_neither_losses_nor_codebook():
-  config = tiny()
-  params = helpers.random_params(config)
-  tokens = helpers.random_tokens(config, 2, 24)
-  doc_ids = np.zeros((2, 24), np.int32)
-  doc_ids[1, 15:] = -1
-
-  @jax.jit
-  def gradients(tokens):
-    batch = dict(inputs=tokens, targets=tokens, doc_ids=doc_ids, loss_mask=np.ones_like(doc_ids))
-    return jax.value_and_grad(lambda p: tvq.training_loss(
-        config, p, None, batch, tvq.initial_state(config, 2))[0])(params)
-
-  other = np.where(doc_ids < 0, (tokens + 3) % config.n_vocab, tokens)
-  jax.tree.map(np.testing.assert_array_equal, gradients(tokens), gradients(other))
 
 
 def test_codebook_gradient_is_the_step_of_the_moving_average():
@@ -371,48 +252,3 @@ def test_remat_changes_nothing():
     gradients.append(jax.jit(jax.grad(loss))(params))
   for other in gradients[1:]:
     helpers.assert_trees_close(gradients[0], other)
-
-
-class TestBadInput:
-
-  config = tiny()
-
-  def call(self, tokens, state=None, **kwargs):
-    state = tvq.initial_state(self.config, 2) if state is None else state
-    apply = tvq.make_transformer(self.config).apply
-    return jax.eval_shape(lambda params: apply(params, None, tokens, state, **kwargs),
-                          tvq.params_shapes(self.config))
-
-  @pytest.mark.parametrize("tokens, message", [
-      (jnp.full((2, 5), 11), r"\[0, 11\), got 11...11"), (jnp.full((2, 5), -1), "got -1"),
-      (jnp.zeros((2, 5)), "integers, got float32"), (jnp.zeros((5,), jnp.int32), r"shape \(5,\)"),
-      (jnp.zeros((2, 0), jnp.int32), r"shape \(2, 0\)")])
-  def test_tokens(self, tokens, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-      self.call(tokens)
-
-  def test_out_of_range_tokens_under_jit_become_nan(self):
-    for token in (11, -1):
-      tokens = jnp.full((1, 5), token)
-      assert jnp.isnan(apply(self.config, helpers.random_params(self.config), tokens).logits).all()
-
-  @pytest.mark.parametrize("other, batch, field", [
-      (tiny(n_code=7), 2, "cache_counts"), (tiny(mem_len=4), 2, "memory_codes"),
-      (tiny(n_layer=1), 2, "position"), (tiny(), 3, "document"),
-      (tiny(precision="bfloat16"), 2, "memory_values")])
-  def test_state_of_another_config_or_batch(self, other, batch, field):
-    with pytest.raises(ValueError, match=field):
-      self.call(jnp.zeros((2, 5), jnp.int32), tvq.initial_state(other, batch))
-
-  def test_state_of_another_kind(self):
-    with pytest.raises(ValueError, match="initial_state, got dict"):
-      self.call(jnp.zeros((2, 5), jnp.int32), {"a": 1})
-
-  @pytest.mark.parametrize("name", ["doc_ids", "loss_mask"])
-  def test_masks_of_another_shape(self, name):
-    with pytest.raises(ValueError, match=rf"{name} must have the shape of tokens, \(2, 5\)"):
-      self.call(jnp.zeros((2, 5), jnp.int32), **{name: jnp.zeros((2, 4), jnp.int32)})
-
-  def test_batch_size(self):
-    with pytest.raises(ValueError, match="batch_size=0"):
-      tvq.initial_state(self.config, 0)

@@ -216,7 +216,9 @@ def _attend(q: Array, docs: Array, window: _Tokens, cache: _Cache, terms: _Score
                              preferred_element_type=f32)
     scores += positions.align_distances(by_distance, L)
   distance = M + jnp.arange(L)[:, None] - jnp.arange(W)
-  visible = (distance >= 0) & (distance <= W if agg_cache else distance <= M)
+  visible = distance >= 0
+  if not agg_cache:
+    visible = visible & (distance <= M)
   visible = visible & (window.codes[:, 0, None] < terms.codebook.shape[1])
   visible = visible & (docs[:, 0, :, None] == window.docs)  # [B, L, W]
   scores = jnp.where(visible[:, None, None], scores, _MASKED)
