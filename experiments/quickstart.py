@@ -10,6 +10,7 @@ the unseen novel beside what gzip, bzip2 and xz need for it, given the same trai
 from __future__ import annotations
 
 import pathlib
+import shlex
 
 from absl import flags
 import jax
@@ -59,15 +60,16 @@ def main() -> None:
 
   # -- train, or go on, or find it done --------------------------------------------------------
   run = loop.fit(config, train_cfg, batches, workdir, seed=_SEED.value, token_name="byte")
-  again = "python -m experiments.quickstart" + (" --smoke" if smoke else "")
-  again += f" --workdir={workdir}" if _WORKDIR.value else ""
+  command = "python -m experiments.quickstart" + (" --smoke" if smoke else "")
   made = int(run.train_state.step)
   if made < train_cfg.n_max_step:
+    again = command + (f" --seed={_SEED.value}" if _SEED.value else "")
+    again += f" --workdir={shlex.quote(_WORKDIR.value)}" if _WORKDIR.value else ""
     print(f"Stopped after {made} of {train_cfg.n_max_step} updates and saved. To go on: {again}")
     return
   if report_file.exists():
     print(report_file.read_text(), end="")
-    print(f"\nThis run is done. To start another: {again.split(' --workdir')[0]} --workdir=DIRECTORY")
+    print(f"\nThis run is done. To start another: {command} --seed={_SEED.value + 1} --workdir=DIRECTORY")
     return
 
   # -- test on all of the sixth novel ----------------------------------------------------------
@@ -82,7 +84,9 @@ def main() -> None:
   passages = tvq.continue_text(params, config, _PROMPTS, max_new_tokens=_SAMPLE_BYTES,
                                rng=jax.random.key(_SEED.value), temperature=0.8, top_p=0.95)
   n_params = sum(x.size for x in jax.tree.leaves(params))
+  small = ["This is the smoke test: a tiny model that has learned nothing yet.", ""] if smoke else []
   report = "\n".join([
+      *small,
       f"Bits per byte of {corpus.HELD_OUT} ({len(held_out):,} bytes, never seen), after training "
       f"on {len(novels)} other novels:", "",
       *(f"  {name:<12}{bits:7.3f}" for name, bits in table.items()), "",
@@ -90,7 +94,8 @@ def main() -> None:
       *(f"  [{prompt}]{passage}\n".replace("\n", "\n  ")
         for prompt, passage in zip(_PROMPTS, passages)),
       f"The checkpoint lies in {workdir}. To write more:",
-      f"  python -m experiments.sample --checkpoint={workdir} --prompt='The Admiral '", ""])
+      f"  python -m experiments.sample --checkpoint={shlex.quote(str(workdir))} --prompt='The Admiral '",
+      ""])
   print(report, end="")
   files.write_whole(report_file, report)
 

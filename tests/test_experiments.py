@@ -54,11 +54,11 @@ def test_quickstart_ends_with_the_table_and_what_it_wrote(quickstart):
 def test_quickstart_again_says_that_it_is_done(quickstart, place):
   status, out, err = run("python -m experiments.quickstart --smoke --workdir=runs/quickstart", place)
   assert status == 0, err
-  assert out.startswith(quickstart[0]) and "This run is done" in out
+  assert out.startswith(quickstart[0]) and "This run is done" in out and "--seed=1" in out
 
 
 def test_quickstart_interrupted_saves_and_goes_on(place):
-  command = "python -m experiments.quickstart --smoke --workdir=halted"
+  command = "python -m experiments.quickstart --smoke --seed=3 --workdir='a run'"
   process = start(command, place)
   while "training" not in process.stderr.readline():
     assert process.poll() is None

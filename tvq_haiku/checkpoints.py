@@ -94,7 +94,8 @@ def load_config(directory: str | os.PathLike) -> tuple[TransformerConfig, TrainC
   """The configurations of a run."""
   file = pathlib.Path(directory).absolute() / _CONFIG
   if not file.is_file():
-    raise CheckpointError(f"{file.parent} holds no checkpoint: {_CONFIG} is missing.")
+    raise CheckpointError(f"{file.parent} holds no checkpoint: {_CONFIG} is missing. "
+                          "Name the directory of the run.")
   try:
     both = json.loads(file.read_text())
     if both["format"] != _FORMAT:

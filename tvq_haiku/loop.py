@@ -91,7 +91,8 @@ def fit(
   tokens_per_batch = train_cfg.global_batch_size * train_cfg.sequence_len
   state, previous, average, saved = now.train_state, None, None, time.monotonic()
   clock = _Throughput()
-  with stop_on_signals() as stop, progress.show("training", n_batches, now.data_step) as shown:
+  with stop_on_signals() as stop, progress.show(
+      "training", train_cfg.n_max_step, int(now.train_state.step)) as shown:
     for done in range(now.data_step + 1, n_batches + 1):
       state, metrics = step(state, next(batches), now.rng)
       # The metrics of the step before are ready: reading them keeps no device waiting.
@@ -101,7 +102,7 @@ def fit(
       rate = clock.tick(tokens_per_batch)
       note = "compiled" if average is None else (
           f"{average / math.log(2):.3f} bits per {token_name}  {rate:,.0f} tokens/s")
-      shown(done, note)
+      shown(done * train_cfg.updates_per_step, note)
       last = stop or done == n_batches
       if last or time.monotonic() - saved > save_seconds:
         now = now._replace(train_state=state, data_step=batches.step)
