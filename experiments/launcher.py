@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import os
 import sys
 
 from absl import app
@@ -23,7 +24,10 @@ def launch(name: str, main: Callable[[], None]) -> None:
   def fail(message: object, status: int) -> None:
     line = " ".join(str(message).split())
     print(f"{name}: {line}", file=sys.stderr)
-    sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: reads that a damaged checkpoint has cut short would report themselves at exit.
+    os._exit(status)
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:

@@ -90,7 +90,7 @@ def test_sampling_draws_from_the_allowed_set_in_proportion(settings, allowed):
 @pytest.mark.parametrize("settings, message", [
     (dict(temperature=-1.0), "temperature=-1.0 must not be negative"),
     (dict(top_p=0.0), r"top_p=0.0 must lie in \(0, 1\]"), (dict(top_p=1.1), "top_p=1.1"),
-    (dict(top_k=0), "top_k=0 must be at least 1"), (dict(min_p=2.0), "min_p=2.0"),
+    (dict(top_k=0), "top_k=0 must be an integer, at least 1"), (dict(min_p=2.0), "min_p=2.0"),
     (dict(top_k=1.5), "top_k=1.5"), (dict(eos_id=11), r"eos_id=11 must lie in \[0, 11\)"),
     (dict(state=tvq.initial_state(CONFIG, 3)), "batch of 2"),
     (dict(n=2.5), "max_new_tokens=2.5"), (dict(n=0), "max_new_tokens=0"),

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import pathlib
@@ -151,16 +150,25 @@ def load_checkpoint(directory: str | os.PathLike, step: int | None = None) -> Ch
 
 def _restore(manager: Any, step: int, target: Any) -> tuple[Any, str]:
   """The tree, or what is wrong with it."""
-  # A failed read leaves coroutines behind, and Python would report each of them on stderr. They
-  # are freed here, unheard, for which the exception that holds them must have been left.
-  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   try:
-    tree, problem = manager.restore(step, args=_orbax().args.StandardRestore(target)), ""
+    return manager.restore(step, args=_orbax().args.StandardRestore(target)), ""
   except Exception as error:  # orbax and tensorstore raise whatever they like
-    tree, problem = None, _first_line(error)
-  gc.collect()
+    _hush_abandoned_reads()
+    return None, _first_line(error)
+
+
+def _hush_abandoned_reads() -> None:
+  """Keeps the reads that a failed one leaves behind from being reported on stderr, each by itself.
+
+  They are coroutines of orbax that raise when they are freed, which may be as late as at exit.
+  """
+  report = sys.unraisablehook
+
+  def hook(unraisable, report=report):
+    if "coroutine object" not in repr(unraisable.object):
+      report(unraisable)
+
   sys.unraisablehook = hook
-  return tree, problem
 
 
 def check_same_run(directory: str | os.PathLike, config: TransformerConfig,
