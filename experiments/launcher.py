@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import io
 import os
 import sys
 
@@ -23,10 +24,11 @@ def launch(name: str, main: Callable[[], None]) -> None:
 
   def fail(message: object, status: int) -> None:
     line = " ".join(str(message).split())
-    print(f"{name}: {line}", file=sys.stderr)
+    # Reads that a damaged checkpoint has cut short report themselves, from threads and at exit:
+    # the one line is all that a user can act on.
+    stderr, sys.stderr = sys.stderr, io.StringIO()
+    print(f"{name}: {line}", file=stderr, flush=True)
     sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: reads that a damaged checkpoint has cut short would report themselves at exit.
     os._exit(status)
 
   def parse(argv: Sequence[str]) -> list[str]:
