@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import io
-import os
 import sys
 
 from absl import app
@@ -24,12 +22,8 @@ def launch(name: str, main: Callable[[], None]) -> None:
 
   def fail(message: object, status: int) -> None:
     line = " ".join(str(message).split())
-    # Reads that a damaged checkpoint has cut short report themselves, from threads and at exit:
-    # the one line is all that a user can act on.
-    stderr, sys.stderr = sys.stderr, io.StringIO()
-    print(f"{name}: {line}", file=stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)
+    print(f"{name}: {line}", file=sys.stderr)
+    sys.exit(status)
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import threading
 
@@ -43,6 +45,18 @@ def test_step_makes_one_update_per_window_and_reports_each():
   for name, value in metrics.items():
     assert value.shape == (2,) and value.dtype == jnp.float32 and np.isfinite(value).all(), name
   np.testing.assert_allclose(metrics["learning_rate"], [0.0, 0.5e-2], rtol=1e-6)
+
+
+def test_update_number_is_folded_into_the_key():
+  config = CONFIG.replace(p_dropres=0.5)
+  step = tvq.make_train_step(config, TRAIN.replace(lr_max=0.0))
+  batch = next(make_batches())
+  losses = []
+  for start in (0, 0, 2):
+    state = tvq.init_train_state(config, TRAIN, jax.random.key(0))
+    _, metrics = step(state._replace(step=jnp.int32(start)), batch, jax.random.key(1))
+    losses.append(float(metrics["loss_lm"][0]))
+  assert losses[0] == losses[1] != losses[2]
 
 
 def test_training_lowers_the_loss_of_a_text_learned_by_heart():
@@ -261,7 +275,7 @@ class TestCheckpoints:
     with pytest.raises(tvq.CheckpointError, match=r"config\.json is not a configuration"):
       tvq.load_checkpoint(tmp_path)
 
-  @pytest.mark.parametrize("harm", ["truncate", "remove", "empty"])
+  @pytest.mark.parametrize("harm", ["truncate", "remove", "empty", "flip"])
   def test_damage_is_found(self, tmp_path, harm):
     state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
     tvq.save_checkpoint(tmp_path, tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
@@ -271,9 +285,17 @@ class TestCheckpoints:
     if harm == "remove":
       largest.unlink()
     else:
-      largest.write_bytes(content[: len(content) // 2] if harm == "truncate" else b"")
-    with pytest.raises(tvq.CheckpointError, match=r"checkpoints/0 is damaged or incomplete: \S"):
+      middle = len(content) // 2
+      flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+      largest.write_bytes({"truncate": content[:middle], "empty": b"", "flip": flipped}[harm])
+    problem = f"{re.escape(largest.name)} {'is missing' if harm == 'remove' else 'has changed'}"
+    with pytest.raises(tvq.CheckpointError, match=f"checkpoints/0 is damaged or incomplete: .*{problem}"):
       tvq.load_checkpoint(tmp_path)
+
+  def test_death_before_the_manifest_loses_nothing(self, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "12" / "manifest.json").unlink()
+    assert_same(tvq.load_checkpoint(tmp_path / "run").train_state, finished[1].train_state)
 
   def test_another_configuration_is_refused_by_name(self, finished):
     with pytest.raises(tvq.CheckpointError, match=r"n_code=6 there, 7 now; lr_max=0.01 there, 0.02"):

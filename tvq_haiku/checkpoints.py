@@ -1,7 +1,8 @@
 """Checkpoints: a directory that holds all a run needs to go on, or to be used.
 
   config.json            the model and training configurations
-  checkpoints/<step>/    parameters, optimizer, step, rng and data position, by orbax
+  checkpoints/<step>/    parameters, optimizer, step, rng and data position, by orbax; and a
+                         manifest.json of its files, against which they are held before reading
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tvq_haiku import extras
 from tvq_haiku import files
@@ -25,6 +24,7 @@ Array = jax.Array
 
 _CONFIG = "config.json"
 _STEPS = "checkpoints"
+_MANIFEST = "manifest.json"
 _FORMAT = 1
 
 
@@ -72,6 +72,7 @@ def save_checkpoint(directory: str | os.PathLike, checkpoint: Checkpoint, *,
                             "is not newer. Use another directory.")
     manager.save(step, args=_orbax().args.StandardSave(_to_tree(checkpoint)), force=True)
     manager.wait_until_finished()
+  files.write_manifest(path / _STEPS / str(step), _MANIFEST)
 
 
 def exists(directory: str | os.PathLike) -> bool:
@@ -138,37 +139,17 @@ def load_checkpoint(directory: str | os.PathLike, step: int | None = None) -> Ch
     if step not in manager.all_steps():
       raise CheckpointError(f"{path} holds no checkpoint of step {step}; it has "
                             f"{sorted(manager.all_steps())}.")
-    tree, problem = _restore(manager, step, target)
-    if problem:
+    try:
+      files.check_manifest(path / _STEPS / str(step), _MANIFEST)
+      tree = manager.restore(step, args=_orbax().args.StandardRestore(target))
+    except Exception as error:  # orbax and tensorstore raise whatever they like
       older = [other for other in sorted(manager.all_steps()) if other < step]
       advice = f" Remove it to go on from step {older[-1]}." if older else ""
-      raise CheckpointError(f"{path / _STEPS / str(step)} is damaged or incomplete: {problem}{advice}")
+      raise CheckpointError(f"{path / _STEPS / str(step)} is damaged or incomplete: "
+                            f"{_first_line(error)}{advice}") from error
   state = train.TrainState(tree["params"], tree["opt_state"], tree["step"])
   return Checkpoint(config, train_cfg, state, jax.random.wrap_key_data(tree["rng"]),
                     int(tree["data_step"]))
-
-
-def _restore(manager: Any, step: int, target: Any) -> tuple[Any, str]:
-  """The tree, or what is wrong with it."""
-  try:
-    return manager.restore(step, args=_orbax().args.StandardRestore(target)), ""
-  except Exception as error:  # orbax and tensorstore raise whatever they like
-    _hush_abandoned_reads()
-    return None, _first_line(error)
-
-
-def _hush_abandoned_reads() -> None:
-  """Keeps the reads that a failed one leaves behind from being reported on stderr, each by itself.
-
-  They are coroutines of orbax that raise when they are freed, which may be as late as at exit.
-  """
-  report = sys.unraisablehook
-
-  def hook(unraisable, report=report):
-    if "coroutine object" not in repr(unraisable.object):
-      report(unraisable)
-
-  sys.unraisablehook = hook
 
 
 def check_same_run(directory: str | os.PathLike, config: TransformerConfig,
@@ -189,7 +170,7 @@ def _to_tree(checkpoint: Checkpoint) -> dict[str, Any]:
   state = checkpoint.train_state
   return {"params": state.params, "opt_state": state.opt_state, "step": state.step,
           "rng": jax.random.key_data(checkpoint.rng),
-          "data_step": jnp.asarray(np.int64(checkpoint.data_step).astype(np.int32))}
+          "data_step": jnp.asarray(checkpoint.data_step, jnp.int32)}
 
 
 def _orbax() -> Any:

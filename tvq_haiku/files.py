@@ -1,10 +1,12 @@
-"""Writing to disk so that nothing half-written is ever read."""
+"""Writing to disk so that nothing half-written, and nothing damaged, is ever read."""
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import uuid
+import zlib
 
 
 def prepare_directory(directory: str | os.PathLike) -> pathlib.Path:
@@ -29,3 +31,38 @@ def write_whole(file: pathlib.Path, text: str) -> None:
   draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
   draft.write_text(text)
   os.replace(draft, file)
+
+
+def write_manifest(directory: pathlib.Path, name: str) -> None:
+  """Notes size and CRC-32 of every file under `directory` in its file `name`."""
+  write_whole(directory / name, json.dumps(_contents(directory, name), indent=1, sort_keys=True))
+
+
+def check_manifest(directory: pathlib.Path, name: str) -> None:
+  """Holds the files under `directory` against its manifest, if it has one.
+
+  A process that dies between the files and their manifest leaves files that are whole, and none.
+
+  Raises:
+    ValueError: a file is missing or has changed; the message names it.
+  """
+  if not (directory / name).exists():
+    return
+  contents = _contents(directory, name)
+  for file, noted in json.loads((directory / name).read_text()).items():
+    if contents.get(file) != noted:
+      problem = "has changed" if file in contents else "is missing"
+      raise ValueError(f"{file} {problem}.")
+
+
+def _contents(directory: pathlib.Path, manifest: str) -> dict[str, list[int]]:
+  """Path -> [size, CRC-32] of all files but the manifest."""
+  contents = {}
+  for file in sorted(directory.rglob("*")):
+    if file.is_file() and file.name != manifest:
+      checksum = 0
+      with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+          checksum = zlib.crc32(chunk, checksum)
+      contents[file.relative_to(directory).as_posix()] = [file.stat().st_size, checksum]
+  return contents
