@@ -80,8 +80,8 @@ class VQAttention(hk.Module):
         q, k, v, codebook.codebook(), state=state,
         relative_keys=scale * self._relative_keys(sin_rng, context.is_training),
         content_bias=u.reshape(H, c.d_k), position_bias=position_bias.reshape(H, c.d_k),
-        doc_ids=context.doc_ids, lengths=context.lengths, block_len=c.block_len,
-        agg_cache=c.agg_cache, grad_thru_cache=c.grad_thru_cache,
+        segment_ids=context.doc_ids, lengths=context.lengths, block_len=c.block_len,
+        reduction=c.reduction, scale=1.0, agg_cache=c.agg_cache, grad_thru_cache=c.grad_thru_cache,
         remat=c.remat == "block")
     branch = out.values.reshape(B, T, H * c.d_v) * jax.nn.silu(gate)
     branch = layers.Projection(c.d_model, name="out")(branch)
@@ -99,7 +99,7 @@ class VQAttention(hk.Module):
     if is_training:
       table = layers.dropout(rng, c.p_dropsin, table)
     table = table.astype(c.compute_dtype)
-    return layers.Projection(c.n_head * c.d_k, name="r")(table).reshape(-1, c.n_head, c.d_k)
+    return layers.Projection(c.kv_heads * c.d_k, name="r")(table).reshape(-1, c.kv_heads, c.d_k)
 
   @hk.transparent
   def _auxiliary(self, k: Array, out: block_attention.AttentionOutput,

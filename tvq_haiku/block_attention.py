@@ -1,31 +1,40 @@
-"""Softmax attention over vector-quantized keys in linear time: the algorithm, as pure functions.
+"""Softmax attention over vector-quantized keys in linear time: the algorithm, as a pure function.
 
-Letters: B batch, T tokens, R blocks, L block length, M memory length, W = M+L, H query heads,
-G key/value heads, P = H/G query heads a group, S codes, K key width, V value width.
+Letters: B batch, T tokens, R blocks, L block length, M memory length, H query heads, G key/value
+heads, P = H/G query heads a group, S codes, K key width, V value width.
 
 Query i attends every earlier token j of its document with weight softmax_j of
   (q_i + u)·k̂_j + (q_i + v)·r_{i-j}     where k̂_j = C_{z_j}, and r_d = 0 for d > M.
 Tokens in the window (the M before a block, and the block) are attended one by one. Of older ones
 only the code enters the score, so the n_s of them that share code s act together as one key C_s
-with logit (q_i + u)·C_s + log n_s and their mean value m_s. That is exact for quantized keys.
-The cache of (n_s, m_s) absorbs a chunk of c_s tokens with value sums t_s by
-  n' = n + c,    m' = (n/n') m + t/n'.
+with logit (q_i + u)·C_s + log n_s and their mean value m_s (`cache`). That is exact for quantized
+keys. The encoder (`is_causal=False`) mirrors all of it: M tokens after a block are in its window
+too, and a second cache holds what comes after them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+import functools
+import math
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from tvq_haiku import blocks
+from tvq_haiku import cache as caches
+from tvq_haiku import inputs
 from tvq_haiku import positions
+from tvq_haiku import products
 from tvq_haiku import quantizer
+from tvq_haiku.blocks import Tokens
+from tvq_haiku.cache import Cache
 
 Array = jax.Array
 
-_NO_DOCUMENT = -1  # document of an attention that has read nothing
+REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
 _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 
 
@@ -47,33 +56,21 @@ class AttentionOutput(NamedTuple):
 
   values: Array  # [B, T, H, V]
   codes: Array  # [B, T, G] int32: z
-  state: AttentionState
+  state: AttentionState | None  # None from an encoder
 
 
-class _Tokens(NamedTuple):
-  """Keys and values in reading order; n of them, along axis 2 of every field."""
+class _Queries(NamedTuple):
+  """Queries by block, those of the P heads of a group behind each other: A = P·L rows."""
 
-  codes: Array  # [B, G, n] int32: S for an empty slot
-  keys: Array  # [B, G, n, K]
-  values: Array  # [B, G, n, V]
-  docs: Array  # [B, 1, n] int32
+  content: Array  # [B, G, R, A, K] q + u
+  position: Array  # [B, G, R, A, K] q + v
 
 
-class _Cache(NamedTuple):
-  """What is left of the tokens that were evicted from the window."""
-
-  counts: Array  # [B, G, S] f32
-  means: Array  # [B, G, S, V] f32
-  doc: Array  # [B] int32
-
-
-class _ScoreTerms(NamedTuple):
-  """What queries meet in every block."""
+class _Keys(NamedTuple):
+  """What queries of every block meet."""
 
   codebook: Array  # [G, S, K] f32
-  relative_keys: Array | None  # [G, P, M+1, K], of distances M, M-1, ..., 0
-  content_bias: Array  # [G, P, 1, K] u
-  position_bias: Array  # [G, P, 1, K] v
+  relative: Array | None  # [G, M+1, K], of distances M, ..., 0; [G, 2M+1, K] on to -M
 
 
 def initial_attention_state(*, batch_size: int, n_kv_head: int, n_code: int, mem_len: int,
@@ -91,12 +88,11 @@ def initial_attention_state(*, batch_size: int, n_kv_head: int, n_code: int, mem
       memory_codes=jnp.full((b, g, m), n_code, jnp.int32),
       memory_keys=jnp.zeros((b, g, m, d_k), jnp.float32),
       memory_values=jnp.zeros((b, g, m, d_v), dtype),
-      memory_docs=jnp.full((b, m), _NO_DOCUMENT, jnp.int32),
+      memory_docs=jnp.full((b, m), caches.NO_DOCUMENT, jnp.int32),
       cache_counts=jnp.zeros((b, g, n_code), jnp.float32),
       cache_means=jnp.zeros((b, g, n_code, d_v), jnp.float32),
-      cache_doc=jnp.full((b,), _NO_DOCUMENT, jnp.int32),
+      cache_doc=jnp.full((b,), caches.NO_DOCUMENT, jnp.int32),
   )
-
 
 def vq_attention(
     q: Array,
@@ -104,216 +100,319 @@ def vq_attention(
     v: Array,
     codebook: Array,
     *,
-    state: AttentionState,
+    state: AttentionState | None = None,
+    mem_len: int | None = None,
+    block_len: int = 256,
+    reduction: str = "auto",
+    is_causal: bool = True,
+    scale: float | None = None,
     relative_keys: Array | None = None,
     content_bias: Array | None = None,
     position_bias: Array | None = None,
-    doc_ids: Array | None = None,
+    segment_ids: Array | None = None,
+    mask: Array | None = None,
     lengths: Array | None = None,
-    block_len: int = 256,
     agg_cache: bool = True,
     grad_thru_cache: bool = True,
     remat: bool = False,
 ) -> AttentionOutput:
-  """Causal softmax attention over quantized keys, in time and memory linear in T.
+  """Softmax attention over quantized keys, in time and memory linear in T.
 
-  Values do not depend on `block_len`, nor on how a sequence is cut into calls. Gradients do: a key
-  learns from the queries that see it in their window, values through the cache as well.
+  Shapes and names are those of `jax.nn.dot_product_attention`, with a codebook, and with a state
+  in place of keys that are already known. Values depend neither on `block_len` and `reduction`
+  nor on how a sequence is cut into calls. Gradients depend on `block_len`: a key learns from the
+  queries that see it in their window, values through the cache as well.
 
   Args:
     q: [B, T, H, K] queries. Head h reads key/value head h // (H/G).
     k: [B, T, G, K] keys; they are quantized here, and get a straight-through gradient.
     v: [B, T, G, V] values.
     codebook: [G, S, K] codes; they get no gradient.
-    state: what was read before, or `initial_attention_state`. Its memory length is M.
-    relative_keys: [M+1, H, K] r_d for distances d = 0, ..., M; None: no relative bias.
+    state: what was read before, from an earlier call. None: nothing.
+    mem_len: M, when there is no `state` to tell it; None: `block_len`.
+    block_len: L; tokens that share a window and a cache.
+    reduction: `scan` takes block by block, in the least memory; `serial`, `matmul` and
+      `assoc_scan` take all at once, and differ in how the blocks' caches are summed (`cache`);
+      `auto` is the fastest of them that was measured for this backend.
+    is_causal: False is an encoder: every token attends those before and after it, without state.
+    scale: of all scores, bias included; None: K^(-1/2).
+    relative_keys: [M+1, G, K] r_d for distances d = 0, ..., M; for an encoder [2M+1, G, K] for
+      d = -M, ..., M, where d is the query's place less the key's. None: no relative bias.
     content_bias: [H, K] u; None: zero.
     position_bias: [H, K] v; None: zero.
-    doc_ids: [B, T] int32: tokens attend only tokens of their own document. Documents are
-      contiguous; an id must not come back after another one. None: one document.
-    lengths: [B] int32: how many of the T tokens are real; padding follows them, and is neither
-      attended nor remembered (its own outputs mean nothing). None: all T.
-    block_len: L; tokens that one step of the scan attends together.
-    agg_cache: False masks every token farther back than M.
-    grad_thru_cache: False stops all gradients at the start of each block.
-    remat: recompute each block's scores in the backward pass instead of keeping them.
+    segment_ids: [B, T] int32, not negative: tokens attend only tokens of their own segment.
+      Segments are contiguous; an id must not come back after another one. None: all tokens
+      continue the last segment of the state.
+    mask: [B, T] bool: False for padding, anywhere in a row. It is neither attended nor
+      remembered, and its own outputs mean nothing. None: no padding.
+    lengths: [B] int32, instead of a mask if all padding is at the end of its row: the number of
+      tokens before it.
+    agg_cache: False masks every token farther away than M.
+    grad_thru_cache: False stops all gradients where a block begins.
+    remat: recompute scores (for `scan`, also caches) in the backward pass instead of keeping them.
 
   Returns:
     values [B, T, H, V] in the dtype of `v`, codes [B, T, G], and the state after the T tokens.
 
+  Raises:
+    ValueError or AssertionError: shapes or settings that do not fit; the message has them.
+
   >>> q = k = jax.random.normal(jax.random.key(0), (1, 10, 1, 4))
   >>> codebook = jax.random.normal(jax.random.key(1), (1, 8, 4))
-  >>> state = initial_attention_state(
-  ...     batch_size=1, n_kv_head=1, n_code=8, mem_len=3, d_k=4, d_v=4)
-  >>> out = vq_attention(q, k, q, codebook, state=state, block_len=3)
+  >>> out = vq_attention(q, k, q, codebook, mem_len=3, block_len=3)
   >>> out.values.shape, int(out.state.position[0])
   ((1, 10, 1, 4), 10)
+
+  Keys that are codes make it the attention of `jax.nn`, at any length:
+
+  >>> k = codebook.swapaxes(0, 1)[None]  # [1, 8, 1, 4]
+  >>> out = vq_attention(k, k, k, codebook, mem_len=2, block_len=2)
+  >>> bool(jnp.allclose(out.values, jax.nn.dot_product_attention(k, k, k, is_causal=True), atol=1e-5))
+  True
   """
-  B, T, H, _ = q.shape
+  B, T, H, K = q.shape
   G, S, _ = codebook.shape
-  V, M = v.shape[-1], state.memory_docs.shape[-1]
-  _check_shapes(q, k, v, codebook, state, relative_keys, content_bias, position_bias, doc_ids)
-  if block_len < 1 or T < 1:
-    raise ValueError(f"vq_attention: block_len={block_len} and T={T} must be at least 1.")
+  if state is None:
+    state = initial_attention_state(
+        batch_size=B, n_kv_head=G, n_code=S, mem_len=block_len if mem_len is None else mem_len,
+        d_k=K, d_v=v.shape[-1], dtype=v.dtype)
+  elif not is_causal:
+    raise ValueError("vq_attention: an encoder (is_causal=False) has no state.")
+  _check(q, k, v, codebook, state, relative_keys, content_bias, position_bias, segment_ids,
+         block_len=block_len, mem_len=mem_len, reduction=reduction, is_causal=is_causal)
+  if mask is not None:
+    if lengths is not None:
+      raise ValueError("vq_attention: give a mask or lengths, not both.")
+    chex.assert_shape(mask, (B, T))
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    moved = [None if x is None else inputs.reorder(x, order) for x in (q, k, v, segment_ids)]
+    out = vq_attention(
+        *moved[:3], codebook, state=state if is_causal else None, mem_len=mem_len,
+        block_len=block_len, reduction=reduction, is_causal=is_causal, scale=scale,
+        relative_keys=relative_keys, content_bias=content_bias, position_bias=position_bias,
+        segment_ids=moved[3], lengths=jnp.sum(mask, axis=1, dtype=jnp.int32), agg_cache=agg_cache,
+        grad_thru_cache=grad_thru_cache, remat=remat)
+    back = jnp.argsort(order, axis=1)
+    return out._replace(values=inputs.reorder(out.values, back), codes=inputs.reorder(out.codes, back))
+
+  # 1. Quantize, and lay everything out by key/value head.
   codebook = jax.lax.stop_gradient(codebook.astype(jnp.float32))
   codes = quantizer.nearest_codes(k, codebook)
   k_hat = quantizer.straight_through(k.astype(jnp.float32), quantizer.look_up(codes, codebook))
   n_read = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
-  is_token = jnp.arange(T) < n_read[:, None]
-  docs = jnp.zeros((B, T), jnp.int32) if doc_ids is None else doc_ids
-  sequence = _Tokens(jnp.where(is_token[:, None], codes.swapaxes(1, 2), S), k_hat.swapaxes(1, 2),
-                     v.swapaxes(1, 2), docs[:, None])
-  memory = _Tokens(state.memory_codes, state.memory_keys, state.memory_values.astype(v.dtype),
-                   state.memory_docs[:, None])
-  terms = _score_terms(q, codebook, relative_keys, content_bias, position_bias)
+  if segment_ids is None:
+    segment_ids = jnp.broadcast_to(jnp.maximum(state.memory_docs[:, -1:], 0), (B, T))
+  sequence = Tokens(
+      jnp.where((jnp.arange(T) < n_read[:, None])[:, None], codes.swapaxes(1, 2), S),
+      k_hat.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids[:, None])
+  memory = Tokens(state.memory_codes, state.memory_keys, state.memory_values.astype(v.dtype),
+                  state.memory_docs[:, None])
+  cache = Cache(state.cache_counts[:, :, None], state.cache_means[:, :, None],
+                state.cache_doc[:, None, None])
+  if relative_keys is not None:
+    relative_keys = jnp.flip(relative_keys, axis=0).astype(q.dtype).swapaxes(0, 1)
+  terms = _Keys(codebook, relative_keys)
 
+  # 2. Cut into R blocks of L, and attend.
   L = min(block_len, T)
   R = -(-T // L)
-
-  def attend_block(carry: tuple[_Tokens, _Cache], block: tuple[Array, Array, _Tokens]):
-    memory, cache = carry if grad_thru_cache else jax.lax.stop_gradient(carry)
-    start, q, tokens = block
-    window = _concat(memory, tokens)
-    values = _attend(q, tokens.docs, window, cache, terms, agg_cache=agg_cache)
-    # In the row (memory, sequence) the M slots from `n_read` on stay in memory for good, so the
-    # final cache must not hold them. Only padding would have seen them there.
-    evicted = start + jnp.arange(L) < n_read[:, None]
-    leaving = _slice(window, 0, L)
-    leaving = leaving._replace(codes=jnp.where(evicted[:, None], leaving.codes, S))
-    cache = _absorb(cache, leaving)
-    return (_slice(window, L, L + M), cache), values
-
   padding = R * L - T
-  starts = jnp.arange(R, dtype=jnp.int32) * L
-  queries = _pad(q.reshape(B, T, G, H // G, -1).transpose(0, 2, 1, 3, 4), padding, 0)
-  padded = _Tokens(_pad(sequence.codes, padding, S),
-                   *(_pad(x, padding, 0) for x in sequence[1:]))
-  blocks = (starts, _cut(queries, R).swapaxes(-2, -3), jax.tree.map(lambda x: _cut(x, R), padded))
-  cache = _Cache(state.cache_counts, state.cache_means, state.cache_doc)
-  # A pure body needs no hk.scan, and so the function runs outside of hk.transform as well.
-  body = jax.checkpoint(attend_block, prevent_cse=False) if remat else attend_block
-  (_, cache), values = jax.lax.scan(body, (memory, cache), blocks)
+  row = blocks.pad(sequence, padding, Tokens(S, 0, 0, 0))
+  scale = K**-0.5 if scale is None else scale
 
-  values = values.transpose(1, 0, 4, 2, 3, 5).reshape(B, R * L, H, V)[:, :T]
-  memory = _last_read(memory, sequence, lengths)
+  def by_block(bias: Array | None) -> Array:
+    biased = q if bias is None else q + bias.astype(q.dtype)
+    heads = (biased * scale).astype(q.dtype).reshape(B, T, G, H // G, K).swapaxes(1, 2)
+    heads = blocks.cut(blocks.pad(heads, padding, 0), R)  # [B, G, R, L, P, K]
+    return heads.swapaxes(3, 4).reshape(B, G, R, -1, K)
+
+  queries = _Queries(by_block(content_bias), by_block(position_bias))
+  if reduction == "auto":
+    reduction = fastest_reduction(R)
+  settings = dict(agg_cache=agg_cache, grad_thru_cache=grad_thru_cache, reduction=reduction)
+  if is_causal:
+    values, cache = _causal(queries, row, memory, cache, n_read, terms, remat=remat, **settings)
+  else:
+    values = _encoder(queries, row, memory, cache, terms, remat=remat, **settings)
+  values = values.reshape(B, G, R, H // G, L, -1)
+  values = values.transpose(0, 2, 4, 1, 3, 5).reshape(B, R * L, H, -1)[:, :T]
+  if not is_causal:
+    return AttentionOutput(values, codes, None)
+
+  # 3. Remember.
+  memory = blocks.last_read(memory, sequence, lengths)
   state = AttentionState(
       state.position + n_read, memory.codes, memory.keys,
-      memory.values.astype(state.memory_values.dtype), memory.docs[:, 0], *cache)
+      memory.values.astype(state.memory_values.dtype), memory.docs[:, 0],
+      cache.counts[:, :, 0], cache.means[:, :, 0], cache.doc[:, 0, 0])
   return AttentionOutput(values, codes, state)
 
 
-def _attend(q: Array, docs: Array, window: _Tokens, cache: _Cache, terms: _ScoreTerms, *,
+def fastest_reduction(n_block: int) -> str:
+  """What `auto` stands for, by the tables of `experiments/benchmarks/results/`."""
+  return "serial"
+
+
+def _causal(queries: _Queries, row: Tokens, memory: Tokens, cache: Cache, n_read: Array,
+            terms: _Keys, *, agg_cache: bool, grad_thru_cache: bool, reduction: str,
+            remat: bool) -> tuple[Array, Cache]:
+  """Values [B, G, R, A, V] of R blocks, and the cache after them."""
+  R = queries.content.shape[2]
+  L = row.docs.shape[2] // R
+  M, S = memory.docs.shape[2], terms.codebook.shape[1]
+  # In the row (memory, tokens) the M slots from `n_read` on stay in memory for good, so the
+  # cache after them must not hold them. Only padding would have seen them there.
+  leaves = jnp.arange(R * L) < n_read[:, None, None]  # [B, 1, R·L]
+
+  def attend(carry: tuple[Tokens, Cache], group: tuple[_Queries, Tokens, Array]):
+    queries, tokens, leaves = group
+    n_block = queries.content.shape[2]
+    memory, cache = carry
+    row = blocks.concat(memory, tokens)
+    leaving = blocks.cut(blocks.part(row, 0, n_block * L), n_block)
+    codes = jnp.where(blocks.cut(leaves, n_block), leaving.codes, S)
+    chunks = caches.summarize(codes, leaving.values, leaving.docs, S)
+    every = caches.prefixes(cache, chunks, "serial" if reduction == "scan" else reduction)
+    before = blocks.preceding(row, M, n_block, L)
+    past = blocks.part(every, 0, n_block)
+    if not grad_thru_cache:
+      before, past = jax.lax.stop_gradient((before, past))
+    values = _attend(queries, (before, blocks.cut(tokens, n_block)), (past,), terms,
+                     agg_cache=agg_cache)
+    carry = (blocks.part(row, n_block * L, n_block * L + M),
+             blocks.part(every, n_block, n_block + 1))
+    return carry if grad_thru_cache else jax.lax.stop_gradient(carry), values
+
+  group = (queries, row, leaves)
+  if reduction == "scan":
+    (_, cache), values = _scan_blocks(attend, (memory, cache), group, R, remat=remat)
+  else:
+    attend = jax.checkpoint(attend) if remat else attend
+    (_, cache), values = attend((memory, cache), group)
+  return values, cache
+
+
+def _encoder(queries: _Queries, row: Tokens, empty: Tokens, cache: Cache, terms: _Keys, *,
+             agg_cache: bool, grad_thru_cache: bool, reduction: str, remat: bool) -> Array:
+  """Values [B, G, R, A, V] of R blocks that see what is before and after them."""
+  R = queries.content.shape[2]
+  L = row.docs.shape[2] // R
+  M, S = empty.docs.shape[2], terms.codebook.shape[1]
+
+  def side(row: Tokens) -> tuple[Tokens, Cache]:
+    row = blocks.concat(empty, row)
+    chunks = blocks.cut(blocks.part(row, 0, R * L), R)
+    chunks = caches.summarize(chunks.codes, chunks.values, chunks.docs, S)
+    every = caches.prefixes(cache, chunks, "serial" if reduction == "scan" else reduction)
+    near, far = blocks.preceding(row, M, R, L), blocks.part(every, 0, R)
+    return (near, far) if grad_thru_cache else jax.lax.stop_gradient((near, far))
+
+  def attend(carry: None, group: tuple[Any, ...]):
+    queries, before, own, after, past, future = group
+    return carry, _attend(queries, (before, own, after), (past, future), terms, agg_cache=agg_cache)
+
+  # What follows a block is what precedes it in the row read backwards.
+  before, past = side(row)
+  after, future = blocks.flip(side(blocks.flip(row)))
+  after = jax.tree.map(lambda x: jnp.flip(x, axis=3), after)
+  group = (queries, before, blocks.cut(row, R), after, past, future)
+  if reduction == "scan":
+    return _scan_blocks(attend, None, group, R, remat=remat)[1]
+  return (jax.checkpoint(attend) if remat else attend)(None, group)[1]
+
+
+def _scan_blocks(attend: Callable[..., Any], carry: Any, group: Any, n_block: int, *,
+                 remat: bool) -> tuple[Any, Array]:
+  """Calls `attend` block by block; axis 2 of `group` holds all of them."""
+  xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), blocks.cut(group, n_block))
+  if not remat:
+    carry, values = jax.lax.scan(attend, carry, xs)
+  else:
+    # Two levels: the backward pass keeps the caches of about 2 sqrt(R) blocks instead of all R.
+    inner = max(n for n in range(1, math.isqrt(n_block) + 1) if n_block % n == 0)
+    step = jax.checkpoint(attend, prevent_cse=False)
+    several = jax.checkpoint(lambda carry, xs: jax.lax.scan(step, carry, xs), prevent_cse=False)
+    xs = jax.tree.map(lambda x: x.reshape(n_block // inner, inner, *x.shape[1:]), xs)
+    carry, values = jax.lax.scan(several, carry, xs)
+    values = values.reshape(n_block, *values.shape[2:])
+  values = jnp.moveaxis(values, 0, 2)
+  return carry, values.reshape(*values.shape[:2], -1, *values.shape[4:])
+
+
+def _attend(queries: _Queries, tokens: Sequence[Tokens], past: Sequence[Cache], keys: _Keys, *,
             agg_cache: bool) -> Array:
-  """Values [B, G, P, L, V] for the queries [B, G, P, L, K] of the last L tokens of the window."""
-  L, W = q.shape[-2], window.docs.shape[-1]
-  M = W - L
-  f32 = jnp.float32
-  content = q + terms.content_bias
-  scores = jnp.einsum("bgplk,bgwk->bgplw", content, window.keys.astype(q.dtype),
-                      preferred_element_type=f32)
-  if terms.relative_keys is not None:
-    by_distance = jnp.einsum("bgplk,gpdk->bgpld", q + terms.position_bias, terms.relative_keys,
-                             preferred_element_type=f32)
-    scores += positions.align_distances(by_distance, L)
-  distance = M + jnp.arange(L)[:, None] - jnp.arange(W)
-  visible = distance >= 0
-  if not agg_cache:
-    visible = visible & (distance <= M)
-  visible = visible & (window.codes[:, 0, None] < terms.codebook.shape[1])
-  visible = visible & (docs[:, 0, :, None] == window.docs)  # [B, L, W]
-  scores = jnp.where(visible[:, None, None], scores, _MASKED)
-  values = window.values
+  """Values [B, G, R, A, V] for the queries of R blocks.
 
+  Args:
+    queries: of tokens[1].
+    tokens: what they attend one by one: the M tokens before a block, the block itself, and, for
+      an encoder, the M tokens after it.
+    past: the caches of what is farther away, on either side.
+    keys: of codes and distances.
+    agg_cache: False: the caches, and tokens farther away than M, are not attended.
+  """
+  M, L = (x.docs.shape[-1] for x in tokens[:2])
+  S, n_row = keys.codebook.shape[1], queries.content.shape[3]
+  dtype = queries.content.dtype
+  docs = jnp.tile(tokens[1].docs, n_row // L)[..., None]  # [B, 1, R, A, 1]
+  here = jnp.tile(jnp.arange(L), n_row // L)[:, None]
+  bias = None
+  if keys.relative is not None:
+    bias = products.shared_scores(queries.position, keys.relative, preferred_element_type=jnp.float32)
+    by_head = bias.reshape(*bias.shape[:3], -1, L, bias.shape[-1])
+    bias = positions.align_distances(by_head, L).reshape(*bias.shape[:-1], -1)
+  scores, values, start = [], [], -M
+  for part in tokens:
+    place = start + jnp.arange(part.docs.shape[-1])
+    score = products.scores(queries.content, part.keys.astype(dtype), preferred_element_type=jnp.float32)
+    if bias is not None:
+      score += bias[..., start + M : start + M + place.size]
+    visible = (docs == part.docs[..., None, :]) & (part.codes[:, :1, :, None] < S)
+    if len(tokens) == 2:
+      visible &= here >= place
+    if not agg_cache:
+      visible &= jnp.abs(here - place) <= M
+    scores.append(jnp.where(visible, score, _MASKED))
+    values.append(part.values)
+    start += place.size
   if agg_cache:
-    cached = jnp.einsum("bgplk,gsk->bgpls", content, terms.codebook.astype(q.dtype),
-                        preferred_element_type=f32)
-    counts = cache.counts[:, :, None, None]
-    cached = jnp.where(counts > 0.0, cached + jnp.log(jnp.maximum(counts, 1.0)), _MASKED)
-    own = docs[:, 0] == cache.doc[:, None]  # [B, L]
-    scores = jnp.concatenate(
-        [jnp.where(own[:, None, None, :, None], cached, _MASKED), scores], axis=-1)
-    values = jnp.concatenate([cache.means.astype(values.dtype), values], axis=-2)
-
-  weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-  weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-  return jnp.einsum("bgplw,bgwv->bgplv", weights.astype(values.dtype), values,
-                    preferred_element_type=f32).astype(values.dtype)
+    score = products.shared_scores(queries.content, keys.codebook.astype(dtype),
+                                   preferred_element_type=jnp.float32)
+    for cache in past:
+      counts = cache.counts[..., None, :]
+      visible = (counts > 0.0) & (docs == cache.doc[..., None, None])
+      scores.append(jnp.where(visible, score + jnp.log(jnp.maximum(counts, 1.0)), _MASKED))
+      values.append(cache.means.astype(values[0].dtype))
+  return _mix(scores, values)
 
 
-def _absorb(cache: _Cache, leaving: _Tokens) -> _Cache:
-  """Merges tokens that leave the window into the cache, keeping to the last document."""
-  S = cache.counts.shape[-1]
-  n = leaving.docs.shape[-1]
-  is_token = leaving.codes[:, 0] < S  # [B, n]
-  last = jnp.max(jnp.where(is_token, jnp.arange(n), -1), axis=-1)
-  last_doc = jnp.take_along_axis(leaving.docs[:, 0], jnp.maximum(last, 0)[:, None], axis=-1)[:, 0]
-  doc = jnp.where(last >= 0, last_doc, cache.doc)
-  own = leaving.docs == doc[:, None, None]  # [B, 1, n]
-  weights = jax.nn.one_hot(jnp.where(own, leaving.codes, S), S, dtype=jnp.float32)
-  before = jnp.where((cache.doc == doc)[:, None, None], cache.counts, 0.0)
-  counts = before + jnp.sum(weights, axis=2)
-  share = 1.0 / jnp.maximum(counts, 1.0)[..., None]
-  sums = jnp.einsum("bgns,bgnv->bgsv", weights, leaving.values.astype(jnp.float32),
-                    precision=jax.lax.Precision.HIGHEST)  # or TF32 would wear the means down
-  return _Cache(counts, (before[..., None] * share) * cache.means + share * sums, doc)
+def _mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
+  """One softmax over several sets of scores [..., A, n], applied to their values [..., n, V]."""
+  greatest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
+  weights = [jnp.exp(x - jax.lax.stop_gradient(greatest)) for x in scores]
+  total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+  dtype = values[0].dtype
+  return sum(
+      products.mix((w / total).astype(dtype), v, preferred_element_type=jnp.float32)
+      for w, v in zip(weights, values)).astype(dtype)
 
 
-def _last_read(memory: _Tokens, sequence: _Tokens, lengths: Array | None) -> _Tokens:
-  """The last M of (memory, the first `lengths` tokens of the sequence)."""
-  M, T = memory.docs.shape[-1], sequence.docs.shape[-1]
-  if lengths is None and T >= M:
-    return _slice(sequence, T - M, T)
-  both = _concat(memory, sequence)
-  if lengths is None:
-    return _slice(both, T, T + M)
-  take = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, M, axis=1))
-  return jax.tree.map(lambda x: take(x, lengths), both)
-
-
-def _score_terms(q: Array, codebook: Array, relative_keys: Array | None,
-                 content_bias: Array | None, position_bias: Array | None) -> _ScoreTerms:
-  """Groups heads, and orders distances as the window is laid out."""
-  H, K = q.shape[-2:]
-  G = codebook.shape[0]
-
-  def per_head(bias: Array | None) -> Array:
-    bias = jnp.zeros((H, K)) if bias is None else bias
-    return bias.astype(q.dtype).reshape(G, H // G, 1, K)
-
-  if relative_keys is not None:
-    relative_keys = relative_keys[::-1].astype(q.dtype).reshape(-1, G, H // G, K)
-    relative_keys = relative_keys.transpose(1, 2, 0, 3)
-  return _ScoreTerms(codebook, relative_keys, per_head(content_bias), per_head(position_bias))
-
-
-def _concat(a: _Tokens, b: _Tokens) -> _Tokens:
-  return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), a, b)
-
-
-def _slice(tokens: _Tokens, start: int, stop: int) -> _Tokens:
-  return jax.tree.map(lambda x: x[:, :, start:stop], tokens)
-
-
-def _pad(x: Array, n: int, value: int) -> Array:
-  """Appends n times `value` along axis 2."""
-  widths = [(0, n) if axis == 2 else (0, 0) for axis in range(x.ndim)]
-  return jnp.pad(x, widths, constant_values=value)
-
-
-def _cut(x: Array, n_block: int) -> Array:
-  """[B, ?, R·L, ...] -> [R, B, ?, L, ...]."""
-  cut = x.reshape(*x.shape[:2], n_block, x.shape[2] // n_block, *x.shape[3:])
-  return jnp.moveaxis(cut, 2, 0)
-
-
-def _check_shapes(q: Array, k: Array, v: Array, codebook: Array, state: AttentionState,
-                  relative_keys: Array | None, content_bias: Array | None,
-                  position_bias: Array | None, doc_ids: Array | None) -> None:
+def _check(q: Array, k: Array, v: Array, codebook: Array, state: AttentionState,
+           relative_keys: Array | None, content_bias: Array | None, position_bias: Array | None,
+           segment_ids: Array | None, *, block_len: int, mem_len: int | None, reduction: str,
+           is_causal: bool) -> None:
   dims = chex.Dimensions()
   dims["BTHK"] = q.shape
   dims["GS"] = codebook.shape[:2]
   dims["V"] = v.shape[-1:]
   dims["M"] = state.memory_docs.shape[-1:]
+  if block_len < 1 or q.shape[1] < 1 or dims["M"][0] < 1:
+    raise ValueError(f"vq_attention: block_len={block_len}, mem_len={dims['M'][0]} and "
+                     f"T={q.shape[1]} must be at least 1.")
+  if mem_len not in (None, *dims["M"]):
+    raise ValueError(f"vq_attention: mem_len={mem_len}, but the state remembers {dims['M'][0]}.")
+  if reduction not in REDUCTIONS:
+    raise ValueError(f"vq_attention: reduction={reduction!r} must be one of {REDUCTIONS}.")
   if q.shape[-2] % codebook.shape[0]:
     raise ValueError(f"vq_attention: {q.shape[-2]} query heads cannot share "
                      f"{codebook.shape[0]} key/value heads evenly.")
@@ -323,9 +422,10 @@ def _check_shapes(q: Array, k: Array, v: Array, codebook: Array, state: Attentio
   chex.assert_shape(state.memory_keys, dims["BGMK"])
   chex.assert_shape(state.cache_means, dims["BGSV"])
   if relative_keys is not None:
-    chex.assert_shape(relative_keys, (state.memory_docs.shape[-1] + 1, *dims["HK"]))
+    distances = dims["M"][0] * (1 if is_causal else 2) + 1
+    chex.assert_shape(relative_keys, (distances, *dims["GK"]))
   for bias in (content_bias, position_bias):
     if bias is not None:
       chex.assert_shape(bias, dims["HK"])
-  if doc_ids is not None:
-    chex.assert_shape(doc_ids, dims["BT"])
+  if segment_ids is not None:
+    chex.assert_shape(segment_ids, dims["BT"])

@@ -134,7 +134,7 @@ class TransformerConfig(_JsonMixin):
     for name, values in (("head_type", _HEAD_TYPES), ("attn_type", _ATTN_TYPES),
                          ("reduction", _REDUCTIONS), ("remat", _REMATS)):
       _require(self, getattr(self, name) in values, name, f"must be one of {values}")
-    for name, value in (("head_type", "shga"), ("attn_type", "vq"), ("reduction", "scan"),
+    for name, value in (("head_type", "shga"), ("attn_type", "vq"),
                         ("causal", True), ("n_kv_head", None)):
       _require(self, getattr(self, name) in (value, "auto"), name,
                f"is reserved for a later version; this one has {value!r}")

@@ -95,19 +95,23 @@ def compact(tokens: Array, document: Array, doc_ids: Array | None,
   doc_ids = jnp.asarray(doc_ids, jnp.int32)
   is_token = doc_ids >= 0
   order = jnp.argsort(~is_token, axis=1, stable=True)
-  moved = [jnp.take_along_axis(x, order, axis=1)
+  moved = [reorder(x, order)
            for x in (tokens, doc_ids, jnp.where(is_token, weights, 0.0), is_token)]
   # A padding token's id is never looked at; 0 keeps an out-of-range one from becoming NaN.
   moved[0] = jnp.where(moved[3], moved[0], 0)
   return Rows(*moved, lengths=jnp.sum(is_token, axis=1, dtype=jnp.int32), order=order)
 
 
+def reorder(x: Array, order: Array) -> Array:
+  """[B, T, ...] with the tokens of row b in the order of `order[b]`, a permutation."""
+  return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 def restore(x: Array, rows: Rows) -> Array:
   """[B, T, D] in the caller's order of tokens."""
   if rows.order is None:
     return x
-  back = jnp.argsort(rows.order, axis=1)[..., None]
-  return jnp.take_along_axis(x, back, axis=1)
+  return reorder(x, jnp.argsort(rows.order, axis=1))
 
 
 def document_positions(rows: Rows, document: Array, position: Array, *,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jmp
 
 from tvq_haiku import positions
+from tvq_haiku import products
 
 Array = jax.Array
 
@@ -38,9 +39,9 @@ class Projection(hk.Module):
     """[..., D] -> [..., width], or a tuple of them for several widths."""
     kernel = _kernel(x.shape[-1], sum(self._widths))
     if len(self._widths) == 1:
-      return x @ kernel
+      return products.project(x, kernel)
     cuts = list(itertools.accumulate(self._widths[:-1]))
-    return tuple(x @ part for part in jnp.split(kernel, cuts, axis=1))
+    return tuple(products.project(x, part) for part in jnp.split(kernel, cuts, axis=1))
 
 
 @contextlib.contextmanager
@@ -96,8 +97,8 @@ class TokenEmbedding(hk.Module):
   def logits(self, x: Array) -> Array:
     """[B, T, D] -> [B, T, X] float32."""
     embeddings, bias = self._parameters()
-    return jnp.einsum("btd,xd->btx", x, embeddings.astype(x.dtype),
-                      preferred_element_type=jnp.float32) + bias
+    return products.project(x, embeddings.T.astype(x.dtype),
+                            preferred_element_type=jnp.float32) + bias
 
 
 class Unembedding(hk.Module):
@@ -111,7 +112,7 @@ class Unembedding(hk.Module):
     """[B, T, D] -> [B, T, X] float32."""
     kernel = _kernel(x.shape[-1], self._n_vocab).astype(x.dtype)
     bias = hk.get_parameter("bias", (self._n_vocab,), jnp.float32, init=jnp.zeros)
-    return jnp.einsum("btd,dx->btx", x, kernel, preferred_element_type=jnp.float32) + bias
+    return products.project(x, kernel, preferred_element_type=jnp.float32) + bias
 
 
 class AbsolutePositions(hk.Module):

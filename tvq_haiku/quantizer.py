@@ -15,12 +15,11 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from tvq_haiku import products
+
 Array = jax.Array
 
 _MIN_COUNT = 0.01  # keeps C finite for codes that nothing uses
-# TF32 and bf16 products move keys across cell boundaries, so that CPU and GPU would choose other
-# codes; the products that decide or average codes are computed in full float32.
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 def nearest_codes(k: Array, codebook: Array) -> Array:
@@ -42,9 +41,11 @@ def nearest_codes(k: Array, codebook: Array) -> Array:
   dims["GSK"] = codebook.shape
   k = jax.lax.stop_gradient(k).astype(jnp.float32)
   codebook = jax.lax.stop_gradient(codebook).astype(jnp.float32)
+  # TF32 would move keys across cell boundaries: CPU and GPU would choose other codes.
   # |k|^2 is the same for every code, so the argmin needs only the rest of the square.
-  dots = jnp.einsum("btgk,gsk->btgs", k, codebook, precision=_EXACT)
-  return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2.0 * dots, axis=-1).astype(jnp.int32)
+  dots = products.shared_scores(k.swapaxes(1, 2), codebook, precision=products.EXACT)
+  distances = jnp.sum(codebook**2, axis=-1)[:, None] - 2.0 * dots  # [B, G, T, S]
+  return jnp.argmin(distances, axis=-1).astype(jnp.int32).swapaxes(1, 2)
 
 
 def look_up(codes: Array, codebook: Array) -> Array:
@@ -71,9 +72,12 @@ def commit_loss(k: Array, quantized: Array, mask: Array) -> Array:
 
 def code_statistics(k: Array, codes: Array, mask: Array, n_code: int) -> tuple[Array, Array]:
   """Sum [G, S, K] and number [G, S] of the unmasked keys of each code, in float32."""
-  weights = jax.nn.one_hot(codes, n_code, dtype=jnp.float32) * mask.astype(jnp.float32)[..., None, None]
-  sums = jnp.einsum("btgs,btgk->gsk", weights, k.astype(jnp.float32), precision=_EXACT)
-  return sums, jnp.sum(weights, axis=(0, 1))
+  G = k.shape[2]
+  # [G, B·T, ...], so that each head is one product.
+  codes, mask = codes.reshape(-1, G).T, mask.astype(jnp.float32).reshape(-1, 1)
+  weights = jax.nn.one_hot(codes, n_code, dtype=jnp.float32) * mask
+  keys = k.astype(jnp.float32).reshape(-1, G, k.shape[-1]).swapaxes(0, 1)
+  return products.pool(weights, keys, precision=products.EXACT), jnp.sum(weights, axis=1)
 
 
 class VectorQuantizer(hk.Module):

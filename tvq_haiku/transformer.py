@@ -150,7 +150,7 @@ class Transformer(hk.Module):
         outputs.append(output)
       return x, tuple(outputs)
 
-    stack = hk.layer_stack(c.n_layer, with_per_layer_inputs=True, name="layers")
+    stack = hk.layer_stack(c.n_layer, with_per_layer_inputs=True, unroll=c.n_layer if c.n_layer <= 4 else 1, name="layers")
     body = hk.remat(layer) if c.remat == "layer" else layer
     return stack(body)(x, (state.attention_1, state.attention_2), keys)
 

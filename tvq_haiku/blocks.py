@@ -1,0 +1,85 @@
+"""Rows of tokens, and how they are cut into blocks: layout only, no arithmetic.
+
+Letters: B batch, G key/value heads, n tokens, R blocks, L block length, M memory length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Tokens(NamedTuple):
+  """Keys and values in reading order; n tokens, or R blocks of them, from axis 2 on."""
+
+  codes: Array  # [B, G, n] int32: S for an empty slot
+  keys: Array  # [B, G, n, K]
+  values: Array  # [B, G, n, V]
+  docs: Array  # [B, 1, n] int32
+
+
+def concat(*rows: Any) -> Any:
+  """Rows (trees of arrays [B, ?, n, ...]) one behind the other."""
+  return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *rows)
+
+
+def part(row: Any, start: int, stop: int) -> Any:
+  """Tokens start, ..., stop-1."""
+  return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, stop, axis=2), row)
+
+
+def cut(row: Any, n_block: int) -> Any:
+  """[B, ?, R·L, ...] -> [B, ?, R, L, ...]."""
+  return jax.tree.map(
+      lambda x: x.reshape(*x.shape[:2], n_block, x.shape[2] // n_block, *x.shape[3:]), row)
+
+
+def flip(row: Any) -> Any:
+  """Last token, or last block, first."""
+  return jax.tree.map(lambda x: jnp.flip(x, axis=2), row)
+
+
+def preceding(row: Any, length: int, n_block: int, block_len: int) -> Any:
+  """The M tokens from the start of each block of a row on: [B, ?, M+R·L, ...] -> [B, ?, R, M, ...].
+
+  In a row that begins with the memory, they are those in front of the block's own tokens. Blocks
+  of the row, shifted and put side by side: a gather would be slower, its gradient most of all.
+
+  >>> preceding(jnp.arange(7)[None, None], 3, 2, 2).tolist()
+  [[[[0, 1, 2], [2, 3, 4]]]]
+  """
+
+  def windows(x: Array) -> Array:
+    pieces = []
+    for start in range(0, length, block_len):
+      piece = cut(part(x, start, start + n_block * block_len), n_block)
+      pieces.append(piece[:, :, :, : length - start])
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=3)
+
+  return jax.tree.map(windows, row)
+
+
+def last_read(memory: Any, row: Any, lengths: Array | None) -> Any:
+  """The last M tokens of the memory followed by the first `lengths` [B] (None: all) of the row."""
+  M, T = (jax.tree.leaves(x)[0].shape[2] for x in (memory, row))
+  if lengths is None and T >= M:
+    return part(row, T - M, T)
+  both = concat(memory, row)
+  if lengths is None:
+    return part(both, T, T + M)
+  take = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, M, axis=1))
+  return jax.tree.map(lambda x: take(x, lengths), both)
+
+
+def pad(row: Any, n: int, filler: Any) -> Any:
+  """Appends n tokens; `filler` has a constant for each field."""
+
+  def append(x: Array, value: int) -> Array:
+    widths = [(0, n) if axis == 2 else (0, 0) for axis in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+  return jax.tree.map(append, row, filler)
