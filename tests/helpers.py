@@ -62,6 +62,14 @@ VARIANTS = {
     "single tokens": dict(block_len=1, mem_len=5),
     "no cache": dict(agg_cache=False),
     "crossing": dict(doc_mask=False),
+    "scan": dict(reduction="scan", block_len=4),
+    "matmul": dict(reduction="matmul", block_len=5),
+    "assoc_scan": dict(reduction="assoc_scan", block_len=4, mem_len=6),
+    "mha": dict(head_type="mha", n_head=2, d_v=8, reduction="serial"),
+    "mqa": dict(head_type="mqa", n_head=2, d_v=8, reduction="matmul", block_len=4),
+    "grouped": dict(head_type="mha", n_head=4, n_kv_head=2, d_v=4, reduction="scan"),
+    "full": dict(attn_type="full", mem_len=64),
+    "full mha": dict(attn_type="full", head_type="mha", n_head=2, d_v=8, mem_len=5, block_len=4),
 }
 
 

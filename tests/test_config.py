@@ -32,11 +32,7 @@ import tvq_haiku as tvq
     (dict(attn_type="linear"), "attn_type='linear': must be one of"),
     (dict(reduction="loop"), "reduction='loop': must be one of"),
     (dict(remat="all"), "remat='all': must be one of"),
-    (dict(head_type="mha"), "head_type='mha': is reserved for a later version"),
-    (dict(attn_type="full"), "attn_type='full': is reserved"),
-    (dict(reduction="matmul"), "reduction='matmul': is reserved"),
-    (dict(causal=False), "causal=False: is reserved"),
-    (dict(n_head=4, n_kv_head=2), "n_kv_head=2: is reserved"),
+    (dict(head_type="mqa", n_head=4, n_kv_head=2), "head_type='mqa', n_kv_head=2: mqa has one"),
     (dict(n_head=4, n_kv_head=3), "n_head=4, n_kv_head=3: n_kv_head must divide n_head"),
 ])
 def test_model_settings_that_cannot_be(changes, message):
@@ -87,3 +83,15 @@ def test_precision_names_a_policy(precision, compute):
   config = tvq.TransformerConfig.tiny(precision=precision)
   assert config.compute_dtype == compute
   assert config.policy.param_dtype == jnp.float32
+
+
+@pytest.mark.parametrize("settings, kv_heads, mlp_width", [
+    (dict(n_head=4), 4, None), (dict(n_head=4, n_kv_head=2), 2, None),
+    (dict(head_type="mha", n_head=4), 4, 1024), (dict(head_type="mha", n_head=4, n_kv_head=2), 2, 1024),
+    (dict(head_type="mqa", n_head=4), 1, 1280), (dict(head_type="mqa", n_head=4, n_kv_head=1), 1, 1280)])
+def test_head_types(settings, kv_heads, mlp_width):
+  config = tvq.TransformerConfig(n_vocab=259, **settings)
+  assert config.kv_heads == kv_heads
+  assert config.gated == (mlp_width is None)
+  if mlp_width:
+    assert config.mlp_width == mlp_width

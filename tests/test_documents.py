@@ -10,9 +10,10 @@ from helpers import apply
 from helpers import tiny
 from helpers import VARIANTS
 import tvq_haiku as tvq
+from tvq_haiku import losses
 
 
-@pytest.mark.parametrize("name", ["plain", "heads", "absolute", "long memory", "no cache"])
+@pytest.mark.parametrize("name", ["heads", "absolute", "long memory", "no cache", "matmul", "mha", "full"])
 def test_packed_documents_equal_documents_alone(name):
   config = tiny(**VARIANTS[name])
   params = helpers.random_params(config)
@@ -34,6 +35,50 @@ def test_packed_documents_equal_documents_alone(name):
     ids = np.where(np.arange(30) < length, 0, -1)[None].astype(np.int32)
     alone = apply(config, params, row, doc_ids=ids).logits[0, :length]
     np.testing.assert_allclose(whole.logits[0, own], alone, atol=2e-5, err_msg=str(document))
+
+
+@pytest.mark.parametrize("name", ["serial", "scan", "matmul", "assoc_scan", "mqa", "grouped", "full"])
+def test_nothing_leaks_between_documents(name):
+  """Logits, gradients and what is remembered of a document are those of the document alone."""
+  config = tiny(**VARIANTS.get(name, dict(reduction="serial", mem_len=6)) | dict(block_len=4))
+  params = helpers.random_params(config)
+  # Starts at multiples of block_len: which queries a key learns from depends on block boundaries.
+  lengths = (16, 8, 24, 5)
+  size = sum(lengths)
+  tokens = helpers.random_tokens(config, 1, size)
+  doc_ids = np.repeat([3, 4, 6, 7], lengths)[None].astype(np.int32)
+  model, start = tvq.make_transformer(config), tvq.initial_state(config, 1)
+
+  @jax.jit
+  def read(tokens, doc_ids, document):
+    def loss(params):
+      out = model.apply(params, None, tokens, start, doc_ids)
+      return jnp.sum(jnp.where(doc_ids == document, losses.token_nll(out.logits, tokens), 0.0)), out
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  end = 0
+  for document, length in zip((3, 4, 6, 7), lengths):
+    begin, end = end, end + length
+    # Cut off behind the document, so that the state is the one at its end.
+    (_, packed), gradients = read(tokens, np.where(np.arange(size) < end, doc_ids, -1), document)
+    row, ids = np.zeros((1, size), np.int32), np.full((1, size), -1, np.int32)
+    row[0, :length], ids[0, :length] = tokens[0, begin:end], document
+    (_, alone), expected = read(row, ids, document)
+    np.testing.assert_allclose(packed.logits[0, begin:end], alone.logits[0, :length], atol=1e-5)
+    helpers.assert_trees_close(gradients, expected)
+    for ours, theirs in zip(packed.state[2:], alone.state[2:]):
+      if ours is not None:
+        helpers.assert_trees_close(of_document(ours, document), of_document(theirs, document), atol=1e-5)
+
+
+def of_document(state, document):
+  """What a layer's state holds of it."""
+  own = state.memory_docs[:, :, None] == document  # [N, B, 1, M]
+  kept = [jnp.where(own, state.memory_values.sum(-1), 0.0), jnp.where(own, state.memory_keys.sum(-1), 0.0)]
+  if hasattr(state, "cache_doc"):
+    counts = jnp.where((state.cache_doc == document)[..., None, None], state.cache_counts, 0.0)
+    kept += [counts, jnp.where(counts[..., None] > 0.0, state.cache_means, 0.0)]
+  return kept
 
 
 def test_changing_one_document_never_moves_another():

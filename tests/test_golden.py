@@ -10,6 +10,7 @@ import pytest
 
 import helpers
 import tvq_haiku as tvq
+from tvq_haiku import losses
 
 WINDOWS = ["enwik8_like", "imagenet_like", "heads_long_memory", "no_cache", "stop_grad_cache"]
 RUNS = ["train_adamw", "train_adafactor"]
@@ -130,3 +131,46 @@ def test_training_run(name):
   assert ours.keys() == final.keys()
   for key, want in final.items():
     np.testing.assert_allclose(ours[key], want, atol=2e-4, rtol=0, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["fast_shga", "fast_mha", "fast_mqa", "full_mha", "full_shga"])
+@pytest.mark.parametrize("reduction", ["scan", None])  # None: the one that they ran
+def test_optimized_branch(name, reduction):
+  with np.load(helpers.GOLDEN / f"{name}.npz") as arrays:
+    arrays = dict(arrays)
+  settings = json.loads(bytes(arrays["config"]))
+  length = settings.pop("sequence_len")
+  theirs = settings.pop("reduction_type")
+  if settings["head_type"] == "shga":
+    settings |= dict(d_v=2 * settings["d_model"])
+  else:
+    settings |= dict(n_head=settings["d_model"] // settings["d_k"], d_v=settings["d_k"])
+  full = settings["attn_type"] == "full"
+  if full and reduction:
+    pytest.skip("full attention has no reduction")
+  config = tvq.TransformerConfig(
+      reduction=reduction or theirs, mem_len=length if full else settings["block_len"], **settings)
+  params = tvq.interop.params_from_official(helpers.subtree(arrays, "params"), config)
+  tokens, mask = arrays["tokens"], arrays["loss_mask"].astype(np.float32)
+  state = tvq.initial_state(config, tokens.shape[0])
+
+  @jax.jit
+  def compute(params):
+    def loss(params):  # theirs leaves the mask out of the commit loss, and the codebook out of it all
+      out = tvq.make_transformer(config).apply(params, None, tokens[:, :-1], state, is_training=True)
+      ce = losses.weighted_nll(out.logits, tokens[:, 1:], mask) / mask.size
+      return ce + config.c_beta * out.commit_loss, (out, ce)
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  (loss, (out, ce)), gradients = compute(params)
+  np.testing.assert_allclose(out.logits, arrays["logits"], atol=1e-5)
+  for got, key in ((loss, "loss"), (ce, "ce"), (out.commit_loss, "l_commit")):
+    np.testing.assert_allclose(got, arrays[key], rtol=1e-5, atol=1e-6)
+  ours = tvq.interop.params_to_official(gradients, config, layout="optimized")
+  expected = helpers.subtree(arrays, "grads")
+  assert ours.keys() == expected.keys()
+  for key, want in expected.items():
+    np.testing.assert_allclose(ours[key], want, atol=1e-4 * np.abs(want).max(), rtol=0, err_msg=key)
+  back = tvq.interop.params_to_official(params, config, layout="optimized")
+  for key, want in helpers.subtree(arrays, "params").items():
+    np.testing.assert_array_equal(back[key], want, err_msg=key)

@@ -64,5 +64,25 @@ def test_our_own_wrong_leaves_are_named():
   with pytest.raises(ValueError, match="lack transformer/unembedding/kernel"):
     tvq.interop.params_to_official(
         {**params, "transformer/unembedding": {"bias": params["transformer/unembedding"]["bias"]}}, config)
-  with pytest.raises(ValueError, match="layout='optimized'"):
-    tvq.interop.params_to_official(params, config, layout="optimized")
+  with pytest.raises(ValueError, match="layout='jax' must be 'main' or 'optimized'"):
+    tvq.interop.params_to_official(params, config, layout="jax")
+
+
+@pytest.mark.parametrize("name", helpers.VARIANTS)
+def test_optimized_layout_in_and_out(name):
+  config = helpers.tiny(**helpers.VARIANTS[name])
+  params = helpers.random_params(config)
+  there = tvq.interop.params_to_official(params, config, layout="optimized")
+  back = tvq.interop.params_from_official(there, config)
+  for module, leaves in params.items():
+    for leaf, value in leaves.items():
+      filler = {"gain": 1.0, "offset": 0.0, "output_bias": 0.0}.get(leaf)
+      want = value if filler is None else np.full(value.shape, filler)
+      np.testing.assert_allclose(back[module][leaf], want, rtol=1e-6, err_msg=f"{module}/{leaf}")
+
+
+def test_main_layout_has_gated_quantized_heads_only():
+  for changes in (dict(head_type="mha"), dict(attn_type="full")):
+    config = tvq.TransformerConfig.tiny(**changes)
+    with pytest.raises(ValueError, match="head_type='shga' and attn_type='vq' only"):
+      tvq.interop.params_to_official(helpers.random_params(config), config)

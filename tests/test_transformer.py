@@ -14,6 +14,7 @@ from helpers import tiny
 from helpers import VARIANTS
 import tvq_haiku as tvq
 from tvq_haiku import layers
+from tvq_haiku import memory
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_whole_equals_windows_equals_single_tokens(name):
@@ -41,7 +42,7 @@ def test_whole_equals_windows_equals_single_tokens(name):
   np.testing.assert_allclose(logits.swapaxes(0, 1), whole.logits[:, :23], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "heads", "absolute", "no cache", "single tokens"])
+@pytest.mark.parametrize("name", ["absolute", "no cache", "single tokens", "scan", "assoc_scan", "mha", "mqa", "full"])
 def test_causality_jacobian_is_lower_triangular(name):
   config, length = tiny(**VARIANTS[name]), 12
   params = helpers.random_params(config)
@@ -81,7 +82,7 @@ def test_codebook_gradient_is_the_step_of_the_moving_average():
 
 
 def test_every_parameter_gets_a_gradient_and_state_changes_the_output():
-  for name in ("plain", "absolute"):
+  for name in ("plain", "absolute", "grouped", "full mha"):
     config = tiny(**VARIANTS[name])
     params = helpers.random_params(config)
     tokens = jnp.asarray(helpers.random_tokens(config, 2, 40))
@@ -165,6 +166,36 @@ def test_bfloat16_counts_stay_exact_past_256():
   assert float(state.attention_1.cache_counts.max()) == 703 - config.mem_len
 
 
+def test_encoder_sees_both_sides_and_keeps_no_state():
+  config, length = tiny(causal=False, mem_len=3, block_len=4, pe_abs=True), 21
+  params = helpers.random_params(config)
+  tokens = helpers.random_tokens(config, 2, length)
+  state = tvq.initial_state(config, 2)
+  out = apply(config, params, tokens)
+  jax.tree.map(np.testing.assert_array_equal, out.state.attention_1, state.attention_1)
+  for place in (0, length - 1):
+    changed = tokens.copy()
+    changed[0, place] = (tokens[0, place] + 1) % config.n_vocab
+    moved = np.abs(apply(config, params, changed).logits - out.logits).max(-1) > 0
+    assert moved[0].all() and not moved[1].any()
+  # Padding and packing, as in a causal model.
+  doc_ids = np.repeat([0, 1, -1], [9, 10, 2])[None].astype(np.int32)
+  packed = apply(config, params, tokens[:1], doc_ids=doc_ids)
+  for document in (0, 1):
+    own = doc_ids[0] == document
+    alone = apply(config, params, tokens[:1, own])
+    np.testing.assert_allclose(packed.logits[0, own], alone.logits[0], atol=2e-5)
+
+
+def test_residual_estimate_and_automatic_remat():
+  config = tvq.TransformerConfig(n_vocab=259)
+  assert memory.chosen_remat(config, 2048) == "none"
+  assert memory.chosen_remat(config, 10**9) == "layer"
+  assert memory.chosen_remat(config.replace(remat="dots"), 10**9) == "dots"
+  for variant in VARIANTS.values():
+    assert memory.residual_bytes(tiny(**variant), 2048) > 0
+
+
 def test_one_layer_in_the_program_whatever_the_depth():
   def equations(n_layer):
     config = tiny(n_layer=n_layer)
@@ -172,7 +203,7 @@ def test_one_layer_in_the_program_whatever_the_depth():
     state = jax.eval_shape(lambda: tvq.initial_state(config, 1))
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     apply = lambda p, t, s: tvq.make_transformer(config).apply(p, None, t, s).logits
-    return len(str(jax.make_jaxpr(apply)(params, tokens, state)).splitlines())
+    return str(jax.make_jaxpr(apply)(params, tokens, state)).count(" = ")
   assert equations(2) == equations(24)
 
 
@@ -196,7 +227,8 @@ NAMES = helpers.GOLDEN / "parameters.json"
 
 
 def parameter_names():
-  configs = {"untied": tiny(), "tied": tiny(**VARIANTS["absolute"])}
+  configs = {"untied": tiny(), "tied": tiny(**VARIANTS["absolute"]), "mqa": tiny(**VARIANTS["mqa"]),
+             "full": tiny(**VARIANTS["full"])}
   return {key: {f"{module}:{name}": list(leaf.shape) for module, leaves in
                 sorted(tvq.params_shapes(config).items()) for name, leaf in
                 sorted(leaves.items())} for key, config in configs.items()}
@@ -245,7 +277,7 @@ def test_remat_changes_nothing():
   tokens = jnp.asarray(helpers.random_tokens(tiny(), 2, 24))
   batch = dict(inputs=tokens, targets=tokens)
   gradients = []
-  for remat in ("none", "block", "layer"):
+  for remat in ("none", "block", "dots", "layer"):
     config = tiny(remat=remat)
     params = helpers.random_params(config)
     loss = lambda p, c=config: tvq.training_loss(c, p, None, batch, tvq.initial_state(c, 2))[0]

@@ -1,4 +1,4 @@
-"""One residual branch: norm, projections, quantized attention, gate, output projection."""
+"""One residual branch: norm, projections, attention, gate, output projection."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tvq_haiku import block_attention
+from tvq_haiku import full_attention
 from tvq_haiku import layers
 from tvq_haiku import metrics
 from tvq_haiku import positions
@@ -29,23 +30,35 @@ class BranchContext(NamedTuple):
   with_metrics: bool
 
 
+State = block_attention.AttentionState | full_attention.KeyValueState
+
+
 class BranchOutput(NamedTuple):
   """What a branch adds, beside the residual."""
 
-  state: block_attention.AttentionState
+  state: State
   commit_loss: Array  # [] f32
   codebook_loss: Array  # [] f32
   metrics: dict[str, Array]  # scalars; empty unless asked for
 
 
-class VQAttention(hk.Module):
-  """Single- or multi-head gated attention (the paper's SHGA) over quantized keys."""
+def initial_state(config: TransformerConfig, batch_size: int) -> State:
+  """Of one attention."""
+  sizes = dict(batch_size=batch_size, n_kv_head=config.kv_heads, mem_len=config.mem_len,
+               d_k=config.d_k, d_v=config.d_v, dtype=config.compute_dtype)
+  if config.attn_type == "full":
+    return full_attention.initial_key_value_state(**sizes)
+  return block_attention.initial_attention_state(n_code=config.n_code, **sizes)
+
+
+class Attention(hk.Module):
+  """Attention of any number of heads, gated (the paper's SHGA) or not, quantized or full."""
 
   def __init__(self, config: TransformerConfig, *, name: str = "attention"):
     super().__init__(name=name)
     self._config = config
 
-  def __call__(self, x: Array, state: block_attention.AttentionState, context: BranchContext,
+  def __call__(self, x: Array, state: State, context: BranchContext,
                sequence_rng: Array | None) -> tuple[Array, BranchOutput]:
     """Adds the branch to its input.
 
@@ -63,39 +76,50 @@ class VQAttention(hk.Module):
     H, G = c.n_head, c.kv_heads
     normed = layers.RMSNorm(name="norm")(x)
     q = layers.Projection(H * c.d_k, name="q")(normed).reshape(B, T, H, c.d_k)
-    k, v, gate = layers.Projection(G * c.d_k, G * c.d_v, H * c.d_v, name="kvg")(normed)
-    k = k.reshape(B, T, G, c.d_k)
+    if c.gated:
+      k, v, gate = layers.Projection(G * c.d_k, G * c.d_v, H * c.d_v, name="kvg")(normed)
+      v = jax.nn.silu(v)
+    else:
+      k, v = layers.Projection(G * c.d_k, G * c.d_v, name="kv")(normed)
     # K^(-1/4) on both factors of every score makes the K^(-1/2) of a softmax.
     scale = c.d_k**-0.25
     q = (layers.rms_normalize(q) * scale).astype(c.compute_dtype)
-    k = layers.rms_normalize(k) * scale
-    u = scale * hk.get_parameter("u", (H * c.d_k,), jnp.float32, init=jnp.zeros)
-    position_bias = scale * hk.get_parameter("v", (H * c.d_k,), jnp.float32, init=jnp.zeros)
-    v = jax.nn.silu(v).reshape(B, T, G, c.d_v).astype(c.compute_dtype)
+    k = layers.rms_normalize(k.reshape(B, T, G, c.d_k)) * scale
+    v = v.reshape(B, T, G, c.d_v).astype(c.compute_dtype)
+    u, position_bias = (
+        scale * hk.get_parameter(name, (H * c.d_k,), jnp.float32, init=jnp.zeros).reshape(H, c.d_k)
+        for name in ("u", "v"))
 
     sin_rng, layer_rng = (None, None) if sequence_rng is None else jax.random.split(sequence_rng)
-    codebook = quantizer.VectorQuantizer(
-        n_head=G, n_code=c.n_code, d_k=c.d_k, gamma=c.c_gamma, name="quantizer")
-    out = block_attention.vq_attention(
-        q, k, v, codebook.codebook(), state=state,
-        relative_keys=scale * self._relative_keys(sin_rng, context.is_training),
-        content_bias=u.reshape(H, c.d_k), position_bias=position_bias.reshape(H, c.d_k),
-        segment_ids=context.doc_ids, lengths=context.lengths, block_len=c.block_len,
-        reduction=c.reduction, scale=1.0, agg_cache=c.agg_cache, grad_thru_cache=c.grad_thru_cache,
-        remat=c.remat == "block")
-    branch = out.values.reshape(B, T, H * c.d_v) * jax.nn.silu(gate)
+    settings = dict(
+        state=state, relative_keys=scale * self._relative_keys(sin_rng, context.is_training),
+        content_bias=u, position_bias=position_bias, segment_ids=context.doc_ids,
+        lengths=context.lengths, block_len=c.block_len, is_causal=c.causal, scale=1.0)
+    if c.attn_type == "full":
+      out = full_attention.full_attention(q, k.astype(c.compute_dtype), v, **settings)
+      output = BranchOutput(out.state, jnp.zeros(()), jnp.zeros(()), {})
+    else:
+      codebook = quantizer.VectorQuantizer(
+          n_head=G, n_code=c.n_code, d_k=c.d_k, gamma=c.c_gamma, name="quantizer")
+      out = block_attention.vq_attention(
+          q, k, v, codebook.codebook(), reduction=c.reduction, agg_cache=c.agg_cache,
+          grad_thru_cache=c.grad_thru_cache, remat=c.remat == "block", **settings)
+      output = self._auxiliary(k, out, codebook, context)
+    branch = out.values.reshape(B, T, H * c.d_v)
+    if c.gated:
+      branch *= jax.nn.silu(gate)
     branch = layers.Projection(c.d_model, name="out")(branch)
-    if context.is_training:
-      if c.p_dropres:
-        branch = layers.dropout(hk.next_rng_key(), c.p_dropres, branch)
-      branch = layers.dropout(layer_rng, c.p_droplyr, branch, rows=True)
-    return x + branch, self._auxiliary(k, out, codebook, context)
+    x = layers.residual(x, branch, p_dropres=c.p_dropres, p_droplyr=c.p_droplyr, rng=layer_rng,
+                        is_training=context.is_training)
+    # An encoder remembers nothing: its state comes out as it went in.
+    return x, output if c.causal else output._replace(state=state)
 
   @hk.transparent
   def _relative_keys(self, rng: Array | None, is_training: bool) -> Array:
-    """r_d [M+1, H, K], projected once a call."""
+    """r_d [M+1, G, K], or from -M to M [2M+1, G, K] for an encoder, projected once a call."""
     c = self._config
-    table = positions.sinusoids(jnp.arange(c.mem_len + 1), width=c.d_model, lam=c.pe_lam)
+    distances = jnp.arange(0 if c.causal else -c.mem_len, c.mem_len + 1)
+    table = positions.sinusoids(distances, width=c.d_model, lam=c.pe_lam)
     if is_training:
       table = layers.dropout(rng, c.p_dropsin, table)
     table = table.astype(c.compute_dtype)

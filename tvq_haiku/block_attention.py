@@ -15,7 +15,6 @@ too, and a second cache holds what comes after them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from tvq_haiku import inputs
 from tvq_haiku import positions
 from tvq_haiku import products
 from tvq_haiku import quantizer
+from tvq_haiku import softmax
 from tvq_haiku.blocks import Tokens
 from tvq_haiku.cache import Cache
 
@@ -379,22 +379,11 @@ def _attend(queries: _Queries, tokens: Sequence[Tokens], past: Sequence[Cache], 
     score = products.shared_scores(queries.content, keys.codebook.astype(dtype),
                                    preferred_element_type=jnp.float32)
     for cache in past:
-      counts = cache.counts[..., None, :]
+      counts = jax.lax.stop_gradient(cache.counts)[..., None, :]
       visible = (counts > 0.0) & (docs == cache.doc[..., None, None])
       scores.append(jnp.where(visible, score + jnp.log(jnp.maximum(counts, 1.0)), _MASKED))
       values.append(cache.means.astype(values[0].dtype))
-  return _mix(scores, values)
-
-
-def _mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
-  """One softmax over several sets of scores [..., A, n], applied to their values [..., n, V]."""
-  greatest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
-  weights = [jnp.exp(x - jax.lax.stop_gradient(greatest)) for x in scores]
-  total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
-  dtype = values[0].dtype
-  return sum(
-      products.mix((w / total).astype(dtype), v, preferred_element_type=jnp.float32)
-      for w, v in zip(weights, values)).astype(dtype)
+  return softmax.attend(scores, values)
 
 
 def _check(q: Array, k: Array, v: Array, codebook: Array, state: AttentionState,

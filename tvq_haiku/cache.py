@@ -80,8 +80,9 @@ _sum_by_code.defvjp(_sum_by_code_fwd, _sum_by_code_bwd)
 def merge(left: Cache, right: Cache) -> Cache:
   """The summaries of left and right together, which follow each other in the text."""
   doc = jnp.where(right.doc == NO_DOCUMENT, left.doc, right.doc)
-  kept = jnp.where((left.doc == doc)[..., None], left.counts, 0.0)
-  counts = kept + right.counts
+  # Counts are of discrete codes: no gradient, and none of the work of computing one.
+  kept = jax.lax.stop_gradient(jnp.where((left.doc == doc)[..., None], left.counts, 0.0))
+  counts = kept + jax.lax.stop_gradient(right.counts)
   share = 1.0 / jnp.maximum(counts, 1.0)
   means = (kept * share)[..., None] * left.means + (right.counts * share)[..., None] * right.means
   return Cache(counts, means, doc)
@@ -130,7 +131,7 @@ def _matmul(every: Cache) -> Cache:
   changes = jnp.cumsum(doc != jnp.roll(doc, 1, axis=2).at[:, :, 0].set(doc[:, :, 0]), axis=2)
   keeps = (changes[..., :, None] == changes[..., None, :]) & (here[:, None] >= here)  # [B, 1, R, R]
   keeps = jnp.broadcast_to(keeps.astype(jnp.float32), (*every.counts.shape[:3], R))
-  counts = products.mix(keeps, every.counts, precision=products.EXACT)
+  counts = products.mix(keeps, jax.lax.stop_gradient(every.counts), precision=products.EXACT)
   sums = (every.counts[..., None] * every.means).reshape(*every.counts.shape[:3], -1)
   sums = products.mix(keeps, sums, precision=products.EXACT).reshape(every.means.shape)
   return Cache(counts, sums / jnp.maximum(counts, 1.0)[..., None], doc)

@@ -21,7 +21,7 @@ _PRECISIONS = {
 _HEAD_TYPES = ("shga", "mha", "mqa")
 _ATTN_TYPES = ("vq", "full")
 _REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
-_REMATS = ("none", "block", "layer")
+_REMATS = ("none", "block", "dots", "layer", "auto")
 _OPTIMIZERS = ("adamw", "lion", "adafactor")
 _LR_SCHEDULES = ("cosine", "linear", "inv_sqrt")
 
@@ -90,15 +90,15 @@ class TransformerConfig(_JsonMixin):
   d_k: int = 64  # K, per head
   d_v: int = 512  # V, per head
   n_head: int = 1  # H
-  n_kv_head: int | None = None  # G; None: as many as n_head
+  n_kv_head: int | None = None  # G; None: as many as n_head, or 1 for mqa
   n_code: int = 256  # S
   n_layer: int = 2  # N; two attentions in each
   block_len: int = 256  # L
   mem_len: int = 256  # M
-  head_type: str = "shga"
-  attn_type: str = "vq"
-  reduction: str = "scan"
-  causal: bool = True
+  head_type: str = "shga"  # gated, twice a layer; mha, mqa: ungated, and an MLP
+  attn_type: str = "vq"  # full: plain keys, in quadratic time, and mem_len tokens of context
+  reduction: str = "auto"  # how blocks get their caches: see vq_attention
+  causal: bool = True  # False: an encoder, whose tokens attend both sides
   agg_cache: bool = True  # False: tokens farther than mem_len are not attended
   grad_thru_cache: bool = True  # False: gradients stop at the start of each block
   doc_mask: bool = True  # False: attention crosses documents, as in the paper
@@ -114,7 +114,7 @@ class TransformerConfig(_JsonMixin):
   e_preln: bool = False
   e_scale: float = 1.0
   precision: str = "float32"
-  remat: str = "layer"  # what the backward pass recomputes: nothing, blocks' scores, or layers
+  remat: str = "auto"  # what the backward pass computes again: see README
 
   def __post_init__(self):
     _check_types(self)
@@ -134,10 +134,8 @@ class TransformerConfig(_JsonMixin):
     for name, values in (("head_type", _HEAD_TYPES), ("attn_type", _ATTN_TYPES),
                          ("reduction", _REDUCTIONS), ("remat", _REMATS)):
       _require(self, getattr(self, name) in values, name, f"must be one of {values}")
-    for name, value in (("head_type", "shga"), ("attn_type", "vq"),
-                        ("causal", True), ("n_kv_head", None)):
-      _require(self, getattr(self, name) in (value, "auto"), name,
-               f"is reserved for a later version; this one has {value!r}")
+    _require(self, self.head_type != "mqa" or self.kv_heads == 1, "head_type n_kv_head",
+             "mqa has one key/value head")
     try:
       policy = self.policy
       known = (policy.param_dtype == jnp.float32 and
@@ -150,7 +148,19 @@ class TransformerConfig(_JsonMixin):
   @property
   def kv_heads(self) -> int:
     """G, the number of key/value heads."""
-    return self.n_head if self.n_kv_head is None else self.n_kv_head
+    if self.n_kv_head is not None:
+      return self.n_kv_head
+    return 1 if self.head_type == "mqa" else self.n_head
+
+  @property
+  def gated(self) -> bool:
+    """Whether a layer is two gated attentions; else it is one attention and an MLP."""
+    return self.head_type == "shga"
+
+  @property
+  def mlp_width(self) -> int:
+    """Of the hidden layer; the wider one of mqa makes up for its fewer keys and values."""
+    return (5 if self.head_type == "mqa" else 4) * self.d_model
 
   @property
   def policy(self) -> jmp.Policy:

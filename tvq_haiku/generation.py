@@ -61,6 +61,8 @@ def generate(
   Returns:
     A `GenerateOutput`.
   """
+  if not config.causal:
+    raise ValueError("generate: causal=False: an encoder does not continue a text.")
   prompts = jnp.asarray(prompts)
   inputs.check_tokens(prompts, config.n_vocab)
   lengths = np.full(prompts.shape[:1], prompts.shape[1]) if lengths is None else np.asarray(lengths)

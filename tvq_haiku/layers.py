@@ -70,7 +70,22 @@ class RMSNorm(hk.Module):
   def __call__(self, x: Array) -> Array:
     gain = hk.get_parameter("gain", x.shape[-1:], jnp.float32, init=jnp.ones)
     offset = hk.get_parameter("offset", x.shape[-1:], jnp.float32, init=jnp.zeros)
+    rows = x.size // x.shape[-1]
+    gain, offset = (products.repeat_rows(p, rows).reshape(x.shape) for p in (gain, offset))
     return (rms_normalize(x) * gain + offset).astype(x.dtype)
+
+
+class MLP(hk.Module):
+  """The second branch of ungated layers: relu(norm(x) W_1)^2 W_2."""
+
+  def __init__(self, width: int, *, name: str = "mlp"):
+    super().__init__(name=name)
+    self._width = width
+
+  def __call__(self, x: Array) -> Array:
+    """[..., D] -> [..., D], without the residual."""
+    hidden = Projection(self._width, name="up")(RMSNorm(name="norm")(x))
+    return Projection(x.shape[-1], name="down")(jax.nn.relu(hidden) ** 2)
 
 
 class TokenEmbedding(hk.Module):
@@ -127,6 +142,16 @@ class AbsolutePositions(hk.Module):
     """[B, T] int32 -> [B, T, D] float32."""
     scale = hk.get_parameter("scale", (), jnp.float32, init=jnp.zeros)
     return scale * positions.sinusoids(index, width=self._width, lam=self._lam)
+
+
+def residual(x: Array, branch: Array, *, p_dropres: float, p_droplyr: float, rng: Array | None,
+             is_training: bool) -> Array:
+  """Adds a branch; in training entries are dropped by `hk.next_rng_key()`, whole rows by `rng`."""
+  if is_training:
+    if p_dropres:
+      branch = dropout(hk.next_rng_key(), p_dropres, branch)
+    branch = dropout(rng, p_droplyr, branch, rows=True)
+  return x + branch
 
 
 def dropout(rng: Array | None, rate: float, x: Array, *, rows: bool = False) -> Array:

@@ -8,6 +8,8 @@ every product and both of its gradients have one batch axis at most, and contrac
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -50,3 +52,14 @@ def shared_scores(x: Array, y: Array, **settings) -> Array:
     return project(x, y[0].T, **settings)
   y = y.reshape(y.shape[0], *(1,) * (x.ndim - 4), *y.shape[1:])
   return scores(x, jnp.broadcast_to(y, (*x.shape[:-2], *y.shape[-2:])), **settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def repeat_rows(vector: Array, n_row: int) -> Array:
+  """[D] -> [n, D]; the gradient, a sum of columns, is a product with ones, which is faster."""
+  return jnp.broadcast_to(vector, (n_row, *vector.shape))
+
+
+repeat_rows.defvjp(
+    lambda vector, n_row: (repeat_rows(vector, n_row), None),
+    lambda n_row, _, gradient: (project(jnp.ones((1, n_row), gradient.dtype), gradient)[0],))

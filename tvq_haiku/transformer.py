@@ -1,4 +1,4 @@
-"""The decoder-only Transformer-VQ: embeddings, N layers of two attentions, logits.
+"""The Transformer-VQ: embeddings, N layers of two branches, logits.
 
 Letters: B batch, T tokens, D model width, X vocabulary, N layers.
 """
@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from tvq_haiku import attention
-from tvq_haiku import block_attention
 from tvq_haiku import inputs
 from tvq_haiku import layers
+from tvq_haiku import memory
 from tvq_haiku.config import TransformerConfig
 
 Array = jax.Array
+
+_UNROLLED = 4  # layers
+_SAVED = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class TransformerState(NamedTuple):
@@ -25,8 +28,8 @@ class TransformerState(NamedTuple):
 
   document: Array  # [B] int32: the document of the last token; -1 before the first
   position: Array  # [B] int32: tokens read of it (of everything, with doc_mask=False)
-  attention_1: block_attention.AttentionState  # every field [N, ...]
-  attention_2: block_attention.AttentionState  # every field [N, ...]
+  attention_1: attention.State  # every field [N, ...]
+  attention_2: attention.State | None  # every field [N, ...]; None: an MLP is there instead
 
 
 class TransformerOutput(NamedTuple):
@@ -48,18 +51,16 @@ def initial_state(config: TransformerConfig, batch_size: int) -> TransformerStat
   """
   if batch_size < 1:
     raise ValueError(f"initial_state: batch_size={batch_size} must be at least 1.")
-  one = block_attention.initial_attention_state(
-      batch_size=batch_size, n_kv_head=config.kv_heads, n_code=config.n_code,
-      mem_len=config.mem_len, d_k=config.d_k, d_v=config.d_v, dtype=config.compute_dtype)
+  one = attention.initial_state(config, batch_size)
 
-  def stack() -> block_attention.AttentionState:
+  def stack() -> attention.State:
     # Two calls, two sets of buffers: a buffer that stands twice in a tree cannot be donated.
     return jax.tree.map(lambda x: jnp.repeat(x[None], config.n_layer, axis=0), one)
 
   return TransformerState(
       document=jnp.full((batch_size,), -1, jnp.int32),
       position=jnp.zeros((batch_size,), jnp.int32),
-      attention_1=stack(), attention_2=stack())
+      attention_1=stack(), attention_2=stack() if config.gated else None)
 
 
 class Transformer(hk.Module):
@@ -124,13 +125,13 @@ class Transformer(hk.Module):
       x = layers.RMSNorm(name="norm")(x)
     x = x.astype(c.compute_dtype)
     unembed = embedding.logits if c.e_tie else layers.Unembedding(c.n_vocab, name="unembedding")
-    first, second = branches
     return TransformerOutput(
         logits=unembed(x) * c.e_scale,
-        state=TransformerState(document, position, first.state, second.state),
-        commit_loss=jnp.sum(first.commit_loss + second.commit_loss),
-        codebook_loss=jnp.sum(first.codebook_loss + second.codebook_loss),
-        metrics=jax.tree.map(lambda a, b: jnp.mean(a + b) / 2.0, first.metrics, second.metrics))
+        state=TransformerState(document, position, branches[0].state,
+                               branches[1].state if c.gated else None),
+        commit_loss=sum(jnp.sum(branch.commit_loss) for branch in branches),
+        codebook_loss=sum(jnp.sum(branch.codebook_loss) for branch in branches),
+        metrics=jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *(b.metrics for b in branches)))
 
   @hk.transparent
   def _layers(self, x: Array, state: TransformerState, context: attention.BranchContext,
@@ -142,17 +143,25 @@ class Transformer(hk.Module):
       sequence_rng = hk.next_rng_key() if sequence_rng is None else sequence_rng
       keys = jax.random.split(sequence_rng, (c.n_layer, 2))
 
-    def layer(x: Array, states, keys):
-      outputs = []
-      for i, name in enumerate(("attention_1", "attention_2")):
-        branch = attention.VQAttention(c, name=name)
-        x, output = branch(x, states[i], context, None if keys is None else keys[i])
-        outputs.append(output)
-      return x, tuple(outputs)
+    remat = memory.chosen_remat(c, x.shape[0] * x.shape[1])
+    attend = c.replace(remat=remat)
 
-    stack = hk.layer_stack(c.n_layer, with_per_layer_inputs=True, unroll=c.n_layer if c.n_layer <= 4 else 1, name="layers")
-    body = hk.remat(layer) if c.remat == "layer" else layer
-    return stack(body)(x, (state.attention_1, state.attention_2), keys)
+    def layer(x: Array, states, keys):
+      first, second = (None, None) if keys is None else keys
+      x, output = attention.Attention(attend, name="attention_1")(x, states[0], context, first)
+      if not c.gated:
+        return layers.residual(
+            x, layers.MLP(c.mlp_width, name="mlp")(x), p_dropres=c.p_dropres,
+            p_droplyr=c.p_droplyr, rng=second, is_training=context.is_training), (output,)
+      x, other = attention.Attention(attend, name="attention_2")(x, states[1], context, second)
+      return x, (output, other)
+
+    # A few layers are unrolled: a loop would copy what each of them keeps for the backward pass.
+    unroll = c.n_layer if c.n_layer <= _UNROLLED else 1
+    stack = hk.layer_stack(c.n_layer, with_per_layer_inputs=True, unroll=unroll, name="layers")
+    if remat in _SAVED:
+      layer = hk.remat(layer, policy=_SAVED[remat])
+    return stack(layer)(x, (state.attention_1, state.attention_2), keys)
 
 
 def make_transformer(config: TransformerConfig) -> hk.Transformed:
