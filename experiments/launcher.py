@@ -44,3 +44,10 @@ def launch(name: str, main: Callable[[], None]) -> None:
       fail(error, EXIT_BAD_INPUT)
 
   app.run(guarded, flags_parser=parse)
+
+
+def positive(name: str, text: str) -> int:
+  """One entry of a list flag as a number, at least 1."""
+  if not text.strip().isdigit() or int(text) < 1:
+    raise ValueError(f"--{name}: {text!r} must be a whole number, at least 1.")
+  return int(text)

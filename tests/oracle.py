@@ -23,7 +23,7 @@ def attention(q, k, v, codebook, *, mem_len, block_len=None, is_causal=True, rel
     nearest = jnp.stack([codebook[g][codes[:, :, g]] for g in range(G)], axis=2)
     k = jax.lax.stop_gradient(nearest - k) + k
   visible = jnp.broadcast_to(i >= j if is_causal else i < T, (B, T, T))
-  if not agg_cache or codebook is None and is_causal:
+  if not agg_cache or (codebook is None and is_causal):
     visible = visible & near
   if segment_ids is not None:
     visible = visible & (segment_ids[:, :, None] == segment_ids[:, None])

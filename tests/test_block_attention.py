@@ -122,8 +122,8 @@ def test_equals_quadratic_oracle_with_documents(reduction, block_len, mem_len):
 
 
 @pytest.mark.parametrize("block_len, mem_len, settings", [
-    (6, 2, {}), (2, 5, {}), (3, 4, dict(segment_ids=DOCUMENTS, lengths=jnp.array([21, 24]))), (4, 6, dict(agg_cache=False)),
-    (30, 2, {}), (1, 1, dict(lengths=jnp.array([1, 24])))])
+    (6, 2, {}), (2, 5, {}), (3, 4, dict(segment_ids=DOCUMENTS, lengths=jnp.array([21, 24]))),
+    (4, 6, dict(agg_cache=False)), (30, 2, {}), (1, 1, dict(lengths=jnp.array([1, 24])))])
 @pytest.mark.parametrize("reduction", ["scan", "matmul"])
 def test_encoder_equals_quadratic_oracle(reduction, block_len, mem_len, settings):
   arrays, codebook, biases = make_inputs(heads=2, mem_len=mem_len, is_causal=False)

@@ -62,21 +62,24 @@ def test_gradient_of_values_is_one_share_each():
   np.testing.assert_allclose(gradient, np.broadcast_to(shares[..., None], values.shape), atol=1e-6)
 
 
+def one_code(count, mean):
+  return cache.Cache(jnp.full((1, 1, 1, 1), count), jnp.full((1, 1, 1, 1, 1), mean),
+                     jnp.zeros((1, 1, 1), jnp.int32))
+
+
 def test_ten_million_tokens_through_one_cache():
   """Counts exact and means to 1e-5 after 20,000 chunks of 512 tokens, all of one code."""
   n_chunk, n = 20_000, 512.0
-  sums = np.random.default_rng(0).standard_normal((n_chunk, 1)).astype(np.float32) + 3.0
+  sums = np.random.default_rng(0).standard_normal(n_chunk).astype(np.float32) + 3.0
 
   def absorb(total, mean):
-    chunk = cache.Cache(jnp.full((1, 1, 1, 1), n), mean.reshape(1, 1, 1, 1, 1), jnp.zeros((1, 1, 1), jnp.int32))
-    return cache.merge(total, chunk), None
+    return cache.merge(total, one_code(n, mean)), None
 
-  start = cache.Cache(jnp.zeros((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1, 1)), jnp.zeros((1, 1, 1), jnp.int32))
+  start = one_code(0.0, 0.0)
   total, _ = jax.lax.scan(absorb, start, jnp.asarray(sums))
   assert float(total.counts[0, 0, 0, 0]) == n_chunk * n > 10**7
   np.testing.assert_allclose(total.means.ravel(), sums.astype(np.float64).mean(), rtol=1e-5)
-  one = cache.Cache(jnp.ones((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1, 1)), jnp.zeros((1, 1, 1), jnp.int32))
-  assert float(cache.merge(total, one).counts[0, 0, 0, 0]) == n_chunk * n + 1
+  assert float(cache.merge(total, one_code(1.0, 0.0)).counts[0, 0, 0, 0]) == n_chunk * n + 1
 
 
 def test_sinusoids_at_ten_million():

@@ -1,5 +1,6 @@
 """The launchers and the README, as a user meets them: in processes of their own."""
 
+import json
 import pathlib
 import re
 import shlex
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -111,6 +113,21 @@ def test_compile_time_benchmark_prints_a_table(place):
   assert re.search(r"1 +\d+\.\d\d +1\.00\n +2 +\d+\.\d\d +\d\.\d\d", out)
 
 
+@pytest.mark.parametrize("command, rows", [
+    ("train_step --smoke --full --peer=dense --json=rows.json", 3),
+    ("attention --smoke --reductions=scan --json=rows.json", 3)])
+def test_benchmarks_print_a_table_and_write_it(place, command, rows):
+  status, out, err = run(f"python -m experiments.benchmarks.{command}", place)
+  assert status == 0, err
+  table = [line for line in out.splitlines() if re.match(r" *(32|64) ", line)]
+  assert len(table) == rows and "of peak" in out
+  written = json.loads((place / "rows.json").read_text())
+  assert written["machine"]["backend"] == "cpu"
+  for row in written["rows"]:
+    assert row["tokens_per_second"] > 0 and row["temp_mbytes"] > 0 and row["compile_seconds"] > 0
+    assert np.isclose(row["of_peak"], row["model_flops"] / row["seconds"] / row["peak_gflops"] / 1e9)
+
+
 BAD = [
     ("quickstart --stepz=3", 2, "Unknown command line flag 'stepz'"),
     ("quickstart --seed=-1", 2, "seed"),
@@ -122,6 +139,10 @@ BAD = [
     ("sample --checkpoint=runs/quickstart --length=0", 2, "length"),
     ("evaluate --checkpoint=runs/quickstart --file=missing.txt", 1, "missing.txt"),
     ("evaluate --checkpoint=runs/quickstart --file=empty.txt", 1, "empty.txt is empty"),
+    ("benchmarks.train_step --seq_lens=2k", 1, "--seq_lens: '2k' must be a whole number"),
+    ("benchmarks.train_step --head_types=gqa", 1, "head_type='gqa': must be one of"),
+    ("benchmarks.train_step --json=README.md/rows.json", 1, "README.md"),
+    ("benchmarks.attention --reductions=sum --smoke", 1, "reduction='sum' must be one of"),
     ("benchmarks.compile_time --depths=0", 1, "n_layer=0: must be at least 1"),
 ]
 

@@ -42,7 +42,8 @@ def test_whole_equals_windows_equals_single_tokens(name):
   np.testing.assert_allclose(logits.swapaxes(0, 1), whole.logits[:, :23], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["absolute", "no cache", "single tokens", "scan", "assoc_scan", "mha", "mqa", "full"])
+@pytest.mark.parametrize(
+    "name", ["absolute", "no cache", "single tokens", "scan", "assoc_scan", "mha", "mqa", "full"])
 def test_causality_jacobian_is_lower_triangular(name):
   config, length = tiny(**VARIANTS[name]), 12
   params = helpers.random_params(config)

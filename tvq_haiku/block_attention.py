@@ -14,7 +14,7 @@ too, and a second cache holds what comes after them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
@@ -25,17 +25,16 @@ import jax.numpy as jnp
 from tvq_haiku import blocks
 from tvq_haiku import cache as caches
 from tvq_haiku import inputs
-from tvq_haiku import positions
-from tvq_haiku import products
 from tvq_haiku import quantizer
-from tvq_haiku import softmax
+from tvq_haiku import window
 from tvq_haiku.blocks import Tokens
 from tvq_haiku.cache import Cache
+from tvq_haiku.window import Keys
+from tvq_haiku.window import Queries
 
 Array = jax.Array
 
 REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
-_MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 
 
 class AttentionState(NamedTuple):
@@ -57,20 +56,6 @@ class AttentionOutput(NamedTuple):
   values: Array  # [B, T, H, V]
   codes: Array  # [B, T, G] int32: z
   state: AttentionState | None  # None from an encoder
-
-
-class _Queries(NamedTuple):
-  """Queries by block, those of the P heads of a group behind each other: A = P·L rows."""
-
-  content: Array  # [B, G, R, A, K] q + u
-  position: Array  # [B, G, R, A, K] q + v
-
-
-class _Keys(NamedTuple):
-  """What queries of every block meet."""
-
-  codebook: Array  # [G, S, K] f32
-  relative: Array | None  # [G, M+1, K], of distances M, ..., 0; [G, 2M+1, K] on to -M
 
 
 def initial_attention_state(*, batch_size: int, n_kv_head: int, n_code: int, mem_len: int,
@@ -180,20 +165,15 @@ def vq_attention(
     raise ValueError("vq_attention: an encoder (is_causal=False) has no state.")
   _check(q, k, v, codebook, state, relative_keys, content_bias, position_bias, segment_ids,
          block_len=block_len, mem_len=mem_len, reduction=reduction, is_causal=is_causal)
+  order = None
   if mask is not None:
     if lengths is not None:
       raise ValueError("vq_attention: give a mask or lengths, not both.")
     chex.assert_shape(mask, (B, T))
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    moved = [None if x is None else inputs.reorder(x, order) for x in (q, k, v, segment_ids)]
-    out = vq_attention(
-        *moved[:3], codebook, state=state if is_causal else None, mem_len=mem_len,
-        block_len=block_len, reduction=reduction, is_causal=is_causal, scale=scale,
-        relative_keys=relative_keys, content_bias=content_bias, position_bias=position_bias,
-        segment_ids=moved[3], lengths=jnp.sum(mask, axis=1, dtype=jnp.int32), agg_cache=agg_cache,
-        grad_thru_cache=grad_thru_cache, remat=remat)
-    back = jnp.argsort(order, axis=1)
-    return out._replace(values=inputs.reorder(out.values, back), codes=inputs.reorder(out.codes, back))
+    order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes to the end of its row
+    q, k, v, segment_ids = (
+        None if x is None else inputs.reorder(x, order) for x in (q, k, v, segment_ids))
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
 
   # 1. Quantize, and lay everything out by key/value head.
   codebook = jax.lax.stop_gradient(codebook.astype(jnp.float32))
@@ -211,7 +191,7 @@ def vq_attention(
                 state.cache_doc[:, None, None])
   if relative_keys is not None:
     relative_keys = jnp.flip(relative_keys, axis=0).astype(q.dtype).swapaxes(0, 1)
-  terms = _Keys(codebook, relative_keys)
+  terms = Keys(codebook, relative_keys)
 
   # 2. Cut into R blocks of L, and attend.
   L = min(block_len, T)
@@ -222,13 +202,14 @@ def vq_attention(
 
   def by_block(bias: Array | None) -> Array:
     biased = q if bias is None else q + bias.astype(q.dtype)
-    heads = (biased * scale).astype(q.dtype).reshape(B, T, G, H // G, K).swapaxes(1, 2)
+    heads = (biased * scale).astype(q.dtype)
+    heads = heads.reshape(B, T, G, H // G, K).swapaxes(1, 2)
     heads = blocks.cut(blocks.pad(heads, padding, 0), R)  # [B, G, R, L, P, K]
     return heads.swapaxes(3, 4).reshape(B, G, R, -1, K)
 
-  queries = _Queries(by_block(content_bias), by_block(position_bias))
+  queries = Queries(by_block(content_bias), by_block(position_bias))
   if reduction == "auto":
-    reduction = fastest_reduction(R)
+    reduction = fastest_reduction(R, remat=remat)
   settings = dict(agg_cache=agg_cache, grad_thru_cache=grad_thru_cache, reduction=reduction)
   if is_causal:
     values, cache = _causal(queries, row, memory, cache, n_read, terms, remat=remat, **settings)
@@ -236,6 +217,9 @@ def vq_attention(
     values = _encoder(queries, row, memory, cache, terms, remat=remat, **settings)
   values = values.reshape(B, G, R, H // G, L, -1)
   values = values.transpose(0, 2, 4, 1, 3, 5).reshape(B, R * L, H, -1)[:, :T]
+  if order is not None:
+    back = jnp.argsort(order, axis=1)
+    values, codes = inputs.reorder(values, back), inputs.reorder(codes, back)
   if not is_causal:
     return AttentionOutput(values, codes, None)
 
@@ -248,13 +232,22 @@ def vq_attention(
   return AttentionOutput(values, codes, state)
 
 
-def fastest_reduction(n_block: int) -> str:
-  """What `auto` stands for, by the tables of `experiments/benchmarks/results/`."""
-  return "serial"
+def fastest_reduction(n_block: int, *, remat: bool) -> str:
+  """What `auto` stands for, by the rows of `experiments/benchmarks/results/*_cpu.json`.
+
+  On a CPU the triangular product leads by a little up to 8 blocks, the serial sum beyond, whose
+  cost is linear; what is computed again is best computed block by block. Accelerators have not
+  been measured: there the choice between those that need no loop is by the number of operations.
+  """
+  if remat:
+    return "scan"
+  if jax.default_backend() == "cpu":
+    return "matmul" if n_block <= 8 else "serial"
+  return "matmul" if n_block <= 32 else "assoc_scan"
 
 
-def _causal(queries: _Queries, row: Tokens, memory: Tokens, cache: Cache, n_read: Array,
-            terms: _Keys, *, agg_cache: bool, grad_thru_cache: bool, reduction: str,
+def _causal(queries: Queries, row: Tokens, memory: Tokens, cache: Cache, n_read: Array,
+            terms: Keys, *, agg_cache: bool, grad_thru_cache: bool, reduction: str,
             remat: bool) -> tuple[Array, Cache]:
   """Values [B, G, R, A, V] of R blocks, and the cache after them."""
   R = queries.content.shape[2]
@@ -264,7 +257,7 @@ def _causal(queries: _Queries, row: Tokens, memory: Tokens, cache: Cache, n_read
   # cache after them must not hold them. Only padding would have seen them there.
   leaves = jnp.arange(R * L) < n_read[:, None, None]  # [B, 1, R·L]
 
-  def attend(carry: tuple[Tokens, Cache], group: tuple[_Queries, Tokens, Array]):
+  def attend(carry: tuple[Tokens, Cache], group: tuple[Queries, Tokens, Array]):
     queries, tokens, leaves = group
     n_block = queries.content.shape[2]
     memory, cache = carry
@@ -277,7 +270,7 @@ def _causal(queries: _Queries, row: Tokens, memory: Tokens, cache: Cache, n_read
     past = blocks.part(every, 0, n_block)
     if not grad_thru_cache:
       before, past = jax.lax.stop_gradient((before, past))
-    values = _attend(queries, (before, blocks.cut(tokens, n_block)), (past,), terms,
+    values = window.attend(queries, (before, blocks.cut(tokens, n_block)), (past,), terms,
                      agg_cache=agg_cache)
     carry = (blocks.part(row, n_block * L, n_block * L + M),
              blocks.part(every, n_block, n_block + 1))
@@ -292,7 +285,7 @@ def _causal(queries: _Queries, row: Tokens, memory: Tokens, cache: Cache, n_read
   return values, cache
 
 
-def _encoder(queries: _Queries, row: Tokens, empty: Tokens, cache: Cache, terms: _Keys, *,
+def _encoder(queries: Queries, row: Tokens, empty: Tokens, cache: Cache, terms: Keys, *,
              agg_cache: bool, grad_thru_cache: bool, reduction: str, remat: bool) -> Array:
   """Values [B, G, R, A, V] of R blocks that see what is before and after them."""
   R = queries.content.shape[2]
@@ -309,7 +302,7 @@ def _encoder(queries: _Queries, row: Tokens, empty: Tokens, cache: Cache, terms:
 
   def attend(carry: None, group: tuple[Any, ...]):
     queries, before, own, after, past, future = group
-    return carry, _attend(queries, (before, own, after), (past, future), terms, agg_cache=agg_cache)
+    return carry, window.attend(queries, (before, own, after), (past, future), terms, agg_cache=agg_cache)
 
   # What follows a block is what precedes it in the row read backwards.
   before, past = side(row)
@@ -337,53 +330,6 @@ def _scan_blocks(attend: Callable[..., Any], carry: Any, group: Any, n_block: in
     values = values.reshape(n_block, *values.shape[2:])
   values = jnp.moveaxis(values, 0, 2)
   return carry, values.reshape(*values.shape[:2], -1, *values.shape[4:])
-
-
-def _attend(queries: _Queries, tokens: Sequence[Tokens], past: Sequence[Cache], keys: _Keys, *,
-            agg_cache: bool) -> Array:
-  """Values [B, G, R, A, V] for the queries of R blocks.
-
-  Args:
-    queries: of tokens[1].
-    tokens: what they attend one by one: the M tokens before a block, the block itself, and, for
-      an encoder, the M tokens after it.
-    past: the caches of what is farther away, on either side.
-    keys: of codes and distances.
-    agg_cache: False: the caches, and tokens farther away than M, are not attended.
-  """
-  M, L = (x.docs.shape[-1] for x in tokens[:2])
-  S, n_row = keys.codebook.shape[1], queries.content.shape[3]
-  dtype = queries.content.dtype
-  docs = jnp.tile(tokens[1].docs, n_row // L)[..., None]  # [B, 1, R, A, 1]
-  here = jnp.tile(jnp.arange(L), n_row // L)[:, None]
-  bias = None
-  if keys.relative is not None:
-    bias = products.shared_scores(queries.position, keys.relative, preferred_element_type=jnp.float32)
-    by_head = bias.reshape(*bias.shape[:3], -1, L, bias.shape[-1])
-    bias = positions.align_distances(by_head, L).reshape(*bias.shape[:-1], -1)
-  scores, values, start = [], [], -M
-  for part in tokens:
-    place = start + jnp.arange(part.docs.shape[-1])
-    score = products.scores(queries.content, part.keys.astype(dtype), preferred_element_type=jnp.float32)
-    if bias is not None:
-      score += bias[..., start + M : start + M + place.size]
-    visible = (docs == part.docs[..., None, :]) & (part.codes[:, :1, :, None] < S)
-    if len(tokens) == 2:
-      visible &= here >= place
-    if not agg_cache:
-      visible &= jnp.abs(here - place) <= M
-    scores.append(jnp.where(visible, score, _MASKED))
-    values.append(part.values)
-    start += place.size
-  if agg_cache:
-    score = products.shared_scores(queries.content, keys.codebook.astype(dtype),
-                                   preferred_element_type=jnp.float32)
-    for cache in past:
-      counts = jax.lax.stop_gradient(cache.counts)[..., None, :]
-      visible = (counts > 0.0) & (docs == cache.doc[..., None, None])
-      scores.append(jnp.where(visible, score + jnp.log(jnp.maximum(counts, 1.0)), _MASKED))
-      values.append(cache.means.astype(values[0].dtype))
-  return softmax.attend(scores, values)
 
 
 def _check(q: Array, k: Array, v: Array, codebook: Array, state: AttentionState,
