@@ -22,7 +22,7 @@ def residual_bytes(config: TransformerConfig, n_token: int) -> int:
     n_token: B·T of one update.
 
   >>> residual_bytes(TransformerConfig(n_vocab=259), 2048) // 2**20
-  235
+  228
   """
   c = config
   size = c.compute_dtype.itemsize
@@ -31,8 +31,8 @@ def residual_bytes(config: TransformerConfig, n_token: int) -> int:
     scores = 0  # computed again in any case
   elif c.agg_cache:
     scores += c.n_code * (1 + c.d_v // max(c.block_len, 1))
-  attention = (c.n_head * (scores * size * 2 + c.d_k * 24 + c.d_v * size * 4)
-               + c.kv_heads * (c.d_k * 16 + c.d_v * size * 4) + c.d_model * size * 4)
+  attention = (c.n_head * (scores * size * 2 + c.d_k * 24 + c.d_v * size * 3)
+               + c.kv_heads * (c.d_k * 16 + c.d_v * size * 3) + c.d_model * size * 4)
   if c.gated:
     return c.n_layer * n_token * 2 * attention
   return c.n_layer * n_token * (attention + (2 * c.mlp_width + 4 * c.d_model) * size)
