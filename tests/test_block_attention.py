@@ -154,7 +154,7 @@ def test_without_relative_bias():
 def test_auto_is_one_of_the_reductions():
   arrays, codebook, biases = make_inputs()
   auto, scan = (vq_attention(**arrays, codebook=codebook, mem_len=4, block_len=3,
-                                 reduction=reduction, **biases).values
+                             reduction=reduction, **biases).values
                 for reduction in ("auto", "scan"))
   np.testing.assert_allclose(auto, scan, atol=1e-5)
 
@@ -165,11 +165,11 @@ def test_whole_equals_pieces_with_state(reduction, cuts):
   arrays, codebook, biases = make_inputs()
   arrays |= dict(segment_ids=DOCUMENTS)
   whole = vq_attention(**arrays, codebook=codebook, state=cold_state(), block_len=8,
-                           reduction="scan", **biases)
+                       reduction="scan", **biases)
   state, pieces = cold_state(), []
   for start, stop in zip((0, *cuts), (*cuts, T)):
     out = vq_attention(**part(arrays, start, stop), codebook=codebook, state=state,
-                           block_len=3, reduction=reduction, **biases)
+                       block_len=3, reduction=reduction, **biases)
     state = out.state
     pieces.append(out.values)
   np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole.values, atol=1e-5)
@@ -186,7 +186,7 @@ def test_gradients_pass_through_the_state(reduction):
   def in_two_calls(v):
     halves = {**arrays, "v": v}
     state = vq_attention(**part(halves, 0, 12), codebook=codebook, state=cold_state(),
-                             block_len=4, reduction=reduction, **biases).state
+                         block_len=4, reduction=reduction, **biases).state
     return jnp.sum(weight * vq_attention(
         **part(halves, 12, T), codebook=codebook, state=state, block_len=4, reduction=reduction,
         **biases).values)
@@ -229,7 +229,7 @@ def test_scale_is_that_of_all_scores():
 def test_state_counts_every_token_once():
   arrays, codebook, biases = make_inputs()
   state = vq_attention(**arrays, codebook=codebook, state=cold_state(), block_len=5,
-                           **biases).state
+                       **biases).state
   np.testing.assert_array_equal(state.cache_counts.sum(-1), np.full((B, 1), T - 4))
   assert (state.memory_codes < S).all()
   np.testing.assert_array_equal(state.position, [T, T])
@@ -240,13 +240,13 @@ def test_rows_of_different_length_equal_rows_alone():
   warm = vq_attention(**part(arrays, 0, 7), codebook=codebook, state=cold_state(), **biases).state
   for lengths in ([24, 9], [3, 0]):
     both = vq_attention(**arrays, codebook=codebook, state=warm, block_len=5,
-                            lengths=jnp.array(lengths), **biases)
+                        lengths=jnp.array(lengths), **biases)
     for row, length in enumerate(lengths):
       one = lambda tree, r=row: jax.tree.map(lambda x: x[r : r + 1], tree)
       state = one(warm)
       if length:
         alone = vq_attention(**part(one(arrays), 0, length), codebook=codebook, state=state,
-                                 block_len=5, **biases)
+                             block_len=5, **biases)
         np.testing.assert_allclose(both.values[row, :length], alone.values[0], atol=1e-5)
         state = alone.state
       for name, got, want in zip(state._fields, one(both.state), state):
@@ -258,7 +258,7 @@ def test_grad_thru_cache_false_stops_gradients_at_the_block():
 
   def last_block(v, grad_thru_cache):
     out = vq_attention(**{**arrays, "v": v}, codebook=codebook, state=cold_state(),
-                           block_len=8, grad_thru_cache=grad_thru_cache, **biases)
+                       block_len=8, grad_thru_cache=grad_thru_cache, **biases)
     return jnp.sum(out.values[:, -1])
 
   gradient = jax.grad(last_block)(arrays["v"], False)

@@ -45,7 +45,7 @@ def main() -> None:
                          peak_size=64 if _SMOKE.value else None)
   measure.print_table(rows, _NAMES)
   for length in lengths:
-    print(f"T={length}: the caches of all blocks (R·S·V numbers) are {4e-6 * length // M * S * V:.1f} MB")
+    print(f"T={length}: the caches of all blocks (R·S·V numbers) are {4e-6 * (length // M) * S * V:.1f} MB")
   if _JSON.value:
     measure.write_json(_JSON.value, rows, benchmark="attention", K=K, V=V, S=S, M=M, L=M)
 
