@@ -14,7 +14,7 @@ from helpers import tiny
 from helpers import VARIANTS
 import tvq_haiku as tvq
 from tvq_haiku import layers
-from tvq_haiku import memory
+from tvq_haiku import residuals
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_whole_equals_windows_equals_single_tokens(name):
@@ -190,11 +190,11 @@ def test_encoder_sees_both_sides_and_keeps_no_state():
 
 def test_residual_estimate_and_automatic_remat():
   config = tvq.TransformerConfig(n_vocab=259)
-  assert memory.chosen_remat(config, 2048) == "none"
-  assert memory.chosen_remat(config, 10**9) == "layer"
-  assert memory.chosen_remat(config.replace(remat="dots"), 10**9) == "dots"
+  assert residuals.chosen_remat(config, 2048) == "none"
+  assert residuals.chosen_remat(config, 10**9) == "layer"
+  assert residuals.chosen_remat(config.replace(remat="dots"), 10**9) == "dots"
   for variant in VARIANTS.values():
-    assert memory.residual_bytes(tiny(**variant), 2048) > 0
+    assert residuals.residual_bytes(tiny(**variant), 2048) > 0
 
 
 def test_one_layer_in_the_program_whatever_the_depth():

@@ -79,6 +79,7 @@ def initial_attention_state(*, batch_size: int, n_kv_head: int, n_code: int, mem
       cache_doc=jnp.full((b,), caches.NO_DOCUMENT, jnp.int32),
   )
 
+
 def vq_attention(
     q: Array,
     k: Array,
@@ -155,7 +156,7 @@ def vq_attention(
   >>> bool(jnp.allclose(out.values, jax.nn.dot_product_attention(k, k, k, is_causal=True), atol=1e-5))
   True
   """
-  B, T, H, K = q.shape
+  B, T, _, K = q.shape
   G, S, _ = codebook.shape
   if state is None:
     state = initial_attention_state(
@@ -191,32 +192,23 @@ def vq_attention(
                 state.cache_doc[:, None, None])
   if relative_keys is not None:
     relative_keys = jnp.flip(relative_keys, axis=0).astype(q.dtype).swapaxes(0, 1)
-  terms = Keys(codebook, relative_keys)
+  keys = Keys(codebook, relative_keys)
 
   # 2. Cut into R blocks of L, and attend.
   L = min(block_len, T)
   R = -(-T // L)
-  padding = R * L - T
-  row = blocks.pad(sequence, padding, Tokens(S, 0, 0, 0))
+  row = blocks.pad(sequence, R * L - T, Tokens(S, 0, 0, 0))
   scale = K**-0.5 if scale is None else scale
-
-  def by_block(bias: Array | None) -> Array:
-    biased = q if bias is None else q + bias.astype(q.dtype)
-    heads = (biased * scale).astype(q.dtype)
-    heads = heads.reshape(B, T, G, H // G, K).swapaxes(1, 2)
-    heads = blocks.cut(blocks.pad(heads, padding, 0), R)  # [B, G, R, L, P, K]
-    return heads.swapaxes(3, 4).reshape(B, G, R, -1, K)
-
-  queries = Queries(by_block(content_bias), by_block(position_bias))
+  queries = Queries(blocks.queries(q, content_bias, scale, G, L),
+                    blocks.queries(q, position_bias, scale, G, L))
   if reduction == "auto":
     reduction = fastest_reduction(R, remat=remat)
   settings = dict(agg_cache=agg_cache, grad_thru_cache=grad_thru_cache, reduction=reduction)
   if is_causal:
-    values, cache = _causal(queries, row, memory, cache, n_read, terms, remat=remat, **settings)
+    values, cache = _causal(queries, row, memory, cache, n_read, keys, remat=remat, **settings)
   else:
-    values = _encoder(queries, row, memory, cache, terms, remat=remat, **settings)
-  values = values.reshape(B, G, R, H // G, L, -1)
-  values = values.transpose(0, 2, 4, 1, 3, 5).reshape(B, R * L, H, -1)[:, :T]
+    values = _encoder(queries, row, memory, cache, keys, remat=remat, **settings)
+  values = blocks.outputs(values, L, T)
   if order is not None:
     back = jnp.argsort(order, axis=1)
     values, codes = inputs.reorder(values, back), inputs.reorder(codes, back)
@@ -247,12 +239,12 @@ def fastest_reduction(n_block: int, *, remat: bool) -> str:
 
 
 def _causal(queries: Queries, row: Tokens, memory: Tokens, cache: Cache, n_read: Array,
-            terms: Keys, *, agg_cache: bool, grad_thru_cache: bool, reduction: str,
+            keys: Keys, *, agg_cache: bool, grad_thru_cache: bool, reduction: str,
             remat: bool) -> tuple[Array, Cache]:
   """Values [B, G, R, A, V] of R blocks, and the cache after them."""
   R = queries.content.shape[2]
   L = row.docs.shape[2] // R
-  M, S = memory.docs.shape[2], terms.codebook.shape[1]
+  M, S = memory.docs.shape[2], keys.codebook.shape[1]
   # In the row (memory, tokens) the M slots from `n_read` on stay in memory for good, so the
   # cache after them must not hold them. Only padding would have seen them there.
   leaves = jnp.arange(R * L) < n_read[:, None, None]  # [B, 1, R·L]
@@ -270,8 +262,8 @@ def _causal(queries: Queries, row: Tokens, memory: Tokens, cache: Cache, n_read:
     past = blocks.part(every, 0, n_block)
     if not grad_thru_cache:
       before, past = jax.lax.stop_gradient((before, past))
-    values = window.attend(queries, (before, blocks.cut(tokens, n_block)), (past,), terms,
-                     agg_cache=agg_cache)
+    values = window.attend(queries, (before, blocks.cut(tokens, n_block)), (past,), keys,
+                           agg_cache=agg_cache)
     carry = (blocks.part(row, n_block * L, n_block * L + M),
              blocks.part(every, n_block, n_block + 1))
     return carry if grad_thru_cache else jax.lax.stop_gradient(carry), values
@@ -285,12 +277,12 @@ def _causal(queries: Queries, row: Tokens, memory: Tokens, cache: Cache, n_read:
   return values, cache
 
 
-def _encoder(queries: Queries, row: Tokens, empty: Tokens, cache: Cache, terms: Keys, *,
+def _encoder(queries: Queries, row: Tokens, empty: Tokens, cache: Cache, keys: Keys, *,
              agg_cache: bool, grad_thru_cache: bool, reduction: str, remat: bool) -> Array:
   """Values [B, G, R, A, V] of R blocks that see what is before and after them."""
   R = queries.content.shape[2]
   L = row.docs.shape[2] // R
-  M, S = empty.docs.shape[2], terms.codebook.shape[1]
+  M, S = empty.docs.shape[2], keys.codebook.shape[1]
 
   def side(row: Tokens) -> tuple[Tokens, Cache]:
     row = blocks.concat(empty, row)
@@ -302,7 +294,8 @@ def _encoder(queries: Queries, row: Tokens, empty: Tokens, cache: Cache, terms: 
 
   def attend(carry: None, group: tuple[Any, ...]):
     queries, before, own, after, past, future = group
-    return carry, window.attend(queries, (before, own, after), (past, future), terms, agg_cache=agg_cache)
+    return carry, window.attend(queries, (before, own, after), (past, future), keys,
+                                agg_cache=agg_cache)
 
   # What follows a block is what precedes it in the row read backwards.
   before, past = side(row)

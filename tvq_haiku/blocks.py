@@ -1,6 +1,7 @@
 """Rows of tokens, and how they are cut into blocks: layout only, no arithmetic.
 
-Letters: B batch, G key/value heads, n tokens, R blocks, L block length, M memory length.
+Letters: B batch, T tokens, H query heads, G key/value heads, n tokens, R blocks, L block length,
+M memory length, K key width, V value width.
 """
 
 from __future__ import annotations
@@ -41,6 +42,27 @@ def cut(row: Any, n_block: int) -> Any:
 def flip(row: Any) -> Any:
   """Last token, or last block, first."""
   return jax.tree.map(lambda x: jnp.flip(x, axis=2), row)
+
+
+def queries(q: Array, bias: Array | None, scale: float, n_kv_head: int, block_len: int) -> Array:
+  """Lays out scale (q + bias) by block: [B, T, H, K] -> [B, G, R, A, K].
+
+  The P = H/G heads that share keys stand behind each other, A = P·L rows; the last block is
+  filled up with zeros.
+  """
+  B, T, H, K = q.shape
+  q = q if bias is None else q + bias.astype(q.dtype)
+  q = (q * scale).astype(q.dtype).reshape(B, T, n_kv_head, H // n_kv_head, K).swapaxes(1, 2)
+  q = pad(q, -T % block_len, 0)
+  q = cut(q, q.shape[2] // block_len).swapaxes(3, 4)  # [B, G, R, P, L, K]
+  return q.reshape(*q.shape[:3], -1, K)
+
+
+def outputs(values: Array, block_len: int, length: int) -> Array:
+  """Back again: [B, G, R, A, V] -> [B, T, H, V], without the filling."""
+  B, G, R, A, V = values.shape
+  values = values.reshape(B, G, R, A // block_len, block_len, V).transpose(0, 2, 4, 1, 3, 5)
+  return values.reshape(B, R * block_len, -1, V)[:, :length]
 
 
 def preceding(row: Any, length: int, n_block: int, block_len: int) -> Any:

@@ -141,12 +141,6 @@ def full_attention(
   memory = _Tokens(state.memory_keys.astype(k.dtype), state.memory_values.astype(v.dtype),
                    state.memory_docs[:, None])
 
-  def by_block(bias: Array | None) -> Array:
-    biased = q if bias is None else q + bias.astype(q.dtype)
-    heads = (biased * scale).astype(q.dtype).reshape(B, T, G, H // G, K).swapaxes(1, 2)
-    heads = blocks.cut(blocks.pad(heads, R * L - T, 0), R)
-    return jnp.moveaxis(heads.swapaxes(3, 4).reshape(B, G, R, -1, K), 2, 0)  # [R, B, G, A, K]
-
   row = blocks.concat(memory, sequence) if is_causal else sequence
   row = blocks.pad(row, -row.docs.shape[2] % C, _Tokens(0, 0, _EMPTY))
   # Zero rows around r_M, ..., r_0 (..., r_-M): no bias beyond the reach, whatever a tile touches.
@@ -157,10 +151,10 @@ def full_attention(
   relative = jnp.pad(relative, ((0, 0), (edge, edge), (0, 0)))
   layout = _Layout(L, C, M if is_causal else None, edge + (0 if is_causal else relative_keys.shape[0] // 2))
   query_docs = blocks.cut(blocks.pad(docs[:, None], R * L - T, _EMPTY), R)[:, 0]  # [B, R, L]
-  values = _attend(layout, by_block(content_bias), by_block(position_bias), row.keys, row.values,
-                   relative, query_docs, row.docs[:, 0])
-  values = values.reshape(R, B, G, H // G, L, V)
-  values = values.transpose(1, 0, 4, 2, 3, 5).reshape(B, R * L, H, V)[:, :T]
+  content, position = (jnp.moveaxis(blocks.queries(q, bias, scale, G, L), 2, 0)
+                       for bias in (content_bias, position_bias))
+  values = _attend(layout, content, position, row.keys, row.values, relative, query_docs, row.docs[:, 0])
+  values = blocks.outputs(jnp.moveaxis(values, 0, 2), L, T)
   if not is_causal:
     return FullOutput(values, None)
   memory = blocks.last_read(memory, sequence, lengths)

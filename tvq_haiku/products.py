@@ -62,4 +62,5 @@ def repeat_rows(vector: Array, n_row: int) -> Array:
 
 repeat_rows.defvjp(
     lambda vector, n_row: (repeat_rows(vector, n_row), None),
-    lambda n_row, _, gradient: (project(jnp.ones((1, n_row), gradient.dtype), gradient)[0],))
+    lambda n_row, _, gradient: (
+        project(jnp.ones((1, n_row), gradient.dtype), gradient, precision=EXACT)[0],))

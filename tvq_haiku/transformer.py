@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tvq_haiku import attention
 from tvq_haiku import inputs
 from tvq_haiku import layers
-from tvq_haiku import memory
+from tvq_haiku import residuals
 from tvq_haiku.config import TransformerConfig
 
 Array = jax.Array
@@ -143,7 +143,7 @@ class Transformer(hk.Module):
       sequence_rng = hk.next_rng_key() if sequence_rng is None else sequence_rng
       keys = jax.random.split(sequence_rng, (c.n_layer, 2))
 
-    remat = memory.chosen_remat(c, x.shape[0] * x.shape[1])
+    remat = residuals.chosen_remat(c, x.shape[0] * x.shape[1])
     attend = c.replace(remat=remat)
 
     def layer(x: Array, states, keys):

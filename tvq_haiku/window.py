@@ -38,7 +38,7 @@ class Keys(NamedTuple):
 
 
 def attend(queries: Queries, tokens: Sequence[Tokens], past: Sequence[Cache], keys: Keys, *,
-            agg_cache: bool) -> Array:
+           agg_cache: bool) -> Array:
   """Values [B, G, R, A, V] for the queries of R blocks.
 
   Args:
