@@ -52,14 +52,15 @@ def test_gradient_of_values_is_one_share_each():
   codes, values, docs = random_tokens()
   docs[:] = 0
 
-  def mean_of_code_0(values):
-    chunks = cache.summarize(codes, values, docs, S)
-    return jnp.sum(cache.prefixes(empty(), chunks, "matmul").means[:, :, -1, 0])
+  def mean_of(code):
+    return lambda values: jnp.sum(cache.prefixes(
+        empty(), cache.summarize(codes, values, docs, S), "matmul").means[:, :, -1, code])
 
-  gradient = jax.grad(mean_of_code_0)(values)
-  own = codes == 0
-  shares = own / np.maximum(own.sum((2, 3), keepdims=True), 1)
-  np.testing.assert_allclose(gradient, np.broadcast_to(shares[..., None], values.shape), atol=1e-6)
+  for code in (0, S - 1):  # the last one, too: padding has the number after it
+    gradient = jax.grad(mean_of(code))(values)
+    own = codes == code
+    shares = own / np.maximum(own.sum((2, 3), keepdims=True), 1)
+    np.testing.assert_allclose(gradient, np.broadcast_to(shares[..., None], values.shape), atol=1e-6)
 
 
 def one_code(count, mean):

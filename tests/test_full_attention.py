@@ -70,6 +70,10 @@ def test_tiles_that_nobody_sees_are_skipped():
   docs = jnp.where(jnp.arange(60) < 40, -1, jnp.where(jnp.arange(60) < 53, 0, -1))[None]
   ranges = [tuple(map(int, full_attention._tiles(layout, docs, jnp.asarray(r)))) for r in range(7)]
   assert ranges == [(10, 11), (10, 11), (10, 12), (10, 12), (10, 13), (10, 13), (10, 14)]
+  # Nor are those read that lie before the context.
+  layout, docs = layout._replace(window=4), jnp.zeros((1, 60), jnp.int32)
+  ranges = [tuple(map(int, full_attention._tiles(layout, docs, jnp.asarray(r)))) for r in (0, 2, 3, 9)]
+  assert ranges == [(0, 2), (1, 3), (1, 3), (4, 6)]
 
 
 def test_no_array_of_all_pairs():

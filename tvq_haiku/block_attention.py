@@ -310,18 +310,27 @@ def _encoder(queries: Queries, row: Tokens, empty: Tokens, cache: Cache, keys: K
 def _scan_blocks(attend: Callable[..., Any], carry: Any, group: Any, n_block: int, *,
                  remat: bool) -> tuple[Any, Array]:
   """Calls `attend` block by block; axis 2 of `group` holds all of them."""
-  xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), blocks.cut(group, n_block))
+  by_block = blocks.cut(group, n_block)
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:2], *x.shape[3:]), x.dtype), by_block)
+  # One flat row a block: around axes of length 1, XLA copies all of a loop's operands and results
+  # into layouts that differ in name only.
+  xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0).reshape(n_block, -1), by_block)
+  out = jax.eval_shape(attend, carry, like)[1]
+
+  def step(carry: Any, flat: Any) -> tuple[Any, Array]:
+    carry, values = attend(carry, jax.tree.map(lambda x, y: x.reshape(y.shape), flat, like))
+    return carry, values.reshape(-1)
+
   if not remat:
-    carry, values = jax.lax.scan(attend, carry, xs)
+    carry, values = jax.lax.scan(step, carry, xs)
   else:
     # Two levels: the backward pass keeps the caches of about 2 sqrt(R) blocks instead of all R.
     inner = max(n for n in range(1, math.isqrt(n_block) + 1) if n_block % n == 0)
-    step = jax.checkpoint(attend, prevent_cse=False)
+    step = jax.checkpoint(step, prevent_cse=False)
     several = jax.checkpoint(lambda carry, xs: jax.lax.scan(step, carry, xs), prevent_cse=False)
-    xs = jax.tree.map(lambda x: x.reshape(n_block // inner, inner, *x.shape[1:]), xs)
+    xs = jax.tree.map(lambda x: x.reshape(n_block // inner, inner, -1), xs)
     carry, values = jax.lax.scan(several, carry, xs)
-    values = values.reshape(n_block, *values.shape[2:])
-  values = jnp.moveaxis(values, 0, 2)
+  values = jnp.moveaxis(values.reshape(n_block, *out.shape), 0, 2)
   return carry, values.reshape(*values.shape[:2], -1, *values.shape[4:])
 
 

@@ -64,18 +64,24 @@ def _case(settings, attend, arrays, length: int, multiply_adds: int) -> measure.
 
 
 def _arrays(length: int, K: int, V: int, reach: int) -> dict[str, jax.Array]:
-  shapes = dict(q=(1, length, 1, K), k=(1, length, 1, K), v=(1, length, 1, V),
-                relative_keys=(reach + 1, 1, K), content_bias=(1, K), position_bias=(1, K))
+  shapes = dict(q=(length, K), k=(length, K), v=(length, V), relative_keys=(reach + 1, K),
+                content_bias=(K,), position_bias=(K,))
   keys = jax.random.split(jax.random.key(0), len(shapes))
   return {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items())}
+
+
+def _with_heads(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """One row of one head. Without the axes of length 1 outside, nothing is copied for their layout."""
+  return {name: x[None, :, None] if name in ("q", "k", "v") else x[..., None, :]
+          for name, x in arrays.items()}
 
 
 def _quantized(length: int, K: int, V: int, S: int, M: int, reduction: str, remat: bool) -> measure.Case:
   codebook = jax.random.normal(jax.random.key(1), (1, S, K))
 
   def attend(arrays):
-    return tvq.vq_attention(**arrays, codebook=codebook, mem_len=M, block_len=M, reduction=reduction,
-                            remat=remat).values
+    return tvq.vq_attention(**_with_heads(arrays), codebook=codebook, mem_len=M, block_len=M,
+                            reduction=reduction, remat=remat).values.reshape(length, V)
 
   settings = dict(T=length, model="vq", reduction=reduction, remat="block" if remat else "none")
   madds = length * (S * K + (2 * M + S + M + 1) * K + (2 * M + S) * V)
@@ -87,7 +93,7 @@ def _full(length: int, K: int, V: int) -> measure.Case:
       batch_size=1, n_kv_head=1, mem_len=length, d_k=K, d_v=V, dtype=jnp.float32)
 
   def attend(arrays):
-    return full_attention.full_attention(**arrays, state=state).values
+    return full_attention.full_attention(**_with_heads(arrays), state=state).values.reshape(length, V)
 
   settings = dict(T=length, model="full", reduction="-", remat="tiles")
   return _case(settings, attend, _arrays(length, K, V, length), length,
