@@ -299,10 +299,17 @@ def test_counts_stay_exact_in_bfloat16():
     (dict(content_bias=jnp.zeros((K, 1))), "shape"),
     (dict(segment_ids=jnp.zeros((B, 1), jnp.int32)), "shape"),
     (dict(block_len=0), "block_len=0"),
+    (dict(state=None, mem_len=-1), "mem_len=-1 must be a whole number"),
+    (dict(state=(1, 2)), "state must be an AttentionState, got tuple"),
+    (dict(state=cold_state(batch=3)), r"state.memory_keys must have shape \[B, G, M, K\]"),
+    (dict(codebook=jnp.zeros((S, K))), r"codebook must have shape \[G, S, K\], got \(5, 4\)"),
+    (dict(q=jnp.zeros((B, T, 1, K), jnp.int32)), "q must be floating, got int32"),
+    (dict(mask=jnp.ones((B, T))), "mask must be bool, got float32"),
+    (dict(segment_ids=jnp.zeros((B, T))), "segment_ids must be integer, got float32"),
     (dict(codebook=jnp.zeros((2, S, K))), "2 key/value heads"),
 ])
 def test_shapes_that_do_not_fit_are_named(change, message):
   arrays, codebook, biases = make_inputs()
   settings = dict(**arrays, codebook=codebook, state=cold_state(), **biases)
-  with pytest.raises((AssertionError, ValueError), match=message):
+  with pytest.raises((TypeError, ValueError), match=message):
     tvq.vq_attention(**{**settings, **change})

@@ -97,18 +97,19 @@ class Attention(hk.Module):
 
     sin_rng, layer_rng = (None, None) if sequence_rng is None else jax.random.split(sequence_rng)
     settings = dict(
-        state=state, relative_keys=scale * self._relative_keys(sin_rng, context.is_training),
+        relative_keys=scale * self._relative_keys(sin_rng, context.is_training),
         content_bias=u, position_bias=position_bias, segment_ids=context.doc_ids,
         lengths=context.lengths, block_len=c.block_len, is_causal=c.causal, scale=1.0)
     if c.attn_type == "full":
-      out = full_attention.full_attention(q, k.astype(c.compute_dtype), v, **settings)
+      out = full_attention.full_attention(q, k.astype(c.compute_dtype), v, state=state, **settings)
       output = BranchOutput(out.state, jnp.zeros(()), jnp.zeros(()), {})
     else:
       codebook = quantizer.VectorQuantizer(
           n_head=G, n_code=c.n_code, d_k=c.d_k, gamma=c.c_gamma, name="quantizer")
       out = block_attention.vq_attention(
-          q, k, v, codebook.codebook(), reduction=c.reduction, agg_cache=c.agg_cache,
-          grad_thru_cache=c.grad_thru_cache, remat=c.remat == "block", **settings)
+          q, k, v, codebook.codebook(), state=state if c.causal else None, mem_len=c.mem_len,
+          reduction=c.reduction, agg_cache=c.agg_cache, grad_thru_cache=c.grad_thru_cache,
+          remat=c.remat == "block", **settings)
       output = self._auxiliary(k, out, codebook, context)
     branch = out.values.reshape(B, T, H * c.d_v)
     if c.gated:

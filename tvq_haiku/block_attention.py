@@ -18,7 +18,6 @@ from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -105,9 +104,11 @@ def vq_attention(
   """Softmax attention over quantized keys, in time and memory linear in T.
 
   Shapes and names are those of `jax.nn.dot_product_attention`, with a codebook, and with a state
-  in place of keys that are already known. Values depend neither on `block_len` and `reduction`
-  nor on how a sequence is cut into calls. Gradients depend on `block_len`: a key learns from the
-  queries that see it in their window, values through the cache as well.
+  in place of keys that are already known. Values depend on neither `block_len` nor `reduction`,
+  nor on how a sequence is cut into calls. Gradients depend on `block_len`: a key gets one from the
+  queries of its own block and of those that follow within M, a value from all queries after it.
+  The codebook gets none: let it follow its keys, by a moving average of
+  `quantizer.code_statistics`, with `quantizer.commit_loss` to hold keys to their codes.
 
   Args:
     q: [B, T, H, K] queries. Head h reads key/value head h // (H/G).
@@ -116,9 +117,9 @@ def vq_attention(
     codebook: [G, S, K] codes; they get no gradient.
     state: what was read before, from an earlier call. None: nothing.
     mem_len: M, when there is no `state` to tell it; None: `block_len`.
-    block_len: L; tokens that share a window and a cache.
+    block_len: L; so many tokens attend together, over one window and one cache.
     reduction: `scan` takes block by block, in the least memory; `serial`, `matmul` and
-      `assoc_scan` take all at once, and differ in how the blocks' caches are summed (`cache`);
+      `assoc_scan` take all at once, and differ in how they sum up the caches of the blocks;
       `auto` is the fastest of them that was measured for this backend.
     is_causal: False is an encoder: every token attends those before and after it, without state.
     scale: of all scores, bias included; None: K^(-1/2).
@@ -141,7 +142,7 @@ def vq_attention(
     values [B, T, H, V] in the dtype of `v`, codes [B, T, G], and the state after the T tokens.
 
   Raises:
-    ValueError or AssertionError: shapes or settings that do not fit; the message has them.
+    ValueError or TypeError: shapes, types or settings that do not fit; the message names them.
 
   >>> q = k = jax.random.normal(jax.random.key(0), (1, 10, 1, 4))
   >>> codebook = jax.random.normal(jax.random.key(1), (1, 8, 4))
@@ -156,21 +157,29 @@ def vq_attention(
   >>> bool(jnp.allclose(out.values, jax.nn.dot_product_attention(k, k, k, is_causal=True), atol=1e-5))
   True
   """
+  for name, x, letters in (("q", q, "B, T, H, K"), ("k", k, "B, T, G, K"), ("v", v, "B, T, G, V"),
+                           ("codebook", codebook, "G, S, K")):
+    if x.ndim != letters.count(",") + 1:
+      raise ValueError(f"vq_attention: {name} must have shape [{letters}], got {x.shape}.")
   B, T, _, K = q.shape
   G, S, _ = codebook.shape
+  M = block_len if mem_len is None else mem_len
+  for name, n in (("block_len", block_len), ("mem_len", M), ("T", T)):
+    if not isinstance(n, int) or n < 1:
+      raise ValueError(f"vq_attention: {name}={n!r} must be a whole number, at least 1.")
   if state is None:
     state = initial_attention_state(
-        batch_size=B, n_kv_head=G, n_code=S, mem_len=block_len if mem_len is None else mem_len,
-        d_k=K, d_v=v.shape[-1], dtype=v.dtype)
+        batch_size=B, n_kv_head=G, n_code=S, mem_len=M, d_k=K, d_v=v.shape[-1], dtype=v.dtype)
   elif not is_causal:
     raise ValueError("vq_attention: an encoder (is_causal=False) has no state.")
-  _check(q, k, v, codebook, state, relative_keys, content_bias, position_bias, segment_ids,
-         block_len=block_len, mem_len=mem_len, reduction=reduction, is_causal=is_causal)
+  elif not isinstance(state, AttentionState):
+    raise TypeError(f"vq_attention: state must be an AttentionState, got {type(state).__name__}.")
+  _check(q, k, v, codebook, state, relative_keys, content_bias, position_bias, segment_ids, mask,
+         mem_len=mem_len, reduction=reduction, is_causal=is_causal)
   order = None
   if mask is not None:
     if lengths is not None:
       raise ValueError("vq_attention: give a mask or lengths, not both.")
-    chex.assert_shape(mask, (B, T))
     order = jnp.argsort(~mask, axis=1, stable=True)  # padding goes to the end of its row
     q, k, v, segment_ids = (
         None if x is None else inputs.reorder(x, order) for x in (q, k, v, segment_ids))
@@ -180,7 +189,7 @@ def vq_attention(
   codebook = jax.lax.stop_gradient(codebook.astype(jnp.float32))
   codes = quantizer.nearest_codes(k, codebook)
   k_hat = quantizer.straight_through(k.astype(jnp.float32), quantizer.look_up(codes, codebook))
-  n_read = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
+  n_read = jnp.full((B,), T, jnp.int32) if lengths is None else jnp.clip(lengths, 0, T)
   if segment_ids is None:
     segment_ids = jnp.broadcast_to(jnp.maximum(state.memory_docs[:, -1:], 0), (B, T))
   sequence = Tokens(
@@ -334,35 +343,36 @@ def _scan_blocks(attend: Callable[..., Any], carry: Any, group: Any, n_block: in
   return carry, values.reshape(*values.shape[:2], -1, *values.shape[4:])
 
 
+def _expect(name: str, x: Array, shape: tuple[int, ...], letters: str, kind: Any) -> None:
+  if x.shape != shape:
+    raise ValueError(f"vq_attention: {name} must have shape [{letters}] = {shape}, got {x.shape}.")
+  if not jnp.issubdtype(x.dtype, kind):
+    raise TypeError(f"vq_attention: {name} must be {kind.__name__}, got {x.dtype}.")
+
+
 def _check(q: Array, k: Array, v: Array, codebook: Array, state: AttentionState,
            relative_keys: Array | None, content_bias: Array | None, position_bias: Array | None,
-           segment_ids: Array | None, *, block_len: int, mem_len: int | None, reduction: str,
+           segment_ids: Array | None, mask: Array | None, *, mem_len: int | None, reduction: str,
            is_causal: bool) -> None:
-  dims = chex.Dimensions()
-  dims["BTHK"] = q.shape
-  dims["GS"] = codebook.shape[:2]
-  dims["V"] = v.shape[-1:]
-  dims["M"] = state.memory_docs.shape[-1:]
-  if block_len < 1 or q.shape[1] < 1 or dims["M"][0] < 1:
-    raise ValueError(f"vq_attention: block_len={block_len}, mem_len={dims['M'][0]} and "
-                     f"T={q.shape[1]} must be at least 1.")
-  if mem_len not in (None, *dims["M"]):
-    raise ValueError(f"vq_attention: mem_len={mem_len}, but the state remembers {dims['M'][0]}.")
+  (B, T, H, K), (G, S, _) = q.shape, codebook.shape
+  V, M = v.shape[-1], state.memory_docs.shape[-1]
+  if mem_len not in (None, M):
+    raise ValueError(f"vq_attention: mem_len={mem_len}, but the state remembers {M}.")
   if reduction not in REDUCTIONS:
     raise ValueError(f"vq_attention: reduction={reduction!r} must be one of {REDUCTIONS}.")
-  if q.shape[-2] % codebook.shape[0]:
-    raise ValueError(f"vq_attention: {q.shape[-2]} query heads cannot share "
-                     f"{codebook.shape[0]} key/value heads evenly.")
-  chex.assert_shape(k, dims["BTGK"])
-  chex.assert_shape(v, dims["BTGV"])
-  chex.assert_shape(codebook, dims["GSK"])
-  chex.assert_shape(state.memory_keys, dims["BGMK"])
-  chex.assert_shape(state.cache_means, dims["BGSV"])
-  if relative_keys is not None:
-    distances = dims["M"][0] * (1 if is_causal else 2) + 1
-    chex.assert_shape(relative_keys, (distances, *dims["GK"]))
-  for bias in (content_bias, position_bias):
-    if bias is not None:
-      chex.assert_shape(bias, dims["HK"])
-  if segment_ids is not None:
-    chex.assert_shape(segment_ids, dims["BT"])
+  if H % G:
+    raise ValueError(f"vq_attention: {H} query heads cannot share {G} key/value heads evenly "
+                     f"(codebook is [G, S, K] = {codebook.shape}).")
+  number = jnp.floating
+  distances = ("M+1", M + 1) if is_causal else ("2M+1", 2 * M + 1)
+  for name, x, shape, letters, kind in (
+      ("q", q, (B, T, H, K), "B, T, H, K", number), ("k", k, (B, T, G, K), "B, T, G, K", number),
+      ("v", v, (B, T, G, V), "B, T, G, V", number), ("codebook", codebook, (G, S, K), "G, S, K", number),
+      ("state.memory_keys", state.memory_keys, (B, G, M, K), "B, G, M, K", number),
+      ("state.cache_means", state.cache_means, (B, G, S, V), "B, G, S, V", number),
+      ("relative_keys", relative_keys, (distances[1], G, K), f"{distances[0]}, G, K", number),
+      ("content_bias", content_bias, (H, K), "H, K", number),
+      ("position_bias", position_bias, (H, K), "H, K", number),
+      ("segment_ids", segment_ids, (B, T), "B, T", jnp.integer), ("mask", mask, (B, T), "B, T", jnp.bool)):
+    if x is not None:
+      _expect(name, x, shape, letters, kind)
