@@ -80,8 +80,8 @@ def test_scan_equals_quadratic_oracle(block_len, mem_len):
   check_against_oracle(arrays, codebook, biases, mem_len=mem_len, block_len=block_len)
 
 
-@pytest.mark.parametrize("mem_len", [1, 3, 4, 12])
-@pytest.mark.parametrize("block_len", [1, 2, 4, 6])
+@pytest.mark.parametrize("mem_len", [1, 4, 12])
+@pytest.mark.parametrize("block_len", [1, 4, 6])
 @pytest.mark.parametrize("reduction", AT_ONCE)
 def test_all_blocks_at_once_equal_quadratic_oracle(reduction, block_len, mem_len):
   """With documents and padding in the same rows, and heads that share keys."""
@@ -113,7 +113,7 @@ def test_equals_quadratic_oracle_without_cache(reduction, block_len):
                        reduction=reduction)
 
 
-@pytest.mark.parametrize("block_len, mem_len", [(1, 4), (4, 4), (6, 2), (24, 4), (5, 1)])
+@pytest.mark.parametrize("block_len, mem_len", [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_equals_quadratic_oracle_with_documents(reduction, block_len, mem_len):
   arrays, codebook, biases = make_inputs(mem_len=mem_len)
@@ -139,7 +139,7 @@ def test_encoder_takes_no_state():
 
 
 @pytest.mark.parametrize("reduction", ["scan", "serial"])
-@pytest.mark.parametrize("block_len", [2, 3])  # 12 and 8 blocks: two levels of the scan
+@pytest.mark.parametrize("block_len", [2, 5])  # 12 and 5 blocks: two levels, and one left over
 def test_remat_changes_nothing(reduction, block_len):
   arrays, codebook, biases = make_inputs()
   check_against_oracle(arrays, codebook, biases, mem_len=4, block_len=block_len,
@@ -149,6 +149,19 @@ def test_remat_changes_nothing(reduction, block_len):
 def test_without_relative_bias():
   arrays, codebook, _ = make_inputs()
   check_against_oracle(arrays, codebook, {}, mem_len=4, block_len=6)
+
+
+def test_memory_of_very_many_blocks():
+  arrays, codebook, biases = make_inputs(length=SHORT, mem_len=40)
+  check_against_oracle(arrays, codebook, biases, mem_len=40, block_len=1, reduction="matmul")
+
+
+def test_padding_that_leads_nowhere_is_no_number():
+  """Lengths beyond the row are those of the row."""
+  arrays, codebook, biases = make_inputs()
+  settings = dict(codebook=codebook, mem_len=4, **biases)
+  got, want = (vq_attention(**arrays, lengths=jnp.array(n), **settings) for n in ([-3, 99], [0, T]))
+  jax.tree.map(np.testing.assert_array_equal, got.state, want.state)
 
 
 def test_auto_is_one_of_the_reductions():
@@ -304,6 +317,8 @@ def test_counts_stay_exact_in_bfloat16():
     (dict(state=cold_state(batch=3)), r"state.memory_keys must have shape \[B, G, M, K\]"),
     (dict(codebook=jnp.zeros((S, K))), r"codebook must have shape \[G, S, K\], got \(5, 4\)"),
     (dict(q=jnp.zeros((B, T, 1, K), jnp.int32)), "q must be floating, got int32"),
+    (dict(lengths=[3]), r"lengths must have shape \[B\] = \(2,\), got \(1,\)"),
+    (dict(lengths=[3.0, 4.0]), "lengths must be integer, got float"),
     (dict(mask=jnp.ones((B, T))), "mask must be bool, got float32"),
     (dict(segment_ids=jnp.zeros((B, T))), "segment_ids must be integer, got float32"),
     (dict(codebook=jnp.zeros((2, S, K))), "2 key/value heads"),

@@ -7,6 +7,7 @@ import pytest
 
 import helpers
 import tvq_haiku as tvq
+from tvq_haiku import data
 from tvq_haiku import generation
 
 CONFIG = tvq.TransformerConfig.tiny(
@@ -99,6 +100,15 @@ def test_sampling_draws_from_the_allowed_set_in_proportion(settings, allowed):
 def test_settings_that_cannot_be(settings, message):
   with pytest.raises(ValueError, match=message):
     generate(helpers.random_tokens(CONFIG, 2, 5), **settings)
+
+
+def test_an_encoder_neither_writes_nor_predicts():
+  config = CONFIG.replace(causal=False)
+  params = helpers.random_params(config)
+  with pytest.raises(ValueError, match="causal=False: an encoder does not continue"):
+    tvq.generate(params, config, np.zeros((1, 3), np.int32), max_new_tokens=1, rng=jax.random.key(0))
+  with pytest.raises(ValueError, match="causal=False: an encoder sees"):
+    tvq.evaluate(config, params, data.stream_of([np.arange(9)]))
 
 
 def test_prompts_out_of_range():

@@ -36,7 +36,7 @@ State = block_attention.AttentionState | full_attention.KeyValueState
 class BranchOutput(NamedTuple):
   """What a branch adds, beside the residual."""
 
-  state: State
+  state: State | None  # None from an encoder
   commit_loss: Array  # [] f32
   codebook_loss: Array  # [] f32
   metrics: dict[str, Array]  # scalars; empty unless asked for
@@ -117,8 +117,7 @@ class Attention(hk.Module):
     branch = layers.Projection(c.d_model, name="out")(branch)
     x = layers.residual(x, branch, p_dropres=c.p_dropres, p_droplyr=c.p_droplyr, rng=layer_rng,
                         is_training=context.is_training)
-    # An encoder remembers nothing: its state comes out as it went in.
-    return x, output if c.causal else output._replace(state=state)
+    return x, output
 
   @hk.transparent
   def _relative_keys(self, rng: Array | None, is_training: bool) -> Array:

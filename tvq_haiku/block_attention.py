@@ -14,8 +14,6 @@ too, and a second cache holds what comes after them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -108,7 +106,8 @@ def vq_attention(
   nor on how a sequence is cut into calls. Gradients depend on `block_len`: a key gets one from the
   queries of its own block and of those that follow within M, a value from all queries after it.
   The codebook gets none: let it follow its keys, by a moving average of
-  `quantizer.code_statistics`, with `quantizer.commit_loss` to hold keys to their codes.
+  `quantizer.code_statistics`, with `quantizer.commit_loss` to hold keys to their codes. There
+  is no forward-mode derivative.
 
   Args:
     q: [B, T, H, K] queries. Head h reads key/value head h // (H/G).
@@ -120,14 +119,15 @@ def vq_attention(
     block_len: L; so many tokens attend together, over one window and one cache.
     reduction: `scan` takes block by block, in the least memory; `serial`, `matmul` and
       `assoc_scan` take all at once, and differ in how they sum up the caches of the blocks;
-      `auto` is the fastest of them that was measured for this backend.
+      `auto` is what was fastest where it was measured, on CPUs.
     is_causal: False is an encoder: every token attends those before and after it, without state.
     scale: of all scores, bias included; None: K^(-1/2).
     relative_keys: [M+1, G, K] r_d for distances d = 0, ..., M; for an encoder [2M+1, G, K] for
       d = -M, ..., M, where d is the query's place less the key's. None: no relative bias.
     content_bias: [H, K] u; None: zero.
     position_bias: [H, K] v; None: zero.
-    segment_ids: [B, T] int32, not negative: tokens attend only tokens of their own segment.
+    segment_ids: [B, T] int32, not negative (for padding there is `mask`): tokens attend only
+      tokens of their own segment.
       Segments are contiguous; an id must not come back after another one. None: all tokens
       continue the last segment of the state.
     mask: [B, T] bool: False for padding, anywhere in a row. It is neither attended nor
@@ -163,6 +163,8 @@ def vq_attention(
       raise ValueError(f"vq_attention: {name} must have shape [{letters}], got {x.shape}.")
   B, T, _, K = q.shape
   G, S, _ = codebook.shape
+  segment_ids, mask, lengths = (
+      None if x is None else jnp.asarray(x) for x in (segment_ids, mask, lengths))
   M = block_len if mem_len is None else mem_len
   for name, n in (("block_len", block_len), ("mem_len", M), ("T", T)):
     if not isinstance(n, int) or n < 1:
@@ -175,7 +177,7 @@ def vq_attention(
   elif not isinstance(state, AttentionState):
     raise TypeError(f"vq_attention: state must be an AttentionState, got {type(state).__name__}.")
   _check(q, k, v, codebook, state, relative_keys, content_bias, position_bias, segment_ids, mask,
-         mem_len=mem_len, reduction=reduction, is_causal=is_causal)
+         lengths, mem_len=mem_len, reduction=reduction, is_causal=is_causal)
   order = None
   if mask is not None:
     if lengths is not None:
@@ -189,7 +191,8 @@ def vq_attention(
   codebook = jax.lax.stop_gradient(codebook.astype(jnp.float32))
   codes = quantizer.nearest_codes(k, codebook)
   k_hat = quantizer.straight_through(k.astype(jnp.float32), quantizer.look_up(codes, codebook))
-  n_read = jnp.full((B,), T, jnp.int32) if lengths is None else jnp.clip(lengths, 0, T)
+  lengths = None if lengths is None else jnp.clip(lengths, 0, T).astype(jnp.int32)
+  n_read = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
   if segment_ids is None:
     segment_ids = jnp.broadcast_to(jnp.maximum(state.memory_docs[:, -1:], 0), (B, T))
   sequence = Tokens(
@@ -279,7 +282,7 @@ def _causal(queries: Queries, row: Tokens, memory: Tokens, cache: Cache, n_read:
 
   group = (queries, row, leaves)
   if reduction == "scan":
-    (_, cache), values = _scan_blocks(attend, (memory, cache), group, R, remat=remat)
+    (_, cache), values = blocks.scan(attend, (memory, cache), group, R, remat=remat)
   else:
     attend = jax.checkpoint(attend) if remat else attend
     (_, cache), values = attend((memory, cache), group)
@@ -312,35 +315,8 @@ def _encoder(queries: Queries, row: Tokens, empty: Tokens, cache: Cache, keys: K
   after = jax.tree.map(lambda x: jnp.flip(x, axis=3), after)
   group = (queries, before, blocks.cut(row, R), after, past, future)
   if reduction == "scan":
-    return _scan_blocks(attend, None, group, R, remat=remat)[1]
+    return blocks.scan(attend, None, group, R, remat=remat)[1]
   return (jax.checkpoint(attend) if remat else attend)(None, group)[1]
-
-
-def _scan_blocks(attend: Callable[..., Any], carry: Any, group: Any, n_block: int, *,
-                 remat: bool) -> tuple[Any, Array]:
-  """Calls `attend` block by block; axis 2 of `group` holds all of them."""
-  by_block = blocks.cut(group, n_block)
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:2], *x.shape[3:]), x.dtype), by_block)
-  # One flat row a block: around axes of length 1, XLA copies all of a loop's operands and results
-  # into layouts that differ in name only.
-  xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0).reshape(n_block, -1), by_block)
-  out = jax.eval_shape(attend, carry, like)[1]
-
-  def step(carry: Any, flat: Any) -> tuple[Any, Array]:
-    carry, values = attend(carry, jax.tree.map(lambda x, y: x.reshape(y.shape), flat, like))
-    return carry, values.reshape(-1)
-
-  if not remat:
-    carry, values = jax.lax.scan(step, carry, xs)
-  else:
-    # Two levels: the backward pass keeps the caches of about 2 sqrt(R) blocks instead of all R.
-    inner = max(n for n in range(1, math.isqrt(n_block) + 1) if n_block % n == 0)
-    step = jax.checkpoint(step, prevent_cse=False)
-    several = jax.checkpoint(lambda carry, xs: jax.lax.scan(step, carry, xs), prevent_cse=False)
-    xs = jax.tree.map(lambda x: x.reshape(n_block // inner, inner, -1), xs)
-    carry, values = jax.lax.scan(several, carry, xs)
-  values = jnp.moveaxis(values.reshape(n_block, *out.shape), 0, 2)
-  return carry, values.reshape(*values.shape[:2], -1, *values.shape[4:])
 
 
 def _expect(name: str, x: Array, shape: tuple[int, ...], letters: str, kind: Any) -> None:
@@ -352,8 +328,8 @@ def _expect(name: str, x: Array, shape: tuple[int, ...], letters: str, kind: Any
 
 def _check(q: Array, k: Array, v: Array, codebook: Array, state: AttentionState,
            relative_keys: Array | None, content_bias: Array | None, position_bias: Array | None,
-           segment_ids: Array | None, mask: Array | None, *, mem_len: int | None, reduction: str,
-           is_causal: bool) -> None:
+           segment_ids: Array | None, mask: Array | None, lengths: Array | None, *,
+           mem_len: int | None, reduction: str, is_causal: bool) -> None:
   (B, T, H, K), (G, S, _) = q.shape, codebook.shape
   V, M = v.shape[-1], state.memory_docs.shape[-1]
   if mem_len not in (None, M):
@@ -373,6 +349,7 @@ def _check(q: Array, k: Array, v: Array, codebook: Array, state: AttentionState,
       ("relative_keys", relative_keys, (distances[1], G, K), f"{distances[0]}, G, K", number),
       ("content_bias", content_bias, (H, K), "H, K", number),
       ("position_bias", position_bias, (H, K), "H, K", number),
-      ("segment_ids", segment_ids, (B, T), "B, T", jnp.integer), ("mask", mask, (B, T), "B, T", jnp.bool)):
+      ("segment_ids", segment_ids, (B, T), "B, T", jnp.integer), ("mask", mask, (B, T), "B, T", jnp.bool),
+      ("lengths", lengths, (B,), "B", jnp.integer)):
     if x is not None:
       _expect(name, x, shape, letters, kind)

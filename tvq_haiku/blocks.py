@@ -1,4 +1,4 @@
-"""Rows of tokens, and how they are cut into blocks: layout only, no arithmetic.
+"""Rows of tokens, how they are cut into blocks, and how blocks are taken one by one.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, n tokens, R blocks, L block length,
 M memory length, K key width, V value width.
@@ -6,12 +6,16 @@ M memory length, K key width, V value width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+_MANY_SHIFTS = 32  # a slice each
 
 
 class Tokens(NamedTuple):
@@ -69,13 +73,19 @@ def preceding(row: Any, length: int, n_block: int, block_len: int) -> Any:
   """The M tokens from the start of each block of a row on: [B, ?, M+R·L, ...] -> [B, ?, R, M, ...].
 
   In a row that begins with the memory, they are those in front of the block's own tokens. Blocks
-  of the row, shifted and put side by side: a gather would be slower, its gradient most of all.
+  of the row, shifted and put side by side: a gather would be slower, its gradient most of all,
+  unless there are very many shifts.
 
   >>> preceding(jnp.arange(7)[None, None], 3, 2, 2).tolist()
   [[[[0, 1, 2], [2, 3, 4]]]]
   """
 
   def windows(x: Array) -> Array:
+    if n_block == 1:
+      return x[:, :, None, :length]
+    if length > _MANY_SHIFTS * block_len:
+      starts = block_len * jnp.arange(n_block)[:, None]
+      return x[:, :, starts + jnp.arange(length)]
     pieces = []
     for start in range(0, length, block_len):
       piece = cut(part(x, start, start + n_block * block_len), n_block)
@@ -105,3 +115,41 @@ def pad(row: Any, n: int, filler: Any) -> Any:
     return jnp.pad(x, widths, constant_values=value)
 
   return jax.tree.map(append, row, filler)
+
+
+def scan(attend: Callable[..., Any], carry: Any, group: Any, n_block: int, *,
+         remat: bool) -> tuple[Any, Array]:
+  """Calls `attend` block by block; axis 2 of `group` holds all of them."""
+  by_block = cut(group, n_block)
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:2], *x.shape[3:]), x.dtype), by_block)
+  # One flat row a block: around axes of length 1, XLA copies all of a loop's operands and results
+  # into layouts that differ in name only.
+  xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0).reshape(n_block, -1), by_block)
+  out = jax.eval_shape(attend, carry, like)[1]
+
+  def step(carry: Any, flat: Any) -> tuple[Any, Array]:
+    carry, values = attend(carry, jax.tree.map(lambda x, y: x.reshape(y.shape), flat, like))
+    return carry, values.reshape(-1)
+
+  if not remat:
+    carry, values = jax.lax.scan(step, carry, xs)
+  else:
+    # Two levels: the backward pass keeps the caches of about 2 sqrt(R) blocks instead of all R.
+    inner = _group_size(n_block)
+    even = n_block - n_block % inner
+    step = jax.checkpoint(step, prevent_cse=False)
+    several = jax.checkpoint(lambda carry, xs: jax.lax.scan(step, carry, xs), prevent_cse=False)
+    groups = jax.tree.map(lambda x: x[:even].reshape(even // inner, inner, -1), xs)
+    carry, values = jax.lax.scan(several, carry, groups)
+    if even < n_block:
+      carry, rest = several(carry, jax.tree.map(lambda x: x[even:], xs))
+      values = jnp.concatenate([values.reshape(even, -1), rest])
+  values = jnp.moveaxis(values.reshape(n_block, *out.shape), 0, 2)
+  return carry, values.reshape(*values.shape[:2], -1, *values.shape[4:])
+
+
+def _group_size(n_block: int) -> int:
+  """The divisor next below the square root, or the root where that is far below it."""
+  root = math.isqrt(n_block)
+  divisor = max(n for n in range(1, root + 1) if n_block % n == 0)
+  return divisor if 2 * divisor >= root else root

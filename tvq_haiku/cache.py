@@ -82,9 +82,10 @@ def merge(left: Cache, right: Cache) -> Cache:
   doc = jnp.where(right.doc == NO_DOCUMENT, left.doc, right.doc)
   # Counts are of discrete codes: no gradient, and none of the work of computing one.
   kept = jax.lax.stop_gradient(jnp.where((left.doc == doc)[..., None], left.counts, 0.0))
-  counts = kept + jax.lax.stop_gradient(right.counts)
+  added = jax.lax.stop_gradient(right.counts)
+  counts = kept + added
   share = 1.0 / jnp.maximum(counts, 1.0)
-  means = (kept * share)[..., None] * left.means + (right.counts * share)[..., None] * right.means
+  means = (kept * share)[..., None] * left.means + (added * share)[..., None] * right.means
   return Cache(counts, means, doc)
 
 
@@ -131,7 +132,8 @@ def _matmul(every: Cache) -> Cache:
   changes = jnp.cumsum(doc != jnp.roll(doc, 1, axis=2).at[:, :, 0].set(doc[:, :, 0]), axis=2)
   keeps = (changes[..., :, None] == changes[..., None, :]) & (here[:, None] >= here)  # [B, 1, R, R]
   keeps = jnp.broadcast_to(keeps.astype(jnp.float32), (*every.counts.shape[:3], R))
-  counts = products.mix(keeps, jax.lax.stop_gradient(every.counts), precision=products.EXACT)
-  sums = (every.counts[..., None] * every.means).reshape(*every.counts.shape[:3], -1)
+  numbers = jax.lax.stop_gradient(every.counts)
+  counts = products.mix(keeps, numbers, precision=products.EXACT)
+  sums = (numbers[..., None] * every.means).reshape(*every.counts.shape[:3], -1)
   sums = products.mix(keeps, sums, precision=products.EXACT).reshape(every.means.shape)
   return Cache(counts, sums / jnp.maximum(counts, 1.0)[..., None], doc)

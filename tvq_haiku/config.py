@@ -98,7 +98,7 @@ class TransformerConfig(_JsonMixin):
   head_type: str = "shga"  # gated, twice a layer; mha, mqa: ungated, and an MLP
   attn_type: str = "vq"  # full: plain keys, in quadratic time, and mem_len tokens of context
   reduction: str = "auto"  # how blocks get their caches: see vq_attention
-  causal: bool = True  # False: an encoder, whose tokens attend both sides
+  causal: bool = True  # False: an encoder, whose tokens attend both sides of their own call
   agg_cache: bool = True  # False: tokens farther than mem_len are not attended
   grad_thru_cache: bool = True  # False: gradients stop at the start of each block
   doc_mask: bool = True  # False: attention crosses documents, as in the paper

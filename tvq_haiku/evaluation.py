@@ -90,6 +90,8 @@ def evaluate(config: TransformerConfig, params: Any, stream: packing.TokenStream
     window_len: T; changes nothing but speed.
     show_progress: on standard error.
   """
+  if not config.causal:
+    raise ValueError("evaluate: causal=False: an encoder sees the tokens that it would predict.")
   for name, value in (("batch_size", batch_size), ("window_len", window_len)):
     if value < 1:
       raise ValueError(f"evaluate: {name}={value!r} must be at least 1.")

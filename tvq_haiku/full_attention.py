@@ -130,7 +130,7 @@ def full_attention(
     raise ValueError(f"full_attention: {H} query heads cannot share {G} key/value heads evenly.")
   scale = K**-0.5 if scale is None else scale
   L = min(block_len, T)
-  C = 2 * L
+  C = max(2 * L, min(2 * block_len, M))  # for few queries, too, tiles of many keys
   R = -(-T // L)
 
   n_read = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
@@ -241,8 +241,10 @@ def _forward(layout, content, position, keys, values, relative, query_docs, key_
     rows = content.shape[:-1]
     start = (jnp.full((*rows, 1), _MASKED), jnp.zeros((*rows, 1)), jnp.zeros((*rows, values.shape[-1])))
     greatest, total, mixed = jax.lax.fori_loop(*_tiles(layout, key_docs, r), attend_tile, start)
-    total = jnp.where(total == 0.0, 1.0, total)  # a row of padding sees nothing
-    return None, ((mixed / total).astype(dtype), greatest + jnp.log(total))
+    # A row of padding may see nothing: no weights, here and in the backward pass.
+    seen = greatest > _MASKED
+    mixed = jnp.where(seen, mixed / jnp.where(seen, total, 1.0), 0.0)
+    return None, (mixed.astype(dtype), jnp.where(seen, greatest + jnp.log(total), 0.0))
 
   blocks_of = (jnp.arange(content.shape[0]), content, position, query_docs.swapaxes(0, 1))
   _, (mixed, log_total) = jax.lax.scan(attend_block, None, blocks_of)

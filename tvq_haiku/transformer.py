@@ -85,7 +85,8 @@ class Transformer(hk.Module):
 
     Args:
       tokens: [B, T] integers in [0, X); any T.
-      state: from `initial_state` or a previous call.
+      state: from `initial_state` or a previous call. An encoder (causal=False) takes every call
+        for a text of its own, and gives the state back as it was.
       doc_ids: [B, T] int32. With `doc_mask`, tokens attend their own document only, and absolute
         positions count from its start. Negative: padding, anywhere in a row; it is not attended
         or remembered, and its logits mean nothing. None: no padding, and all tokens continue the
@@ -104,9 +105,11 @@ class Transformer(hk.Module):
     inputs.check_mask("doc_ids", doc_ids, tokens)
     inputs.check_mask("loss_mask", loss_mask, tokens)
     inputs.check_state(state, initial_state, c, tokens.shape[0])
-    row = inputs.compact(tokens, state.document, doc_ids, loss_mask)
+    # To an encoder every call is a text of its own.
+    before = state if c.causal else initial_state(c, tokens.shape[0])
+    row = inputs.compact(tokens, before.document, doc_ids, loss_mask)
     index, document, position = inputs.document_positions(
-        row, state.document, state.position, restart=c.doc_mask)
+        row, before.document, before.position, restart=c.doc_mask)
     context = attention.BranchContext(
         doc_ids=row.doc_ids if c.doc_mask else None, lengths=row.lengths, is_token=row.is_token,
         loss_mask=row.loss_mask, is_training=is_training, with_metrics=with_metrics)
@@ -127,8 +130,8 @@ class Transformer(hk.Module):
     unembed = embedding.logits if c.e_tie else layers.Unembedding(c.n_vocab, name="unembedding")
     return TransformerOutput(
         logits=unembed(x) * c.e_scale,
-        state=TransformerState(document, position, branches[0].state,
-                               branches[1].state if c.gated else None),
+        state=state if not c.causal else TransformerState(
+            document, position, branches[0].state, branches[1].state if c.gated else None),
         commit_loss=sum(jnp.sum(branch.commit_loss) for branch in branches),
         codebook_loss=sum(jnp.sum(branch.codebook_loss) for branch in branches),
         metrics=jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *(b.metrics for b in branches)))
