@@ -313,14 +313,18 @@ def test_counts_stay_exact_in_bfloat16():
     (dict(block_len=0), "block_len=0"),
     (dict(state=None, mem_len=-1), "mem_len=-1 must be a whole number"),
     (dict(state=(1, 2)), "state must be an AttentionState, got tuple"),
-    (dict(state=cold_state(batch=3)), r"state.memory_keys must have shape \[B, G, M, K\]"),
-    (dict(codebook=jnp.zeros((S, K))), r"codebook must have shape \[G, S, K\], got \(5, 4\)"),
+    (dict(state=cold_state(batch=3)),
+     r"state.memory_keys must have shape \[B=2, G=1, M=4, K=4\], got \(3, 1, 4, 4\)"),
+    (dict(codebook=jnp.zeros((S, K))), r"codebook must have shape \[G=1, S, K=4\], got \(5, 4\)"),
     (dict(q=jnp.zeros((B, T, 1, K), jnp.int32)), "q must be floating, got int32"),
-    (dict(lengths=[3]), r"lengths must have shape \[B\] = \(2,\), got \(1,\)"),
+    (dict(lengths=[3]), r"lengths must have shape \[B=2\], got \(1,\)"),
     (dict(lengths=[3.0, 4.0]), "lengths must be integer, got float"),
     (dict(mask=jnp.ones((B, T))), "mask must be bool, got float32"),
     (dict(segment_ids=jnp.zeros((B, T))), "segment_ids must be integer, got float32"),
-    (dict(codebook=jnp.zeros((2, S, K))), "2 key/value heads"),
+    (dict(codebook=jnp.zeros((2, S, K))), r"codebook must have shape \[G=1, S, K=4\], got \(2, 5, 4\)"),
+    (dict(q=jnp.zeros((B, T, 3, K)), k=jnp.zeros((B, T, 2, K)), v=jnp.zeros((B, T, 2, V)),
+          codebook=jnp.zeros((2, S, K)), content_bias=None, position_bias=None),
+     "3 query heads cannot share 2 key/value heads evenly"),
 ])
 def test_shapes_that_do_not_fit_are_named(change, message):
   arrays, codebook, biases = make_inputs()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tvq_haiku import blocks
 from tvq_haiku import cache as caches
@@ -26,12 +27,11 @@ from tvq_haiku import quantizer
 from tvq_haiku import window
 from tvq_haiku.blocks import Tokens
 from tvq_haiku.cache import Cache
+from tvq_haiku.config import REDUCTIONS
 from tvq_haiku.window import Keys
 from tvq_haiku.window import Queries
 
 Array = jax.Array
-
-REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
 
 
 class AttentionState(NamedTuple):
@@ -157,27 +157,37 @@ def vq_attention(
   >>> bool(jnp.allclose(out.values, jax.nn.dot_product_attention(k, k, k, is_causal=True), atol=1e-5))
   True
   """
-  for name, x, letters in (("q", q, "B, T, H, K"), ("k", k, "B, T, G, K"), ("v", v, "B, T, G, V"),
-                           ("codebook", codebook, "G, S, K")):
-    if x.ndim != letters.count(",") + 1:
-      raise ValueError(f"vq_attention: {name} must have shape [{letters}], got {x.shape}.")
-  B, T, _, K = q.shape
-  G, S, _ = codebook.shape
   segment_ids, mask, lengths = (
       None if x is None else jnp.asarray(x) for x in (segment_ids, mask, lengths))
+  real = jnp.floating
+  sizes = inputs.check_arrays("vq_attention", {}, {
+      "q": (q, "B T H K", real), "k": (k, "B T G K", real), "v": (v, "B T G V", real),
+      "codebook": (codebook, "G S K", real), "segment_ids": (segment_ids, "B T", jnp.integer),
+      "mask": (mask, "B T", jnp.bool), "lengths": (lengths, "B", jnp.integer),
+      "content_bias": (content_bias, "H K", real), "position_bias": (position_bias, "H K", real)})
+  B, T, H, K, G, S, V = (sizes[letter] for letter in "BTHKGSV")
+  inputs.check_heads("vq_attention", H, G)
   M = block_len if mem_len is None else mem_len
   for name, n in (("block_len", block_len), ("mem_len", M), ("T", T)):
-    if not isinstance(n, int) or n < 1:
+    if not isinstance(n, (int, np.integer)) or n < 1:
       raise ValueError(f"vq_attention: {name}={n!r} must be a whole number, at least 1.")
+  if reduction not in REDUCTIONS:
+    raise ValueError(f"vq_attention: reduction={reduction!r} must be one of {REDUCTIONS}.")
   if state is None:
-    state = initial_attention_state(
-        batch_size=B, n_kv_head=G, n_code=S, mem_len=M, d_k=K, d_v=v.shape[-1], dtype=v.dtype)
+    state = initial_attention_state(batch_size=B, n_kv_head=G, n_code=S, mem_len=M, d_k=K, d_v=V,
+                                    dtype=v.dtype)
   elif not is_causal:
     raise ValueError("vq_attention: an encoder (is_causal=False) has no state.")
   elif not isinstance(state, AttentionState):
     raise TypeError(f"vq_attention: state must be an AttentionState, got {type(state).__name__}.")
-  _check(q, k, v, codebook, state, relative_keys, content_bias, position_bias, segment_ids, mask,
-         lengths, mem_len=mem_len, reduction=reduction, is_causal=is_causal)
+  elif mem_len not in (None, M := state.memory_docs.shape[-1]):
+    raise ValueError(f"vq_attention: mem_len={mem_len}, but the state remembers {M}.")
+  distances = "M+1" if is_causal else "2M+1"
+  inputs.check_arrays("vq_attention", sizes | {"M": M, "M+1": M + 1, "2M+1": 2 * M + 1}, {
+      "state.memory_keys": (state.memory_keys, "B G M K", real),
+      "state.memory_values": (state.memory_values, "B G M V", real),
+      "state.cache_means": (state.cache_means, "B G S V", real),
+      "relative_keys": (relative_keys, f"{distances} G K", real)})
   order = None
   if mask is not None:
     if lengths is not None:
@@ -317,39 +327,3 @@ def _encoder(queries: Queries, row: Tokens, empty: Tokens, cache: Cache, keys: K
   if reduction == "scan":
     return blocks.scan(attend, None, group, R, remat=remat)[1]
   return (jax.checkpoint(attend) if remat else attend)(None, group)[1]
-
-
-def _expect(name: str, x: Array, shape: tuple[int, ...], letters: str, kind: Any) -> None:
-  if x.shape != shape:
-    raise ValueError(f"vq_attention: {name} must have shape [{letters}] = {shape}, got {x.shape}.")
-  if not jnp.issubdtype(x.dtype, kind):
-    raise TypeError(f"vq_attention: {name} must be {kind.__name__}, got {x.dtype}.")
-
-
-def _check(q: Array, k: Array, v: Array, codebook: Array, state: AttentionState,
-           relative_keys: Array | None, content_bias: Array | None, position_bias: Array | None,
-           segment_ids: Array | None, mask: Array | None, lengths: Array | None, *,
-           mem_len: int | None, reduction: str, is_causal: bool) -> None:
-  (B, T, H, K), (G, S, _) = q.shape, codebook.shape
-  V, M = v.shape[-1], state.memory_docs.shape[-1]
-  if mem_len not in (None, M):
-    raise ValueError(f"vq_attention: mem_len={mem_len}, but the state remembers {M}.")
-  if reduction not in REDUCTIONS:
-    raise ValueError(f"vq_attention: reduction={reduction!r} must be one of {REDUCTIONS}.")
-  if H % G:
-    raise ValueError(f"vq_attention: {H} query heads cannot share {G} key/value heads evenly "
-                     f"(codebook is [G, S, K] = {codebook.shape}).")
-  number = jnp.floating
-  distances = ("M+1", M + 1) if is_causal else ("2M+1", 2 * M + 1)
-  for name, x, shape, letters, kind in (
-      ("q", q, (B, T, H, K), "B, T, H, K", number), ("k", k, (B, T, G, K), "B, T, G, K", number),
-      ("v", v, (B, T, G, V), "B, T, G, V", number), ("codebook", codebook, (G, S, K), "G, S, K", number),
-      ("state.memory_keys", state.memory_keys, (B, G, M, K), "B, G, M, K", number),
-      ("state.cache_means", state.cache_means, (B, G, S, V), "B, G, S, V", number),
-      ("relative_keys", relative_keys, (distances[1], G, K), f"{distances[0]}, G, K", number),
-      ("content_bias", content_bias, (H, K), "H, K", number),
-      ("position_bias", position_bias, (H, K), "H, K", number),
-      ("segment_ids", segment_ids, (B, T), "B, T", jnp.integer), ("mask", mask, (B, T), "B, T", jnp.bool),
-      ("lengths", lengths, (B,), "B", jnp.integer)):
-    if x is not None:
-      _expect(name, x, shape, letters, kind)

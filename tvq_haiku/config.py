@@ -20,7 +20,7 @@ _PRECISIONS = {
 }
 _HEAD_TYPES = ("shga", "mha", "mqa")
 _ATTN_TYPES = ("vq", "full")
-_REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
+REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
 _REMATS = ("none", "block", "dots", "layer", "auto")
 _OPTIMIZERS = ("adamw", "lion", "adafactor")
 _LR_SCHEDULES = ("cosine", "linear", "inv_sqrt")
@@ -132,7 +132,7 @@ class TransformerConfig(_JsonMixin):
     _require(self, self.pe_lam > 0.0, "pe_lam", "must be positive")
     _require(self, self.e_scale > 0.0, "e_scale", "must be positive")
     for name, values in (("head_type", _HEAD_TYPES), ("attn_type", _ATTN_TYPES),
-                         ("reduction", _REDUCTIONS), ("remat", _REMATS)):
+                         ("reduction", REDUCTIONS), ("remat", _REMATS)):
       _require(self, getattr(self, name) in values, name, f"must be one of {values}")
     _require(self, self.head_type != "mqa" or self.kv_heads == 1, "head_type n_kv_head",
              "mqa has one key/value head")

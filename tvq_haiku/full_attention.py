@@ -14,18 +14,18 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from tvq_haiku import blocks
+from tvq_haiku import inputs
 from tvq_haiku import positions
 from tvq_haiku import products
+from tvq_haiku.cache import NO_DOCUMENT
+from tvq_haiku.window import MASKED
 
 Array = jax.Array
 
-_MASKED = -1e30
-_EMPTY = -1  # document of a slot without token
 _F32 = dict(preferred_element_type=jnp.float32)
 
 
@@ -75,7 +75,7 @@ def initial_key_value_state(*, batch_size: int, n_kv_head: int, mem_len: int, d_
       position=jnp.zeros((b,), jnp.int32),
       memory_keys=jnp.zeros((b, g, m, d_k), dtype),
       memory_values=jnp.zeros((b, g, m, d_v), dtype),
-      memory_docs=jnp.full((b, m), _EMPTY, jnp.int32))
+      memory_docs=jnp.full((b, m), NO_DOCUMENT, jnp.int32))
 
 
 def full_attention(
@@ -119,15 +119,16 @@ def full_attention(
   >>> bool(jnp.allclose(out.values, jax.nn.dot_product_attention(q, q, q, is_causal=True), atol=1e-5))
   True
   """
-  B, T, H, K = q.shape
-  G, V, M = k.shape[2], v.shape[3], state.memory_docs.shape[1]
-  chex.assert_shape(k, (B, T, G, K))
-  chex.assert_shape(v, (B, T, G, V))
-  chex.assert_shape(state.memory_keys, (B, G, M, K))
-  if relative_keys is not None:
-    chex.assert_shape(relative_keys, ((M if is_causal else 2 * M) + 1, G, K))
-  if H % G:
-    raise ValueError(f"full_attention: {H} query heads cannot share {G} key/value heads evenly.")
+  M, real = state.memory_docs.shape[1], jnp.floating
+  distances = "M+1" if is_causal else "2M+1"
+  sizes = inputs.check_arrays("full_attention", {"M": M, "M+1": M + 1, "2M+1": 2 * M + 1}, {
+      "q": (q, "B T H K", real), "k": (k, "B T G K", real), "v": (v, "B T G V", real),
+      "state.memory_keys": (state.memory_keys, "B G M K", real),
+      "relative_keys": (relative_keys, f"{distances} G K", real),
+      "content_bias": (content_bias, "H K", real), "position_bias": (position_bias, "H K", real),
+      "segment_ids": (segment_ids, "B T", jnp.integer), "lengths": (lengths, "B", jnp.integer)})
+  B, T, H, K, G = (sizes[letter] for letter in "BTHKG")
+  inputs.check_heads("full_attention", H, G)
   scale = K**-0.5 if scale is None else scale
   L = min(block_len, T)
   C = max(2 * L, min(2 * block_len, M))  # for few queries, too, tiles of many keys
@@ -136,13 +137,13 @@ def full_attention(
   n_read = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
   if segment_ids is None:
     segment_ids = jnp.broadcast_to(jnp.maximum(state.memory_docs[:, -1:], 0), (B, T))
-  docs = jnp.where(jnp.arange(T) < n_read[:, None], segment_ids, _EMPTY)
+  docs = jnp.where(jnp.arange(T) < n_read[:, None], segment_ids, NO_DOCUMENT)
   sequence = _Tokens(k.swapaxes(1, 2), v.swapaxes(1, 2), docs[:, None])
   memory = _Tokens(state.memory_keys.astype(k.dtype), state.memory_values.astype(v.dtype),
                    state.memory_docs[:, None])
 
   row = blocks.concat(memory, sequence) if is_causal else sequence
-  row = blocks.pad(row, -row.docs.shape[2] % C, _Tokens(0, 0, _EMPTY))
+  row = blocks.pad(row, -row.docs.shape[2] % C, _Tokens(0, 0, NO_DOCUMENT))
   # Zero rows around r_M, ..., r_0 (..., r_-M): no bias beyond the reach, whatever a tile touches.
   if relative_keys is None:
     relative_keys = jnp.zeros((1, G, K))
@@ -150,7 +151,7 @@ def full_attention(
   relative = jnp.flip(relative_keys, axis=0).astype(q.dtype).swapaxes(0, 1)
   relative = jnp.pad(relative, ((0, 0), (edge, edge), (0, 0)))
   layout = _Layout(L, C, M if is_causal else None, edge + (0 if is_causal else relative_keys.shape[0] // 2))
-  query_docs = blocks.cut(blocks.pad(docs[:, None], R * L - T, _EMPTY), R)[:, 0]  # [B, R, L]
+  query_docs = blocks.cut(blocks.pad(docs[:, None], R * L - T, NO_DOCUMENT), R)[:, 0]  # [B, R, L]
   content, position = (jnp.moveaxis(blocks.queries(q, bias, scale, G, L), 2, 0)
                        for bias in (content_bias, position_bias))
   values = _attend(layout, content, position, row.keys, row.values, relative, query_docs, row.docs[:, 0])
@@ -166,7 +167,7 @@ def full_attention(
 def _tiles(layout: _Layout, key_docs: Array, r: Array) -> tuple[Array, Array]:
   """The first tile that block r sees, and the one after the last."""
   n_tile = key_docs.shape[1] // layout.tile_len
-  is_token = jnp.any(key_docs != _EMPTY, axis=0)
+  is_token = jnp.any(key_docs != NO_DOCUMENT, axis=0)
   first, last = jnp.argmax(is_token), key_docs.shape[1] - 1 - jnp.argmax(is_token[::-1])
   start = r * layout.block_len
   if layout.window is not None:
@@ -189,7 +190,7 @@ def _tile_scores(layout: _Layout, content: Array, position: Array, keys: Array, 
 def _tile_mask(layout: _Layout, query_docs: Array, key_docs: Array, r: Array, c: Array) -> Array:
   """Who sees whom: [B, 1, L, C]."""
   visible = query_docs[:, :, None] == key_docs[:, None]
-  visible &= key_docs[:, None] != _EMPTY
+  visible &= key_docs[:, None] != NO_DOCUMENT
   if layout.window is not None:
     place = layout.window + r * layout.block_len + jnp.arange(layout.block_len)[:, None]
     distance = place - (c * layout.tile_len + jnp.arange(layout.tile_len))
@@ -211,7 +212,7 @@ def _slices(layout: _Layout, keys: Array, values: Array, relative: Array, key_do
 
 def _masked(scores: Array, visible: Array) -> Array:
   heads = scores.reshape(*scores.shape[:2], -1, *visible.shape[-2:])
-  return jnp.where(visible[:, :, None], heads, _MASKED).reshape(scores.shape)
+  return jnp.where(visible[:, :, None], heads, MASKED).reshape(scores.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -239,10 +240,10 @@ def _forward(layout, content, position, keys, values, relative, query_docs, key_
       return new, total, shrink * mixed + products.mix(weights.astype(dtype), v, **_F32)
 
     rows = content.shape[:-1]
-    start = (jnp.full((*rows, 1), _MASKED), jnp.zeros((*rows, 1)), jnp.zeros((*rows, values.shape[-1])))
+    start = (jnp.full((*rows, 1), MASKED), jnp.zeros((*rows, 1)), jnp.zeros((*rows, values.shape[-1])))
     greatest, total, mixed = jax.lax.fori_loop(*_tiles(layout, key_docs, r), attend_tile, start)
     # A row of padding may see nothing: no weights, here and in the backward pass.
-    seen = greatest > _MASKED
+    seen = greatest > MASKED
     mixed = jnp.where(seen, mixed / jnp.where(seen, total, 1.0), 0.0)
     return None, (mixed.astype(dtype), jnp.where(seen, greatest + jnp.log(total), 0.0))
 

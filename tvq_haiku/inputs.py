@@ -38,6 +38,48 @@ def check_tokens(tokens: Array, n_vocab: int) -> None:
       raise ValueError(f"tokens must lie in [0, {n_vocab}), got {least}...{greatest}.")
 
 
+def check_arrays(caller: str, sizes: Mapping[str, int],
+                 arrays: Mapping[str, tuple[Array | None, str, Any]]) -> dict[str, int]:
+  """Holds arrays against shapes in letters; a letter's first use binds it.
+
+  Args:
+    caller: whom the message names.
+    sizes: what is bound already.
+    arrays: name -> (array or None, its axes' letters with spaces between, a kind of dtype).
+
+  Returns:
+    `sizes`, and all letters of the arrays.
+
+  Raises:
+    ValueError, TypeError: an array has another shape or kind; the message names it.
+
+  >>> check_arrays("f", {}, {"q": (jnp.ones((2, 3)), "T K", jnp.floating)})
+  {'T': 2, 'K': 3}
+  >>> check_arrays("f", {"K": 4}, {"q": (jnp.ones((2, 3)), "T K", jnp.floating)})
+  Traceback (most recent call last):
+  ValueError: f: q must have shape [T, K=4], got (2, 3).
+  """
+  sizes = dict(sizes)
+  for name, (x, axes, kind) in arrays.items():
+    if x is None:
+      continue
+    letters, shape = axes.split(), jnp.shape(x)
+    if len(shape) != len(letters) or any(
+        sizes.get(letter, n) != n for letter, n in zip(letters, shape)):
+      known = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in letters)
+      raise ValueError(f"{caller}: {name} must have shape [{known}], got {shape}.")
+    if not jnp.issubdtype(jnp.result_type(x), kind):
+      raise TypeError(f"{caller}: {name} must be {kind.__name__}, got {jnp.result_type(x)}.")
+    sizes |= zip(letters, shape)
+  return sizes
+
+
+def check_heads(caller: str, n_head: int, n_kv_head: int) -> None:
+  """Raises unless query heads can share key/value heads evenly."""
+  if n_head % n_kv_head:
+    raise ValueError(f"{caller}: {n_head} query heads cannot share {n_kv_head} key/value heads evenly.")
+
+
 def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
   """Raises unless `mask` is None or has the shape of `tokens`."""
   if mask is None:

@@ -146,24 +146,23 @@ class Transformer(hk.Module):
       sequence_rng = hk.next_rng_key() if sequence_rng is None else sequence_rng
       keys = jax.random.split(sequence_rng, (c.n_layer, 2))
 
-    remat = residuals.chosen_remat(c, x.shape[0] * x.shape[1])
-    attend = c.replace(remat=remat)
+    c = c.replace(remat=residuals.chosen_remat(c, x.shape[0] * x.shape[1]))
 
     def layer(x: Array, states, keys):
       first, second = (None, None) if keys is None else keys
-      x, output = attention.Attention(attend, name="attention_1")(x, states[0], context, first)
+      x, output = attention.Attention(c, name="attention_1")(x, states[0], context, first)
       if not c.gated:
         return layers.residual(
             x, layers.MLP(c.mlp_width, name="mlp")(x), p_dropres=c.p_dropres,
             p_droplyr=c.p_droplyr, rng=second, is_training=context.is_training), (output,)
-      x, other = attention.Attention(attend, name="attention_2")(x, states[1], context, second)
+      x, other = attention.Attention(c, name="attention_2")(x, states[1], context, second)
       return x, (output, other)
 
     # A few layers are unrolled: a loop would copy what each of them keeps for the backward pass.
     unroll = c.n_layer if c.n_layer <= _UNROLLED else 1
     stack = hk.layer_stack(c.n_layer, with_per_layer_inputs=True, unroll=unroll, name="layers")
-    if remat in _SAVED:
-      layer = hk.remat(layer, policy=_SAVED[remat])
+    if c.remat in _SAVED:
+      layer = hk.remat(layer, policy=_SAVED[c.remat])
     return stack(layer)(x, (state.attention_1, state.attention_2), keys)
 
 

@@ -20,7 +20,7 @@ from tvq_haiku.cache import Cache
 
 Array = jax.Array
 
-_MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
+MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 
 
 class Queries(NamedTuple):
@@ -70,7 +70,7 @@ def attend(queries: Queries, tokens: Sequence[Tokens], past: Sequence[Cache], ke
       visible &= here >= place
     if not agg_cache:
       visible &= jnp.abs(here - place) <= M
-    scores.append(jnp.where(visible, score, _MASKED))
+    scores.append(jnp.where(visible, score, MASKED))
     values.append(part.values)
     start += place.size
   if agg_cache:
@@ -79,6 +79,6 @@ def attend(queries: Queries, tokens: Sequence[Tokens], past: Sequence[Cache], ke
     for cache in past:
       counts = jax.lax.stop_gradient(cache.counts)[..., None, :]
       visible = (counts > 0.0) & (docs == cache.doc[..., None, None])
-      scores.append(jnp.where(visible, score + jnp.log(jnp.maximum(counts, 1.0)), _MASKED))
+      scores.append(jnp.where(visible, score + jnp.log(jnp.maximum(counts, 1.0)), MASKED))
       values.append(cache.means.astype(values[0].dtype))
   return softmax.attend(scores, values)
