@@ -24,6 +24,7 @@ def main() -> None:
   if not text:
     raise ValueError(f"--file={_FILE.value} is empty: there is nothing to evaluate.")
   run = tvq.load_checkpoint(_CHECKPOINT.value)
+  data.ByteVocabulary.check(f"--checkpoint={_CHECKPOINT.value}", run.config.n_vocab)
   stream = data.stream_of([data.ByteVocabulary.encode(text)])
   likelihood = tvq.evaluate(run.config, run.train_state.params, stream, batch_size=_ROWS.value,
                             show_progress=True)

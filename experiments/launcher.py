@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import os
+import signal
 import sys
 
 from absl import app
@@ -13,12 +15,20 @@ EXIT_BAD_INPUT = 1
 EXIT_BAD_FLAGS = 2
 
 
-def launch(name: str, main: Callable[[], None]) -> None:
+def launch(name: str, main: Callable[..., None], *, argument: str | None = None) -> None:
   """Parses the flags and runs `main`.
 
   Exits with 2 for wrong flags and with 1 for wrong input (a file, a size, a checkpoint, a missing
-  package); either is one line on standard error that begins with `name`.
+  package); either is one line on standard error that begins with `name`. A reader of standard
+  output that goes away ends the command without a word.
+
+  Args:
+    name: of the command.
+    main: what it does.
+    argument: what the one argument is called that is not a flag, and that `main` gets; None: there
+      is none.
   """
+  expected = [] if argument is None else [argument]
 
   def fail(message: object, status: int) -> None:
     line = " ".join(str(message).split())
@@ -32,14 +42,20 @@ def launch(name: str, main: Callable[[], None]) -> None:
       return fail(error, EXIT_BAD_FLAGS)
 
   def guarded(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-      fail(f"unexpected argument {argv[1]!r}; see --help.", EXIT_BAD_FLAGS)
+    if len(argv) > 1 + len(expected):
+      fail(f"unexpected argument {argv[1 + len(expected)]!r}; see --help.", EXIT_BAD_FLAGS)
+    if len(argv) < 1 + len(expected):
+      fail(f"{argument} is missing; see --help.", EXIT_BAD_FLAGS)
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # orbax narrates every save at level INFO
     try:
-      main()
+      main(*argv[1:])
+      sys.stdout.flush()
     except KeyboardInterrupt:
-      fail("interrupted.", 130)
+      fail("interrupted.", 128 + signal.SIGINT)
+    except BrokenPipeError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+      sys.exit(128 + signal.SIGPIPE)
     except (ImportError, OSError, ValueError) as error:
       fail(error, EXIT_BAD_INPUT)
 

@@ -25,8 +25,7 @@ def test_tokens_logprobs_and_state_are_those_of_one_forward_pass():
   for temperature in (0.0, 1.0):
     out = generate(prompts, temperature=temperature)
     whole = np.concatenate([prompts, out.tokens], axis=1)
-    forward = jax.jit(tvq.make_transformer(CONFIG).apply)(
-        PARAMS, None, whole, tvq.initial_state(CONFIG, 2))
+    forward = helpers.apply(CONFIG, PARAMS, whole)
     logprobs = jax.nn.log_softmax(forward.logits[:, 12:-1])
     if temperature == 0.0:
       np.testing.assert_array_equal(out.tokens, logprobs.argmax(-1))
@@ -37,11 +36,11 @@ def test_tokens_logprobs_and_state_are_those_of_one_forward_pass():
 
 def test_ragged_prompts_and_warm_states_give_what_rows_give_alone():
   text = helpers.random_tokens(CONFIG, 2, 20)
-  warm = generate(text, n=3).state
+  warm = generate(text).state
   prompts, lengths = helpers.random_tokens(CONFIG, 2, 9, seed=5), [9, 4]
   both = generate(prompts, lengths=lengths, state=warm)
   for row in range(2):
-    state = generate(text[row : row + 1], n=3).state
+    state = generate(text[row : row + 1]).state
     alone = generate(prompts[row : row + 1, : lengths[row]], state=state)
     np.testing.assert_array_equal(both.tokens[row], alone.tokens[0])
     np.testing.assert_allclose(both.logprobs[row], alone.logprobs[0], atol=2e-5)
@@ -49,54 +48,91 @@ def test_ragged_prompts_and_warm_states_give_what_rows_give_alone():
 
 def test_rows_end_at_eos():
   prompts = helpers.random_tokens(CONFIG, 4, 5)
-  free = generate(prompts, n=20, temperature=1.0)
+  free = generate(prompts, n=16, temperature=1.0)
   eos = int(free.tokens[0, 3])
-  out = generate(prompts, n=20, temperature=1.0, eos_id=eos)
+  out = generate(prompts, n=16, temperature=1.0, eos_id=eos)
   for row, length in enumerate(out.lengths):
     stop = np.flatnonzero(free.tokens[row] == eos)
-    assert length == (stop[0] + 1 if stop.size else 20)
+    assert length == (stop[0] + 1 if stop.size else 16)
     np.testing.assert_array_equal(out.tokens[row, :length], free.tokens[row, :length])
     assert not out.tokens[row, length:].any() and not out.logprobs[row, length:].any()
   np.testing.assert_array_equal(out.state.attention_1.position[0], 5 + out.lengths)
 
 
-def test_same_seed_same_text():
-  prompts = np.repeat(helpers.random_tokens(CONFIG, 1, 5), 3, axis=0)
+def test_same_seed_same_text_whatever_the_batch():
+  prompts = helpers.random_tokens(CONFIG, 4, 5)
+  prompts[3] = prompts[0]
   first, again = (generate(prompts, temperature=1.0).tokens for _ in range(2))
   np.testing.assert_array_equal(first, again)
-  assert (first[0] != first[1]).any()
+  assert (first[0] != first[3]).any()  # equal prompts go on differently
   assert (generate(prompts, temperature=1.0, rng=jax.random.key(1)).tokens != first).any()
-  np.testing.assert_array_equal(generate(prompts[:1], temperature=1.0).tokens, first[:1])
+  for row in range(3):
+    alone = generate(prompts[row : row + 1], temperature=1.0).tokens[0]
+    np.testing.assert_array_equal(alone, first[row])
 
 
-@pytest.mark.parametrize("settings, allowed", [
-    (dict(), {0, 1, 2, 3, 4}),
-    (dict(top_p=0.5), {0, 1}), (dict(top_p=0.4), {0}), (dict(top_p=0.01), {0}),
-    (dict(top_p=0.71), {0, 1, 2}), (dict(top_k=2), {0, 1}), (dict(top_k=99), {0, 1, 2, 3, 4}),
-    (dict(min_p=0.4), {0, 1, 2}), (dict(top_p=0.9, top_k=2, min_p=0.9), {0}),
-    (dict(temperature=0.0), {0})])
-def test_sampling_draws_from_the_allowed_set_in_proportion(settings, allowed):
-  probabilities = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
-  place = np.array([3, 0, 4, 1, 2])  # likeliest first: token place[i] has probabilities[i]
-  logits = np.zeros(5)
-  logits[place] = np.log(probabilities)
-  draws = jax.vmap(lambda key: generation.sample_token(key, jnp.asarray(logits), **settings))(
-      jax.random.split(jax.random.key(0), 4000))
-  counts = np.bincount(draws, minlength=5)[place]
-  kept = np.where([i in allowed for i in range(5)], probabilities, 0.0)
-  np.testing.assert_allclose(counts / 4000, kept / kept.sum(), atol=0.03)
-  assert set(np.flatnonzero(counts)) <= allowed
+def test_in_two_parts_as_in_one():
+  prompts, keys = helpers.random_tokens(CONFIG, 2, 5), jax.random.split(jax.random.key(3), 2)
+  whole = generate(prompts, n=12, temperature=1.0, rng=keys)
+  first = generate(prompts, n=5, temperature=1.0, rng=keys)
+  empty = np.zeros((2, 0), np.int32)
+  then = generate(empty, n=7, temperature=1.0, rng=keys, state=first.state, logits=first.logits)
+  np.testing.assert_array_equal(np.concatenate([first.tokens, then.tokens], axis=1), whole.tokens)
+  helpers.assert_trees_close(then.state, whole.state)
+  with pytest.raises(ValueError, match="prompt 0 is empty: give the logits"):
+    generate(empty, state=first.state)
+
+
+def test_an_empty_prompt_begins_with_the_eos():
+  prompts = helpers.random_tokens(CONFIG, 2, 5)
+  got = generate(prompts, lengths=[5, 0], eos_id=1)
+  want = generate(np.array([[1]]), eos_id=1)
+  np.testing.assert_array_equal(got.tokens[1], want.tokens[0])
+  np.testing.assert_array_equal(generate(np.zeros((1, 0), np.int32), eos_id=1).tokens, want.tokens)
+
+
+def test_rows_end_at_stop_sequences():
+  prompts = helpers.random_tokens(CONFIG, 3, 5)
+  free = np.asarray(generate(prompts, n=16, temperature=1.0).tokens)
+  stops = [free[0, 4:7].tolist(), free[1, 9:10].tolist()]
+  out = generate(prompts, n=16, temperature=1.0, stop=stops)
+  for row in range(3):
+    ends = [i for i in range(1, 17) for s in stops if free[row, max(i - len(s), 0) : i].tolist() == s]
+    assert out.lengths[row] == (min(ends) if ends else 16)
+    np.testing.assert_array_equal(out.tokens[row, : out.lengths[row]], free[row, : out.lengths[row]])
+  assert out.lengths[0] <= 7 and out.lengths[1] <= 10
+
+
+def test_a_stop_sequence_is_not_found_in_the_prompt():
+  prompts = helpers.random_tokens(CONFIG, 1, 5)
+  free = generate(prompts, n=4).tokens[0]
+  both = [int(prompts[0, -1]), int(free[0])]
+  out = generate(prompts, n=1, stop=[both])
+  assert not jnp.any(out.state.document < 0) and out.lengths[0] == 1
+  out = generate(prompts, n=4, stop=[both])
+  assert out.lengths[0] == 4 or free.tolist()[: int(out.lengths[0])][-2:] == both
+
+
+def test_prompts_longer_than_a_window_are_read_in_parts(monkeypatch):
+  monkeypatch.setattr(generation, "_LONGEST_WINDOW", 16)
+  prompts, lengths = helpers.random_tokens(CONFIG, 2, 50), [50, 20]
+  out = generate(prompts, lengths=lengths, n=3)
+  for row, length in enumerate(lengths):
+    forward = helpers.apply(CONFIG, PARAMS, prompts[row : row + 1, :length])
+    want = jax.nn.log_softmax(forward.logits[0, -1])
+    assert out.tokens[row, 0] == want.argmax()
+    np.testing.assert_allclose(out.logprobs[row, 0], want.max(), atol=2e-5)
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(temperature=-1.0), "temperature=-1.0 must not be negative"),
-    (dict(top_p=0.0), r"top_p=0.0 must lie in \(0, 1\]"), (dict(top_p=1.1), "top_p=1.1"),
-    (dict(top_k=0), "top_k=0 must be an integer, at least 1"), (dict(min_p=2.0), "min_p=2.0"),
-    (dict(top_k=1.5), "top_k=1.5"), (dict(eos_id=11), r"eos_id=11 must lie in \[0, 11\)"),
+    (dict(top_p=1.1), r"generate: top_p=1.1 must lie in \(0, 1\]"),
+    (dict(stop=[[]]), "a stop sequence must have at least one token"),
+    (dict(logits=np.zeros((2, 10))), r"logits must have shape \[B=2, X=11\], got \(2, 10\)"),
+    (dict(eos_id=11), r"eos_id=11 must lie in \[0, 11\)"),
     (dict(state=tvq.initial_state(CONFIG, 3)), "batch of 2"),
     (dict(n=2.5), "max_new_tokens=2.5"), (dict(n=0), "max_new_tokens=0"),
-    (dict(lengths=[1, 6]), r"lengths=\[1, 6\] must be one of 1...5"),
-    (dict(lengths=[0, 5]), r"lengths=\[0, 5\]"), (dict(lengths=[5]), r"lengths=\[5\]")])
+    (dict(lengths=[1, 6]), r"lengths=\[1, 6\] must be one of 0...5"),
+    (dict(lengths=[0, 5]), "prompt 0 is empty: it needs an eos_id"), (dict(lengths=[5]), r"lengths=\[5\]")])
 def test_settings_that_cannot_be(settings, message):
   with pytest.raises(ValueError, match=message):
     generate(helpers.random_tokens(CONFIG, 2, 5), **settings)
@@ -132,3 +168,17 @@ def test_text_continues_each_prompt():
   write = lambda prompts: tvq.continue_text(
       params, config, prompts, max_new_tokens=20, rng=jax.random.key(0), temperature=0.0)
   assert write(prompts) == [write([prompt])[0] for prompt in prompts]
+
+
+def test_text_ends_before_a_stop_text():
+  config = tvq.TransformerConfig.tiny(n_layer=1)
+  params = helpers.random_params(config)
+  write = lambda **kwargs: tvq.continue_text(
+      params, config, ["Anne"], max_new_tokens=40, rng=jax.random.key(0), **kwargs)[0]
+  raw = data.ByteVocabulary.encode("Anne")
+  out = tvq.generate(params, config, np.append(1, raw)[None], max_new_tokens=40, rng=jax.random.key(0))
+  tokens = np.asarray(out.tokens)[0]
+  place = next(i for i in range(5, 40) if (tokens[i : i + 2] >= 3).all() and 1 not in tokens[:i])
+  stop = data.ByteVocabulary.decode(tokens[place : place + 2])
+  first = data.ByteVocabulary.decode(tokens).find(stop)
+  assert write(stop=[stop]) == data.ByteVocabulary.decode(tokens)[:first].decode(errors="replace")

@@ -9,8 +9,12 @@ from tvq_haiku.checkpoints import Checkpoint
 from tvq_haiku.checkpoints import CheckpointError
 from tvq_haiku.checkpoints import load_checkpoint
 from tvq_haiku.checkpoints import save_checkpoint
+from tvq_haiku.compression import compress
+from tvq_haiku.compression import CompressionError
+from tvq_haiku.compression import decompress
 from tvq_haiku.config import TrainConfig
 from tvq_haiku.config import TransformerConfig
+from tvq_haiku.conversation import Conversation
 from tvq_haiku.evaluation import EvalSums
 from tvq_haiku.evaluation import evaluate
 from tvq_haiku.evaluation import Likelihood
@@ -18,8 +22,12 @@ from tvq_haiku.evaluation import make_eval_step
 from tvq_haiku.generation import continue_text
 from tvq_haiku.generation import generate
 from tvq_haiku.generation import GenerateOutput
+from tvq_haiku.images import image_grid
+from tvq_haiku.images import images_from_tokens
 from tvq_haiku.losses import LossAux
 from tvq_haiku.losses import training_loss
+from tvq_haiku.scoring import score
+from tvq_haiku.scoring import Scores
 from tvq_haiku.train import init_train_state
 from tvq_haiku.train import make_train_step
 from tvq_haiku.train import TrainState

@@ -26,11 +26,14 @@ def prepare_directory(directory: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def write_whole(file: pathlib.Path, text: str) -> None:
+def write_whole(file: pathlib.Path, content: str | bytes) -> None:
   """Writes a file that appears whole or not at all, even if the process dies on the way."""
   draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-  draft.write_text(text)
-  os.replace(draft, file)
+  try:
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(draft, file)
+  finally:
+    draft.unlink(missing_ok=True)
 
 
 def write_manifest(directory: pathlib.Path, name: str) -> None:

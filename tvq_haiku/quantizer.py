@@ -48,6 +48,11 @@ def nearest_codes(k: Array, codebook: Array) -> Array:
   return jnp.argmin(distances, axis=-1).astype(jnp.int32).swapaxes(1, 2)
 
 
+def codebook_of(c_sum: Array, c_count: Array) -> Array:
+  """C [G, S, K] in float32, without gradient, from its moments [G, S, K] and [G, S]."""
+  return jax.lax.stop_gradient(c_sum / jnp.maximum(c_count, _MIN_COUNT)[..., None])
+
+
 def look_up(codes: Array, codebook: Array) -> Array:
   """C_z: the [B, T, G, K] codes' vectors for `codes` [B, T, G] of a `codebook` [G, S, K]."""
   return jax.vmap(lambda c, z: c[z], in_axes=(0, 2), out_axes=2)(codebook, codes)
@@ -98,8 +103,7 @@ class VectorQuantizer(hk.Module):
 
   def codebook(self) -> Array:
     """C [G, S, K] in float32, without gradient."""
-    c_sum, c_count = self._moments()
-    return jax.lax.stop_gradient(c_sum / jnp.maximum(c_count, _MIN_COUNT)[..., None])
+    return codebook_of(*self._moments())
 
   def counts(self) -> Array:
     """The moving average [G, S] of how many keys each code gets per update."""

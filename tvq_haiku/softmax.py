@@ -34,12 +34,17 @@ def attend(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   return _forward(scores, values)[0]
 
 
-def _forward(scores: Sequence[Array], values: Sequence[Array]):
-  dtype = values[0].dtype
+def normalized(scores: Sequence[Array]) -> list[Array]:
+  """The weights [..., n] f32 of one softmax over all sets."""
   greatest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
   weights = [jnp.exp(x - greatest) for x in scores]
   total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
-  weights = [(x / total).astype(dtype) for x in weights]
+  return [x / total for x in weights]
+
+
+def _forward(scores: Sequence[Array], values: Sequence[Array]):
+  dtype = values[0].dtype
+  weights = [x.astype(dtype) for x in normalized(scores)]
   mixed = sum(products.mix(w, v, **_F32) for w, v in zip(weights, values)).astype(dtype)
   return mixed, (weights, list(values), mixed)
 

@@ -5,6 +5,7 @@ Letters: B batch, T tokens, D model width, X vocabulary, N layers.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import haiku as hk
@@ -51,10 +52,14 @@ def initial_state(config: TransformerConfig, batch_size: int) -> TransformerStat
   """
   if batch_size < 1:
     raise ValueError(f"initial_state: batch_size={batch_size} must be at least 1.")
+  return _initial_state(config, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initial_state(config: TransformerConfig, batch_size: int) -> TransformerState:
   one = attention.initial_state(config, batch_size)
 
   def stack() -> attention.State:
-    # Two calls, two sets of buffers: a buffer that stands twice in a tree cannot be donated.
     return jax.tree.map(lambda x: jnp.repeat(x[None], config.n_layer, axis=0), one)
 
   return TransformerState(
@@ -196,6 +201,11 @@ def params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDty
   >>> shapes["transformer/embedding"]["embeddings"].shape
   (259, 32)
   """
+  return {module: dict(leaves) for module, leaves in _params_shapes(config).items()}
+
+
+@functools.cache
+def _params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
 
   def init(rng):
     tokens = jnp.zeros((1, 1), jnp.int32)

@@ -20,6 +20,13 @@ class ByteVocabulary:
   SIZE = 259
 
   @classmethod
+  def check(cls, caller: str, n_vocab: int) -> None:
+    """Raises a ValueError unless a model of `n_vocab` tokens has this vocabulary."""
+    if n_vocab != cls.SIZE:
+      raise ValueError(f"{caller}: the model has n_vocab={n_vocab}, not the {cls.SIZE} of the "
+                       "byte vocabulary.")
+
+  @classmethod
   def encode(cls, text: str | bytes) -> np.ndarray:
     """[n] int32 tokens of the UTF-8 bytes of `text`."""
     raw = text.encode() if isinstance(text, str) else text
