@@ -38,6 +38,8 @@ _PNG = flags.DEFINE_string("png", None, "Write images instead, as a grid in this
 _IMAGES = flags.DEFINE_integer("images", 4, "How many images.", lower_bound=1)
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Their height and width in pixels.", lower_bound=1)
 
+_SHORT = 2000  # bytes, which need no progress bar
+
 
 def main() -> None:
   if sum([_STREAM.value, _INTERACTIVE.value, _PNG.value is not None]) > 1:
@@ -65,7 +67,8 @@ def main() -> None:
       _say("\n")
   else:
     texts = tvq.continue_text(
-        *model, prompts, max_new_tokens=_LENGTH.value, rng=rng, stop=stop, **settings)
+        *model, prompts, max_new_tokens=_LENGTH.value, rng=rng, stop=stop,
+        show_progress=_LENGTH.value > _SHORT, **settings)
     for prompt, text in zip(prompts, texts):
       print(prompt.decode(errors="replace") + text)
 
@@ -93,7 +96,8 @@ def _draw(model: tuple, rng: jax.Array, settings: dict) -> None:
   size, n = _IMAGE_SIZE.value, _IMAGES.value
   files.prepare_directory(os.path.dirname(os.path.abspath(_PNG.value)))
   start = np.full((n, 1), data.ByteVocabulary.EOS, np.int32)
-  out = tvq.generate(*model, start, max_new_tokens=3 * size * size, rng=rng, **settings)
+  out = tvq.generate(*model, start, max_new_tokens=3 * size * size, rng=rng, show_progress=True,
+                     **settings)
   images = tvq.images_from_tokens(np.asarray(out.tokens), height=size, width=size)
   tvq.image_grid(images).save(_PNG.value)
   print(f"{n} images of {size} x {size} pixels: {_PNG.value}")

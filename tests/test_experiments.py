@@ -9,8 +9,13 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
+from PIL import Image
 import pytest
+
+import helpers
+import tvq_haiku as tvq
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -99,6 +104,7 @@ def test_readme_commands_run(quickstart, place):
       command += " --smoke --workdir=runs/quickstart"
     status, out, err = run(command, place)
     assert status == 0 and out.strip(), (command, err)
+  assert (place / "copy.md").read_bytes() == (ROOT / "README.md").read_bytes()
 
 
 def test_readme_is_brief_where_it_must_be():
@@ -111,6 +117,74 @@ def test_compile_time_benchmark_prints_a_table(place):
   status, out, err = run("python -m experiments.benchmarks.compile_time --smoke --depths=1,2", place)
   assert status == 0, err
   assert re.search(r"1 +\d+\.\d\d +1\.00\n +2 +\d+\.\d\d +\d\.\d\d", out)
+
+
+SAMPLE = "python -m experiments.sample --checkpoint=runs/quickstart"
+
+
+def test_a_stream_is_the_text(quickstart, place):
+  flags = " --prompt='Anne ' --prompt=Bath --length=40 --top_k=50 --min_p=0.01 --stop=qqq"
+  (status, plain, err), streamed = run(SAMPLE + flags, place), run(SAMPLE + " --stream" + flags, place)
+  assert status == streamed[0] == 0, err + streamed[2]
+  assert plain == streamed[1] and plain.startswith("Anne ") and not err + streamed[2]
+
+
+def test_a_reader_that_goes_away_ends_a_stream_quietly(quickstart, place):
+  process = start(SAMPLE + " --stream --length=100000", place)
+  process.stdout.read(1)
+  process.stdout.close()
+  assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+  assert not process.stderr.read()
+
+
+def test_a_conversation_survives_an_interrupted_reply(quickstart, place):
+  process = start(SAMPLE + " --interactive --length=1000000", place, stdin=subprocess.PIPE)
+  for prompt in ("Anne said", "Bath"):
+    process.stdin.write(prompt + "\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)  # it writes
+    process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0 and not err, err
+  assert out.count("\n") >= 2
+
+
+def test_interrupted_sampling_is_one_line(quickstart, place):
+  process = start(SAMPLE + " --stream --length=1000000", place)
+  process.stdout.read(1)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 130 and err == "sample: interrupted.\n"
+
+
+def test_images_are_drawn(quickstart, place):
+  status, out, err = run(SAMPLE + " --png=grids/grid.png --images=3 --image_size=4", place)
+  assert status == 0 and "3 images of 4 x 4 pixels" in out, err
+  with Image.open(place / "grids" / "grid.png") as page:
+    assert page.size == (2 * 6 + 2, 2 * 6 + 2)
+
+
+def test_a_checkpoint_of_another_vocabulary(place):
+  config = helpers.tiny(n_layer=1)
+  train_cfg = tvq.TrainConfig()
+  state = tvq.init_train_state(config, train_cfg, jax.random.key(0))
+  tvq.save_checkpoint(place / "other", tvq.Checkpoint(config, train_cfg, state, jax.random.key(0), 0))
+  for command in ("sample", "evaluate --file=README.md", "compress README.md --output=x"):
+    status, out, err = run(f"python -m experiments.{command} --checkpoint=other", place)
+    assert status == 1 and not out and "n_vocab=11, not the 259" in err, err
+    assert len(err.splitlines()) == 1 and not (place / "x").exists()
+
+
+def test_decode_benchmark_prints_its_bound(place):
+  status, out, err = run("python -m experiments.benchmarks.decode --smoke --json=decode.json", place)
+  assert status == 0 and len(out.splitlines()) == 4 and "of bound" in out, err
+  rows = json.loads((place / "decode.json").read_text())["rows"]
+  assert [row["position"] for row in rows] == [8, 8, 100]
+  for row in rows[:2]:
+    bound = (row["weight_mbytes"] / row["weight_gbytes_per_second"] +
+             row["state_mbytes"] / row["state_gbytes_per_second"]) / 1e3
+    np.testing.assert_allclose(row["of_bound"], row["bound_seconds"] / row["seconds_per_step"])
+    assert bound < row["bound_seconds"] < 1.1 * bound  # the rows that are written are a tenth at most
 
 
 @pytest.mark.parametrize("command, rows", [
@@ -137,6 +211,14 @@ BAD = [
     ("sample --checkpoint=nowhere", 1, "nowhere holds no checkpoint: config.json is missing"),
     ("sample --checkpoint=nowhere --top_p=1.5", 2, "top_p"),
     ("sample --checkpoint=runs/quickstart --length=0", 2, "length"),
+    ("sample --checkpoint=runs/quickstart --top_p=0", 2, "top_p"),
+    ("sample --checkpoint=runs/quickstart --stream --png=x.png", 1, "exclude each other"),
+    ("compress --checkpoint=runs/quickstart", 2, "FILE is missing"),
+    ("compress --checkpoint=runs/quickstart empty.txt twice", 2, "unexpected argument 'twice'"),
+    ("compress --checkpoint=runs/quickstart empty.txt --output=README.md", 1, "README.md exists already"),
+    ("compress --checkpoint=runs/quickstart --decompress README.md", 1, "name the --output"),
+    ("compress --checkpoint=runs/quickstart --decompress README.md --output=x", 1,
+     "README.md: this is not compressed data"),
     ("evaluate --checkpoint=runs/quickstart --file=missing.txt", 1, "missing.txt"),
     ("evaluate --checkpoint=runs/quickstart --file=empty.txt", 1, "empty.txt is empty"),
     ("benchmarks.train_step --seq_lens=2k", 1, "--seq_lens: '2k' must be a whole number"),

@@ -83,6 +83,19 @@ def test_in_two_parts_as_in_one():
     generate(empty, state=first.state)
 
 
+def test_long_texts_are_drawn_in_parts(monkeypatch):
+  prompts = helpers.random_tokens(CONFIG, 3, 5)
+  eos = int(generate(prompts, temperature=1.0).tokens[0, 2])
+  whole = generate(prompts, n=12, temperature=1.0, eos_id=eos)
+  monkeypatch.setattr(generation, "_LONGEST_LOOP", 4)
+  parts = generate(prompts, n=12, temperature=1.0, eos_id=eos)
+  for name in ("tokens", "lengths"):
+    np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+  helpers.assert_trees_close(parts._replace(tokens=0), whole._replace(tokens=0))
+  short = generate(prompts[:1], n=12, temperature=1.0, eos_id=eos)  # ends in the first part
+  np.testing.assert_array_equal(short.tokens, whole.tokens[:1])
+
+
 def test_an_empty_prompt_begins_with_the_eos():
   prompts = helpers.random_tokens(CONFIG, 2, 5)
   got = generate(prompts, lengths=[5, 0], eos_id=1)

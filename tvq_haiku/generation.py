@@ -15,6 +15,7 @@ import numpy as np
 
 from tvq_haiku import decoding
 from tvq_haiku import inputs
+from tvq_haiku import progress
 from tvq_haiku import sampling as sampling_lib
 from tvq_haiku import transformer
 from tvq_haiku.config import TransformerConfig
@@ -23,7 +24,8 @@ from tvq_haiku.sampling import Sampling
 
 Array = jax.Array
 
-_LONGEST_WINDOW = 1024  # of a prompt, read in one call
+_LONGEST_WINDOW = 1024  # tokens of a prompt, read in one call
+_LONGEST_LOOP = 256  # tokens drawn in one call, which nothing can interrupt
 
 
 class GenerateOutput(NamedTuple):
@@ -69,6 +71,7 @@ def generate(
     stop: Sequence[Sequence[int]] = (),
     state: transformer.TransformerState | None = None,
     logits: Array | None = None,
+    show_progress: bool = False,
 ) -> GenerateOutput:
   """Continues each prompt.
 
@@ -92,6 +95,7 @@ def generate(
     stop: sequences of tokens, each of which ends a row when it has been drawn in full.
     state: what the prompts continue; None: nothing.
     logits: [B, X] that came with the state, for rows whose prompt is empty.
+    show_progress: on standard error.
 
   Returns:
     A `GenerateOutput`.
@@ -144,10 +148,21 @@ def generate(
   state, logits = read(params, config, rows, state, logits)
   weights = decoding.prepare(config, params)
   now = begin(config, state, logits, stop=stop)
-  limit = int(max_new_tokens)
-  drawn, now = write(config, weights, now, keys, sampling, limit, n=_next_power(limit),
-                     eos_id=None if eos_id is None else int(eos_id), stop=stop)
-  return GenerateOutput(drawn.tokens[:, :limit], drawn.logprobs[:, :limit], drawn.lengths,
+  parts, left = [], int(max_new_tokens)
+  n = min(_LONGEST_LOOP, _next_power(left))
+  with progress.show("writing", left, enabled=show_progress) as shown:
+    while left > 0 and not (parts and np.all(now.ended)):
+      part, now = write(config, weights, now, keys, sampling, min(left, n), n=n,
+                        eos_id=None if eos_id is None else int(eos_id), stop=stop)
+      parts.append(part)
+      left -= n
+      shown(int(max_new_tokens) - max(left, 0))
+
+  def joined(field: str) -> Array:
+    whole = jnp.concatenate([getattr(part, field) for part in parts], axis=1)[:, :max_new_tokens]
+    return jnp.pad(whole, ((0, 0), (0, max_new_tokens - whole.shape[1])))
+
+  return GenerateOutput(joined("tokens"), joined("logprobs"), sum(part.lengths for part in parts),
                         state=decoding.finish(now.state), logits=now.logits)
 
 
@@ -284,7 +299,7 @@ def continue_text(params: Any, config: TransformerConfig, prompts: Sequence[str 
     max_new_tokens: bytes to write, at most.
     rng: as in `generate`.
     stop: texts, at each of which writing ends; they are not part of the result.
-    **settings: `temperature`, `top_p`, `top_k`, `min_p` of `generate`.
+    **settings: `temperature`, `top_p`, `top_k`, `min_p`, `show_progress` of `generate`.
   """
   ByteVocabulary.check("continue_text", config.n_vocab)
   for name, texts in (("prompts", prompts), ("stop", stop)):
