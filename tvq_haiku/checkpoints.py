@@ -3,11 +3,14 @@
   config.json            the model and training configurations
   checkpoints/<step>/    parameters, optimizer, step, rng and data position, by orbax; and a
                          manifest.json of its files, against which they are held before reading
+  best/                  such a directory again: the checkpoint that validation liked best
+  validation.json        what it found, and when
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -22,7 +25,9 @@ from tvq_haiku.config import TrainConfig, TransformerConfig
 
 Array = jax.Array
 
+BEST = "best"
 _CONFIG = "config.json"
+_VALIDATION = "validation.json"
 _STEPS = "checkpoints"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -73,6 +78,50 @@ def save_checkpoint(directory: str | os.PathLike, checkpoint: Checkpoint, *,
     manager.save(step, args=_orbax().args.StandardSave(_to_tree(checkpoint)), force=True)
     manager.wait_until_finished()
   files.write_manifest(path / _STEPS / str(step), _MANIFEST)
+
+
+class Validated(NamedTuple):
+  """What validation found so far."""
+
+  step: int = -1  # of the last one
+  best_step: int = -1
+  best_loss: float = math.inf
+
+
+def validated(directory: str | os.PathLike) -> Validated:
+  """What `keep_best` noted in the directory of a run."""
+  file = pathlib.Path(directory) / _VALIDATION
+  if not file.exists():
+    return Validated()
+  try:
+    return Validated(**json.loads(file.read_text()))
+  except (TypeError, ValueError) as error:
+    raise CheckpointError(f"{file} is damaged: {_first_line(error)}. Remove it, and {BEST}/ beside "
+                          "it, to begin validation anew.") from error
+
+
+def keep_best(directory: str | os.PathLike, checkpoint: Checkpoint, loss: float) -> bool:
+  """Notes what validation found, and saves the checkpoint under `best` if it is the best so far.
+
+  Args:
+    directory: of the run.
+    checkpoint: what was validated.
+    loss: on the validation split; less is better.
+
+  Returns:
+    Whether it is.
+  """
+  path, step = pathlib.Path(directory), int(checkpoint.train_state.step)
+  before = validated(path)
+  better = loss < before.best_loss
+  if better:
+    newest = latest_step(path / BEST)
+    # It is there already if the process died before it was noted.
+    if newest is None or newest < step:
+      save_checkpoint(path / BEST, checkpoint, max_to_keep=1)
+  now = Validated(step, step, loss) if better else before._replace(step=step)
+  files.write_whole(path / _VALIDATION, json.dumps(now._asdict()))
+  return better
 
 
 def exists(directory: str | os.PathLike) -> bool:

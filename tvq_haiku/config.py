@@ -238,3 +238,22 @@ class TrainConfig(_JsonMixin):
   @property
   def updates_per_step(self) -> int:
     return self.sequence_len // self.update_len
+
+  @classmethod
+  def enwik8(cls, **changes: Any) -> Self:
+    """The paper's training on bytes of text."""
+    return cls(**{**dict(lr_max=4e-4, n_warmup_step=10_000, n_max_step=125_000, wd_lam=2e-4,
+                         sequence_len=8192, update_len=2048, global_batch_size=128), **changes})
+
+  @classmethod
+  def pg19(cls, **changes: Any) -> Self:
+    """The paper's training on books."""
+    return cls(**{**dict(optimizer="adafactor", lr_max=1e-2, lr_schedule="inv_sqrt", n_warmup_step=10_000,
+                         n_max_step=500_000, sequence_len=8192, update_len=2048,
+                         global_batch_size=128), **changes})
+
+  @classmethod
+  def imagenet64(cls, **changes: Any) -> Self:
+    """The paper's training on images."""
+    return cls(**{**dict(optimizer="adafactor", lr_max=1e-2, n_warmup_step=10_000, n_max_step=500_000,
+                         sequence_len=12_288, update_len=2048, global_batch_size=16), **changes})

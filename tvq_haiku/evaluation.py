@@ -15,6 +15,7 @@ from tvq_haiku import progress
 from tvq_haiku import transformer
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing
+from tvq_haiku.data.stream import TokenStream
 
 Array = jax.Array
 
@@ -43,6 +44,14 @@ class Likelihood(NamedTuple):
     2.0
     """
     return self.nats / math.log(2) / units
+
+  def perplexity_per(self, units: int) -> float:
+    """exp(nats per unit): the perplexity per word, for `units` words; infinite beyond e^700.
+
+    >>> round(Likelihood(nats=math.log(20) * 3, tokens=5).perplexity_per(3), 9)
+    20.0
+    """
+    return math.exp(self.nats / units) if self.nats / units < 700 else math.inf
 
 
 EvalStep = Callable[[Any, losses.Batch, transformer.TransformerState],
@@ -74,9 +83,9 @@ def make_eval_step(config: TransformerConfig, train_cfg: TrainConfig | None = No
   return checked
 
 
-def evaluate(config: TransformerConfig, params: Any, stream: packing.TokenStream, *,
-             batch_size: int = 8, window_len: int = 512,
-             show_progress: bool = False) -> Likelihood:
+def evaluate(config: TransformerConfig, params: Any, stream: TokenStream, *,
+             batch_size: int = 8, window_len: int = 512, align: int = 1,
+             show_progress: bool = False, stop: object = False) -> Likelihood | None:
   """Reads a whole stream, every token once, and adds up its likelihood.
 
   The stream is read as `batch_size` rows side by side, each with its own carried state: one row
@@ -88,21 +97,30 @@ def evaluate(config: TransformerConfig, params: Any, stream: packing.TokenStream
     stream: what to read.
     batch_size: B.
     window_len: T; changes nothing but speed.
+    align: rows begin at multiples of it, so that no document of this length is cut in two.
     show_progress: on standard error.
+    stop: when it becomes true, reading ends.
+
+  Returns:
+    The likelihood; None if it was stopped.
   """
   if not config.causal:
     raise ValueError("evaluate: causal=False: an encoder sees the tokens that it would predict.")
-  for name, value in (("batch_size", batch_size), ("window_len", window_len)):
+  for name, value in (("batch_size", batch_size), ("window_len", window_len), ("align", align)):
     if value < 1:
       raise ValueError(f"evaluate: {name}={value!r} must be at least 1.")
   eval_step = make_eval_step(config)
   state = transformer.initial_state(config, batch_size)
-  n_windows = packing.count_windows(stream, batch_size=batch_size, window_len=window_len)
-  sums = []
-  with progress.show("evaluating", n_windows, enabled=show_progress) as shown:
-    for batch in packing.windows(stream, batch_size=batch_size, window_len=window_len):
+  layout = dict(batch_size=batch_size, window_len=window_len, align=align)
+  sums: list[EvalSums] = []
+  with progress.show("evaluating", packing.count_windows(stream, **layout), enabled=show_progress) as shown:
+    for batch in packing.windows(stream, **layout):
+      if stop:
+        return None
       step_sums, state = eval_step(params, batch, state)
-      sums.append(jax.device_get(step_sums))
+      if sums:  # those of the window before are ready: reading them keeps no device waiting
+        sums[-1] = jax.device_get(sums[-1])
+      sums.append(step_sums)
       shown(len(sums))
   return Likelihood(nats=math.fsum(float(s.nats) for s in sums),
                     tokens=round(math.fsum(float(s.tokens) for s in sums)))

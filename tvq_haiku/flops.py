@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
 from tvq_haiku.config import TransformerConfig
 
 
@@ -36,3 +42,31 @@ def forward_multiply_adds(config: TransformerConfig, seq_len: int) -> int:
   if not c.gated:
     layer += seq_len * 2 * D * c.mlp_width
   return int(c.n_layer * layer + seq_len * D * c.n_vocab)
+
+
+def training_flops(config: TransformerConfig, seq_len: int) -> float:
+  """FLOPs of a training step per token: 2 for each multiply-add, and twice as many going back.
+
+  >>> training_flops(TransformerConfig(n_vocab=259), 2048)
+  22075584.0
+  """
+  return 6.0 * (forward_multiply_adds(config, seq_len) // seq_len)
+
+
+def measured_peak(dtype: jnp.dtype, *, size: int | None = None) -> float:
+  """FLOP/s of a square matrix product on one device: what a training step is compared with.
+
+  Args:
+    dtype: of the factors.
+    size: of the matrices; None: 2048 on a CPU, 8192 elsewhere.
+  """
+  size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+  x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+  product = jax.jit(jnp.matmul)
+  product(x, x).block_until_ready()
+  times = []
+  for _ in range(3):
+    start = time.perf_counter()
+    product(x, x).block_until_ready()
+    times.append(time.perf_counter() - start)
+  return 2.0 * size**3 / statistics.median(times)

@@ -19,7 +19,7 @@ from tvq_haiku import progress
 from tvq_haiku import sampling as sampling_lib
 from tvq_haiku import transformer
 from tvq_haiku.config import TransformerConfig
-from tvq_haiku.data.vocabulary import ByteVocabulary
+from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
 from tvq_haiku.sampling import Sampling
 
 Array = jax.Array
@@ -289,33 +289,36 @@ def write(config: TransformerConfig, weights: decoding.Weights, now: Writing, ke
 
 def continue_text(params: Any, config: TransformerConfig, prompts: Sequence[str | bytes], *,
                   max_new_tokens: int, rng: Array, stop: Sequence[str | bytes] = (),
-                  **settings: Any) -> list[str]:
-  """The text that a byte-level model writes after each prompt, without the prompt.
+                  vocabulary: Vocabulary = ByteVocabulary, **settings: Any) -> list[str]:
+  """The text that a model writes after each prompt, without the prompt.
 
   Args:
-    params: of a model with the byte vocabulary.
+    params: of the model.
     config: the model.
     prompts: texts; may be empty.
-    max_new_tokens: bytes to write, at most.
+    max_new_tokens: bytes (or what else tokens stand for) to write, at most.
     rng: as in `generate`.
-    stop: texts, at each of which writing ends; they are not part of the result.
+    stop: texts, at each of which writing ends; they are not part of the result. With a vocabulary
+      of pieces, a text ends where it is written in just the pieces that it is encoded by.
+    vocabulary: of the model.
     **settings: `temperature`, `top_p`, `top_k`, `min_p`, `show_progress` of `generate`.
   """
-  ByteVocabulary.check("continue_text", config.n_vocab)
+  vocabulary.check("continue_text", config.n_vocab)
   for name, texts in (("prompts", prompts), ("stop", stop)):
     if isinstance(texts, (str, bytes)) or (name == "prompts" and not texts):
       raise ValueError(f"continue_text: {name}={texts!r} must be a list of at least one text.")
-  rows = [np.append(ByteVocabulary.EOS, ByteVocabulary.encode(text)) for text in prompts]
+  eos = ByteVocabulary.EOS  # of every vocabulary
+  rows = [np.append(eos, vocabulary.encode(text)) for text in prompts]
   lengths = np.array([len(row) for row in rows])
   tokens = np.zeros((len(rows), lengths.max()), np.int32)
   for row, target in zip(rows, tokens):
     target[: len(row)] = row
-  endings = [ByteVocabulary.encode(text).tolist() for text in stop]
+  endings = [vocabulary.encode(text).tolist() for text in stop]
   out = generate(params, config, tokens, lengths=lengths, max_new_tokens=max_new_tokens, rng=rng,
-                 eos_id=ByteVocabulary.EOS, stop=endings, **settings)
+                 eos_id=eos, stop=endings, **settings)
   texts = []
   for row, n in zip(np.asarray(out.tokens), np.asarray(out.lengths)):
     written = row[:n].tolist()
     matched = max((len(s) for s in endings if written[-len(s) :] == s), default=0)
-    texts.append(ByteVocabulary.decode(written[: n - matched]).decode(errors="replace"))
+    texts.append(vocabulary.decode(written[: n - matched]).decode(errors="replace"))
   return texts

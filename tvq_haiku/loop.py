@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import math
 import os
 import signal
 import threading
 import time
+from typing import Any
 
 import jax
 
 from tvq_haiku import checkpoints
 from tvq_haiku import files
 from tvq_haiku import progress
+from tvq_haiku import reports
 from tvq_haiku import train
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing
+from tvq_haiku.data import prefetch
+from tvq_haiku.records import Record
 
 
 class StopRequest:
@@ -52,6 +55,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
       signal.signal(number, handler)
 
 
+# Of parameters: what validation finds, `loss_lm` among it; None if the request came first.
+Validate = Callable[[Any, StopRequest], Mapping[str, float] | None]
+
+
 def fit(
     config: TransformerConfig,
     train_cfg: TrainConfig,
@@ -61,10 +68,16 @@ def fit(
     seed: int = 0,
     save_seconds: float = 60.0,
     token_name: str = "token",
+    record: Record | None = None,
+    log_every: int = 10,
+    peak_flops: float | None = None,
+    validate: Validate | None = None,
+    validate_every: int = 1000,
 ) -> checkpoints.Checkpoint:
   """Trains to `n_max_step` updates, from the newest checkpoint of `workdir` if there is one.
 
-  Saves every `save_seconds`, at the end, and when Ctrl-C or SIGTERM asks it to end early.
+  Saves every `save_seconds`, before each validation, at the end, and when Ctrl-C or SIGTERM asks it
+  to end early. The last batch is finished, even if it makes more updates than `n_max_step`.
 
   Args:
     config: the model.
@@ -74,43 +87,65 @@ def fit(
     seed: of parameters and dropout.
     save_seconds: time between checkpoints.
     token_name: what progress calls a token, such as "byte".
+    record: gets the metrics of the last batch (means over its updates), speed, and use of codes.
+    log_every: updates between two records.
+    peak_flops: of the machine, to record what share of them the model gets.
+    validate: called between two batches; the best checkpoint is kept under `best`.
+    validate_every: updates between two validations; there is one at the end, too.
 
   Returns:
     The last checkpoint; its step is short of `n_max_step` if the run was asked to end.
   """
-  if train_cfg.n_max_step % train_cfg.updates_per_step:
-    raise ValueError(f"fit: n_max_step={train_cfg.n_max_step} must be a multiple of the "
-                     f"{train_cfg.updates_per_step} updates that one batch makes.")
+  for name, value in (("log_every", log_every), ("validate_every", validate_every)):
+    if value < 1:
+      raise ValueError(f"fit: {name}={value!r} must be at least 1.")
   workdir = files.prepare_directory(workdir)
-  n_batches = train_cfg.n_max_step // train_cfg.updates_per_step
+  per_batch = train_cfg.updates_per_step
+  n_batches = -(-train_cfg.n_max_step // per_batch)
   now = _start(config, train_cfg, workdir, seed)
   batches.step = now.data_step
-  if now.data_step >= n_batches:
+  if now.data_step >= n_batches and (validate is None or _was_validated(workdir, now)):
     return now
+
+  def reaches(done: int, every: int) -> bool:
+    return done * per_batch // every > (done - 1) * per_batch // every or done == n_batches
+
   step = train.make_train_step(config, train_cfg)
-  tokens_per_batch = train_cfg.global_batch_size * train_cfg.sequence_len
-  state, previous, average, saved = now.train_state, None, None, time.monotonic()
-  clock = _Throughput()
-  with stop_on_signals() as stop, progress.show(
-      "training", train_cfg.n_max_step, int(now.train_state.step)) as shown:
+  with stop_on_signals() as stop, prefetch.to_device(batches) as ready, progress.show(
+      "training", n_batches * per_batch, now.data_step * per_batch) as shown:
+    report = reports.Report(config, train_cfg, shown, record, token_name=token_name, peak_flops=peak_flops)
+
+    def check() -> None:
+      found = validate(now.train_state.params, stop)
+      if found is not None:
+        report.validation(int(now.train_state.step), found)
+        checkpoints.keep_best(workdir, now, found["loss_lm"])
+      report.pause()
+
+    # The process may have died, or been asked to end, after the checkpoint and before this.
+    if validate and now.data_step and reaches(now.data_step, validate_every) and not _was_validated(
+        workdir, now):
+      check()
+    state, saved = now.train_state, time.monotonic()
     for done in range(now.data_step + 1, n_batches + 1):
-      state, metrics = step(state, next(batches), now.rng)
-      # The metrics of the step before are ready: reading them keeps no device waiting.
-      for loss in [] if previous is None else jax.device_get(previous["loss_lm"]):
-        average = loss if average is None else 0.98 * average + 0.02 * loss
-      previous = metrics
-      rate = clock.tick(tokens_per_batch)
-      note = "compiled" if average is None else (
-          f"{average / math.log(2):.3f} bits per {token_name}  {rate:,.0f} tokens/s")
-      shown(done * train_cfg.updates_per_step, note)
-      last = stop or done == n_batches
-      if last or time.monotonic() - saved > save_seconds:
-        now = now._replace(train_state=state, data_step=batches.step)
+      if stop and now.data_step == done - 1:
+        break  # while it was validated
+      state, metrics = step(state, next(ready), now.rng)
+      report.step(done * per_batch, metrics, state.params, log=reaches(done, log_every))
+      checks = validate is not None and reaches(done, validate_every)
+      if stop or checks or done == n_batches or time.monotonic() - saved > save_seconds:
+        report.flush()
+        now = now._replace(train_state=state, data_step=done)
         checkpoints.save_checkpoint(workdir, now)
+        report.pause()
         saved = time.monotonic()
-      if last:
-        break
+      if checks and not stop:
+        check()
   return now
+
+
+def _was_validated(workdir: os.PathLike, now: checkpoints.Checkpoint) -> bool:
+  return checkpoints.validated(workdir).step >= int(now.train_state.step)
 
 
 def _start(config: TransformerConfig, train_cfg: TrainConfig, workdir: os.PathLike,
@@ -126,19 +161,3 @@ def _start(config: TransformerConfig, train_cfg: TrainConfig, workdir: os.PathLi
       return saved
   state = train.init_train_state(config, train_cfg, init_rng)
   return checkpoints.Checkpoint(config, train_cfg, state, rng, 0)
-
-
-class _Throughput:
-  """Tokens per second since the first tick, which pays for compilation."""
-
-  def __init__(self):
-    self._start = None
-    self._tokens = 0
-
-  def tick(self, tokens: int) -> float:
-    now = time.monotonic()
-    if self._start is None:
-      self._start = now
-      return 0.0
-    self._tokens += tokens
-    return self._tokens / (now - self._start)

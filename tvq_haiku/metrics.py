@@ -5,6 +5,8 @@ Every value is a float32 scalar, without gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,28 @@ def codebook_metrics(codebook: Array, counts: Array) -> dict[str, Array]:
       "c_entropy": jnp.mean(entropy),
       "c_thresh_oob": jnp.mean(jnp.sum(counts < 1.0, axis=-1).astype(jnp.float32)),
   }
+
+
+@jax.jit
+def codebook_use(params: Any) -> dict[str, Array]:
+  """How evenly the codes are used, from a model's parameters alone: cheap enough for every log line.
+
+  Args:
+    params: of the model; without quantizers, the result is empty.
+
+  Returns:
+    `code_perplexity` exp(entropy of the moving average of a code's keys), and `code_use`, the share
+    of codes that get at least one key per update; means over all codebooks.
+  """
+  counts = [leaves["c_count"].reshape(-1, leaves["c_count"].shape[-1])
+            for leaves in params.values() if "c_count" in leaves]
+  if not counts:
+    return {}
+  counts = jnp.concatenate(counts)  # [codebooks, S]
+  shares = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1e-30)
+  entropy = -jnp.sum(jax.scipy.special.xlogy(shares, shares), axis=-1)
+  return {"code_perplexity": jnp.mean(jnp.exp(entropy)),
+          "code_use": jnp.mean((counts >= 1.0).astype(jnp.float32))}
 
 
 def quantization_metrics(k: Array, quantized: Array, is_token: Array,

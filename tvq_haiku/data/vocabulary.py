@@ -1,8 +1,26 @@
-"""Bytes as tokens."""
+"""What a token stands for: bytes."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
+
+
+class Vocabulary(Protocol):
+  """Between bytes and tokens: 0 is padding, 1 ends a document, 2 is unknown."""
+
+  size: int  # X
+  fingerprint: str  # another one, other tokens
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    """[n] int32 tokens."""
+
+  def decode(self, tokens) -> bytes:
+    """The bytes of `tokens`; special tokens have none."""
+
+  def check(self, caller: str, n_vocab: int) -> None:
+    """Raises a ValueError unless a model of `n_vocab` tokens has this vocabulary."""
 
 
 class ByteVocabulary:
@@ -17,7 +35,9 @@ class ByteVocabulary:
   PAD = 0
   EOS = 1
   UNK = 2
-  SIZE = 259
+  SIZE = size = 259
+  OFFSET = 3  # of bytes
+  fingerprint = "bytes"
 
   @classmethod
   def check(cls, caller: str, n_vocab: int) -> None:
@@ -30,7 +50,7 @@ class ByteVocabulary:
   def encode(cls, text: str | bytes) -> np.ndarray:
     """[n] int32 tokens of the UTF-8 bytes of `text`."""
     raw = text.encode() if isinstance(text, str) else text
-    return np.frombuffer(raw, np.uint8).astype(np.int32) + 3
+    return np.frombuffer(raw, np.uint8).astype(np.int32) + cls.OFFSET
 
   @classmethod
   def decode(cls, tokens) -> bytes:
@@ -43,4 +63,4 @@ class ByteVocabulary:
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < cls.SIZE:
       raise ValueError(f"byte tokens must lie in [0, {cls.SIZE}), got "
                        f"{tokens.min()}...{tokens.max()}.")
-    return (tokens[tokens >= 3] - 3).astype(np.uint8).tobytes()
+    return (tokens[tokens >= cls.OFFSET] - cls.OFFSET).astype(np.uint8).tobytes()

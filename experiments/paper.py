@@ -1,0 +1,266 @@
+"""What the paper's experiments share: flags, and which part of the library each command calls.
+
+Every setting of the model and of its training is a flag: --config.d_model=512 --config.lr_max=1e-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import os
+import pathlib
+import shlex
+import sys
+import types
+import typing
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from experiments import launcher
+import tvq_haiku as tvq
+from tvq_haiku import checkpoints
+from tvq_haiku import data
+from tvq_haiku import experiment as lib
+from tvq_haiku import summary
+from tvq_haiku.data import sources
+from tvq_haiku.data import token_files
+from tvq_haiku.data import vocabulary
+
+_COMMAND = flags.DEFINE_enum(
+    "command", "train", ("train", "validation", "test", "sample", "train_vocab", "info"), "What to do.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; default runs/NAME, runs/NAME-cpu or runs/NAME-smoke.")
+_CACHE_DIR = flags.DEFINE_string(
+    "cache_dir", None, f"Where encoded data are kept; default {token_files.default_directory()}.")
+_SIZE = flags.DEFINE_enum(
+    "size", "paper", ("paper", "cpu"), "Settings to begin with: the paper's, or a model that two CPU "
+    "cores train in minutes.")
+_SMOKE = flags.DEFINE_boolean(
+    "smoke", False, "A tiny model on little embedded data: the path, not the result.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seeds parameters, the order of the data and samples.", lower_bound=0)
+_PRECISION = flags.DEFINE_string("precision", None, "Short for --config.precision.")
+_VOCAB = flags.DEFINE_string(
+    "vocab", None, "A SentencePiece .model, or 'bytes'; default: what suits the data. Books: "
+    "WORKDIR/vocab.model, which is trained if it is missing.")
+_VOCAB_BYTES = flags.DEFINE_integer(
+    "vocab_bytes", 200_000_000, "How much of the training split a vocabulary is trained on, at most.",
+    lower_bound=1)
+_LOG_EVERY = flags.DEFINE_integer("log_every", 10, "Updates between two records.", lower_bound=1)
+_VALIDATE_EVERY = flags.DEFINE_integer(
+    "validate_every", 1000, "Updates between two validations.", lower_bound=1)
+_SAVE_SECONDS = flags.DEFINE_float("save_seconds", 60.0, "Between two checkpoints.", lower_bound=0.0)
+_TENSORBOARD = flags.DEFINE_boolean("tensorboard", True, "Write event files for TensorBoard.")
+_WANDB = flags.DEFINE_string("wandb", None, "A project of Weights & Biases to report to.")
+_EVAL_ROWS = flags.DEFINE_integer(
+    "eval_rows", 8, "Pieces of a split that are read side by side: more are faster, but each begins "
+    "without context.", lower_bound=1)
+_EVAL_WINDOW = flags.DEFINE_integer(
+    "eval_window", 512, "Tokens of each that are read at a time; changes nothing but speed.", lower_bound=1)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "best", ("best", "last"), "Which checkpoint to measure or to sample from.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to go on from; may be given several times.")
+_LENGTH = flags.DEFINE_integer("length", 500, "Tokens to write, at most.", lower_bound=1)
+_IMAGES = flags.DEFINE_integer("images", 4, "Images to draw.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.95, "Nucleus of the likeliest tokens.", lower_bound=1e-9, upper_bound=1.0)
+
+
+class Sizes(NamedTuple):
+  """A model, how it is trained, and the height and width of its images, if it is one of images."""
+
+  config: tvq.TransformerConfig
+  train_cfg: tvq.TrainConfig
+  image_size: int | None = None
+
+
+class Paper(NamedTuple):
+  """In what an experiment differs from the others."""
+
+  name: str
+  source: Callable[[str | None], sources.Source]  # what the data directory holds
+  smoke_source: Callable[[pathlib.Path], sources.Source]  # writes small data to a directory
+  sizes: Mapping[str, Sizes]  # "paper", "cpu" and "smoke"
+  measures: tuple[str, ...]  # the first is the one to look at
+  token_name: str = "byte"
+  has_pieces: bool = False  # of words for tokens, unless --vocab=bytes
+
+
+# Of bytes of text.
+TEXT_CPU = Sizes(
+    tvq.TransformerConfig(n_vocab=259, d_model=256, d_k=32, d_v=512, n_code=128, n_layer=1,
+                          block_len=128, mem_len=128, remat="none"),
+    tvq.TrainConfig(lr_max=4e-3, n_warmup_step=100, n_max_step=4000, sequence_len=2048, update_len=512,
+                    global_batch_size=2))
+TEXT_SMOKE = Sizes(
+    tvq.TransformerConfig.tiny(n_layer=1, remat="none"),
+    tvq.TrainConfig(lr_max=4e-3, n_warmup_step=5, n_max_step=20, sequence_len=64, update_len=64,
+                    global_batch_size=4))
+
+
+class _Setting(flags.ArgumentParser):
+  """Reads one field of a configuration."""
+
+  def __init__(self, hint: Any):
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    self._is_optional = types.NoneType in kinds
+    self._kind = kinds[0]
+
+  def parse(self, argument: str) -> Any:
+    if self._is_optional and argument.lower() == "none":
+      return None
+    if self._kind is bool:
+      if argument.lower() not in ("true", "false"):
+        raise ValueError("must be true or false")
+      return argument.lower() == "true"
+    return self._kind(argument)
+
+  def flag_type(self) -> str:
+    return self._kind.__name__
+
+
+def _define_settings() -> None:
+  for cls in (tvq.TransformerConfig, tvq.TrainConfig):
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+      flags.DEFINE(_Setting(hints[field.name]), f"config.{field.name}", None,
+                   f"{cls.__name__}.{field.name}; default: of the chosen size.",
+                   serializer=flags.ArgumentSerializer())
+
+
+_define_settings()
+
+
+def _given(cls: type) -> dict[str, Any]:
+  """The fields of `cls` that flags set."""
+  settings = {field.name: flags.FLAGS[f"config.{field.name}"] for field in dataclasses.fields(cls)}
+  given = {name: flag.value for name, flag in settings.items() if flag.present}
+  if cls is tvq.TransformerConfig and _PRECISION.value is not None:
+    given["precision"] = _PRECISION.value
+  return given
+
+
+def launch(paper: Paper) -> None:
+  """Runs the experiment's command."""
+  launcher.launch(paper.name, lambda: _main(paper))
+
+
+def _main(paper: Paper) -> None:
+  place = _Place(paper)
+  command, (config, train_cfg, _) = _COMMAND.value, place.sizes
+  if command in ("validation", "test", "sample"):
+    run = lib.load(place.workdir, weights=_WEIGHTS.value, changes=_given(tvq.TransformerConfig))
+    config, train_cfg = run.config, run.train_cfg
+  else:
+    config, train_cfg = (cfg.replace(**_given(type(cfg))) for cfg in (config, train_cfg))
+  match command:
+    case "train":
+      _train(place.experiment(config, train_cfg))
+    case "validation" | "test":
+      _measure(place.experiment(config, train_cfg), run, command)
+    case "sample":
+      _sample(place.experiment(config, train_cfg), run)
+    case "train_vocab":
+      place.train_vocab(config.n_vocab)
+    case "info":
+      print(summary.describe_model(config, train_cfg))
+      _describe_data(place, config, train_cfg)
+
+
+class _Place:
+  """Where an experiment finds its sizes, its data and its vocabulary."""
+
+  def __init__(self, paper: Paper):
+    if _SMOKE.value and _DATA_DIR.value is not None:
+      raise ValueError("--smoke brings its own data: leave --data_dir out.")
+    size = "smoke" if _SMOKE.value else _SIZE.value
+    self.paper, self.sizes = paper, paper.sizes[size]
+    ending = "" if size == "paper" else f"-{size}"
+    self.workdir = pathlib.Path(_WORKDIR.value or f"runs/{paper.name}{ending}")
+    uses_bytes = _VOCAB.value == "bytes" or (_VOCAB.value is None and not paper.has_pieces)
+    self.vocab_file = None if uses_bytes else pathlib.Path(_VOCAB.value or self.workdir / "vocab.model")
+
+  @functools.cached_property
+  def source(self) -> sources.Source:
+    if _SMOKE.value:
+      return self.paper.smoke_source(self.workdir / "data")
+    return self.paper.source(_DATA_DIR.value)
+
+  def train_vocab(self, size: int) -> None:
+    if self.vocab_file is None:
+      raise ValueError("--command=train_vocab: tokens are bytes, there is no vocabulary to train.")
+    if self.vocab_file.exists():
+      raise ValueError(f"{self.vocab_file} exists already: remove it, or name another --vocab.")
+    lines = self.source.sample(_VOCAB_BYTES.value, seed=_SEED.value)
+    print(f"training a vocabulary of {size:,} pieces: {self.vocab_file}", file=sys.stderr, flush=True)
+    data.train_pieces(lines, self.vocab_file, size=size)
+
+  def vocabulary(self, config: tvq.TransformerConfig) -> vocabulary.Vocabulary:
+    if self.vocab_file is None:
+      return data.ByteVocabulary
+    if not self.vocab_file.exists():
+      if _VOCAB.value is not None or _COMMAND.value != "train":
+        raise ValueError(f"there is no vocabulary {self.vocab_file}: --command=train_vocab trains one.")
+      self.train_vocab(config.n_vocab)
+    return data.PieceVocabulary(self.vocab_file)
+
+  def experiment(self, config: tvq.TransformerConfig, train_cfg: tvq.TrainConfig) -> lib.Experiment:
+    return lib.Experiment(
+        source=None if _COMMAND.value == "sample" else self.source,
+        vocabulary=self.vocabulary(config), config=config, train_cfg=train_cfg, workdir=self.workdir,
+        cache_dir=pathlib.Path(_CACHE_DIR.value or token_files.default_directory()),
+        measures=self.paper.measures, token_name=self.paper.token_name,
+        image_size=self.sizes.image_size, seed=_SEED.value, eval_rows=_EVAL_ROWS.value,
+        eval_window=_EVAL_WINDOW.value)
+
+
+def _train(experiment: lib.Experiment) -> None:
+  run = lib.train(
+      experiment, log_every=_LOG_EVERY.value, validate_every=_VALIDATE_EVERY.value,
+      save_seconds=_SAVE_SECONDS.value, tensorboard=_TENSORBOARD.value, wandb=_WANDB.value)
+  made, total = int(run.train_state.step), run.train_cfg.n_max_step
+  if made < total:
+    print(f"Stopped after {made} of {total} updates and saved. To go on: {_this_command()}")
+    return
+  best = checkpoints.validated(experiment.workdir)
+  print(f"Trained: {made} updates. Best on validation: {best.best_loss:.4f} nats per token, after "
+        f"{best.best_step}.\nTo test it: {_this_command('test')}\n"
+        f"To sample:  {_this_command('sample')}")
+
+
+def _measure(experiment: lib.Experiment, run: tvq.Checkpoint, split: str) -> None:
+  found = lib.evaluate(experiment, run, split)
+  figures = ", ".join(f"{name} {found[name]:.4f}" for name in (*experiment.measures, "loss_lm"))
+  print(f"{split}: {figures} (nats per token), over {found['tokens']:,} tokens of {found['bytes']:,} "
+        f"bytes, after {found['step']} updates")
+
+
+def _sample(experiment: lib.Experiment, run: tvq.Checkpoint) -> None:
+  settings = dict(temperature=_TEMPERATURE.value, top_p=_TOP_P.value)
+  if experiment.image_size:
+    file = lib.draw_samples(experiment, run, _IMAGES.value, **settings)
+  else:
+    prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
+    texts, file = lib.write_samples(experiment, run, prompts, length=_LENGTH.value, **settings)
+    print("\n\n".join(texts))
+  print(f"Written to {file}")
+
+
+def _describe_data(place: _Place, config: tvq.TransformerConfig, train_cfg: tvq.TrainConfig) -> None:
+  if _DATA_DIR.value is None and not _SMOKE.value:
+    print("\nData: to see their statistics, name the --data_dir.")
+    return
+  experiment = place.experiment(config, train_cfg)
+  print("\nData:")
+  for split in sources.SPLITS:
+    print(summary.describe_data(split, experiment.open_split(split).facts))
+
+
+def _this_command(command: str | None = None) -> str:
+  """How to start this program again, with another --command if one is given."""
+  arguments = [a for a in sys.argv[1:] if command is None or not a.lstrip("-").startswith("command=")]
+  arguments += [] if command is None else [f"--command={command}"]
+  return shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *arguments])

@@ -1,0 +1,29 @@
+"""The paper's model of books, from their texts to the perplexity of words.
+
+  python -m experiments.pg19 --data_dir=DIRECTORY --command=train_vocab
+  python -m experiments.pg19 --data_dir=DIRECTORY                      # trains, or goes on
+  python -m experiments.pg19 --data_dir=DIRECTORY --command=test
+  python -m experiments.pg19 --command=sample --prompt='It was '
+  python -m experiments.pg19 --smoke                                   # the path, in seconds
+"""
+
+from __future__ import annotations
+
+from experiments import paper
+import tvq_haiku as tvq
+from tvq_haiku import data
+from tvq_haiku.data import miniature
+
+_CPU = paper.Sizes(
+    paper.TEXT_CPU.config.replace(n_vocab=4096),
+    paper.TEXT_CPU.train_cfg.replace(n_max_step=2000))
+_SMOKE = paper.Sizes(paper.TEXT_SMOKE.config.replace(n_vocab=512), paper.TEXT_SMOKE.train_cfg)
+
+if __name__ == "__main__":
+  paper.launch(paper.Paper(
+      name="pg19",
+      source=data.Books,
+      smoke_source=lambda place: data.Books(miniature.write_books(place)),
+      sizes={"paper": paper.Sizes(tvq.TransformerConfig.pg19(), tvq.TrainConfig.pg19()),
+             "cpu": _CPU, "smoke": _SMOKE},
+      measures=("word_perplexity", "bits_per_byte"), token_name="token", has_pieces=True))

@@ -1,0 +1,24 @@
+"""A model of any text file, or directory of text files, of your own.
+
+  python -m experiments.text --size=cpu --data_dir=FILE
+  python -m experiments.text --size=cpu --data_dir=FILE --command=test
+  python -m experiments.text --size=cpu --command=sample --prompt='Once '
+
+Tokens are bytes, or pieces of words: --vocab=NEW.model --command=train_vocab --config.n_vocab=4096.
+"""
+
+from __future__ import annotations
+
+from experiments import paper
+import tvq_haiku as tvq
+from tvq_haiku import data
+from tvq_haiku.data import miniature
+
+if __name__ == "__main__":
+  paper.launch(paper.Paper(
+      name="text",
+      source=data.TextFiles,
+      smoke_source=lambda place: data.TextFiles(miniature.write_text(place, name="text.txt")),
+      sizes={"paper": paper.Sizes(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
+             "cpu": paper.TEXT_CPU, "smoke": paper.TEXT_SMOKE},
+      measures=("bits_per_byte", "word_perplexity"), token_name="token"))

@@ -1,0 +1,197 @@
+"""An experiment: a model, the data it learns from, and a directory for all that comes of it.
+
+  WORKDIR/                  a run, as in `checkpoints`, with its best/ checkpoint
+          vocab.model       if tokens are pieces of words
+          data.json         what it was trained on
+          metrics.jsonl     and tensorboard/: see `records`
+          validation, test  .figures.json: what was measured on these splits
+          samples/          what it wrote, or drew
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from tvq_haiku import checkpoints
+from tvq_haiku import evaluation
+from tvq_haiku import files
+from tvq_haiku import flops
+from tvq_haiku import generation
+from tvq_haiku import images
+from tvq_haiku import loop
+from tvq_haiku import records
+from tvq_haiku.config import TrainConfig, TransformerConfig
+from tvq_haiku.data import packing
+from tvq_haiku.data import token_files
+from tvq_haiku.data.sources import Source
+from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
+
+_DATA = "data.json"
+_SAMPLES = "samples"
+# What papers report, from the whole split's likelihood and what was counted in its raw files.
+MEASURES = {
+    "bits_per_byte": lambda likelihood, facts: likelihood.bits_per(facts.n_byte),
+    "bits_per_dim": lambda likelihood, facts: likelihood.bits_per(facts.n_byte),
+    "word_perplexity": lambda likelihood, facts: likelihood.perplexity_per(facts.n_word),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """What is trained on what, and where."""
+
+  source: Source | None  # None: for samples alone
+  vocabulary: Vocabulary
+  config: TransformerConfig
+  train_cfg: TrainConfig
+  workdir: pathlib.Path
+  cache_dir: pathlib.Path  # of encoded splits, which runs share
+  measures: Sequence[str]  # of MEASURES
+  token_name: str  # such as "byte"
+  image_size: int | None = None  # height and width, if every document is an image
+  seed: int = 0
+  eval_rows: int = 8
+  eval_window: int = 512
+
+  def __post_init__(self):
+    self.vocabulary.check("config.n_vocab", self.config.n_vocab)
+    if self.train_cfg.sequence_len % self.align:
+      raise ValueError(f"sequence_len={self.train_cfg.sequence_len} must be a multiple of the "
+                       f"{self.align} tokens of an image.")
+
+  @property
+  def align(self) -> int:
+    """Sequences begin at multiples of it: no image is cut."""
+    return 3 * self.image_size**2 if self.image_size else 1
+
+  def open_split(self, split: str) -> token_files.Split:
+    """The tokens of a split."""
+    return token_files.open_split(self.source, split, self.vocabulary, self.cache_dir)
+
+  def likelihood(self, config: TransformerConfig, params: Any, split: token_files.Split,
+                 stop: object = False) -> dict[str, float] | None:
+    """`loss_lm` (nats per token), and the measures; None if it was stopped."""
+    found = evaluation.evaluate(
+        config, params, split.stream, batch_size=self.eval_rows, window_len=self.eval_window,
+        align=self.align, show_progress=True, stop=stop)
+    if found is None:
+      return None
+    assert found.tokens == split.facts.n_token, (found.tokens, split.facts)
+    return {"loss_lm": found.nats_per_token} | {
+        name: MEASURES[name](found, split.facts) for name in self.measures}
+
+
+def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 1000,
+          save_seconds: float = 60.0, tensorboard: bool = True,
+          wandb: str | None = None) -> checkpoints.Checkpoint:
+  """Trains, or goes on, with records, validation, and the last and the best checkpoint kept.
+
+  Args:
+    experiment: what, and where.
+    log_every: updates between two records.
+    validate_every: updates between two validations.
+    save_seconds: time between two checkpoints.
+    tensorboard: write event files.
+    wandb: a project of Weights & Biases to report to.
+
+  Returns:
+    The last checkpoint; its step is short of `n_max_step` if the run was asked to end.
+
+  Raises:
+    CheckpointError: the directory holds a run of another configuration, or on other data.
+    ValueError, OSError: something is wrong with the data or a directory.
+  """
+  e = experiment
+  workdir = files.prepare_directory(e.workdir)
+  if checkpoints.exists(workdir):
+    checkpoints.check_same_run(workdir, e.config, e.train_cfg)
+  splits = {name: e.open_split(name) for name in ("train", "validation")}
+  batches = packing.PackedBatches(
+      splits["train"].stream, batch_size=e.train_cfg.global_batch_size,
+      sequence_len=e.train_cfg.sequence_len, seed=e.seed, aligned=e.image_size is not None)
+  _check_same_data(workdir, {name: dataclasses.asdict(split.facts) for name, split in splits.items()})
+  with records.open_records(
+      workdir, step=checkpoints.latest_step(workdir) or 0, tensorboard=tensorboard, wandb=wandb,
+      settings=dataclasses.asdict(e.config) | dataclasses.asdict(e.train_cfg)) as record:
+    return loop.fit(
+        e.config, e.train_cfg, batches, workdir, seed=e.seed, save_seconds=save_seconds,
+        token_name=e.token_name, record=record, log_every=log_every,
+        peak_flops=flops.measured_peak(e.config.compute_dtype),
+        validate=lambda params, stop: e.likelihood(e.config, params, splits["validation"], stop),
+        validate_every=validate_every)
+
+
+def _check_same_data(workdir: pathlib.Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
+  file = workdir / _DATA
+  if not checkpoints.exists(workdir) or not file.exists():
+    files.write_whole(file, json.dumps(facts, indent=1))
+    return
+  before = json.loads(file.read_text())
+  differences = [f"{split} {name}={before[split].get(name)!r} there, {value!r} now"
+                 for split in facts for name, value in facts[split].items()
+                 if before.get(split, {}).get(name) != value]
+  if differences:
+    raise checkpoints.CheckpointError(f"{workdir} holds a run on other data: {'; '.join(differences)}. "
+                                      "Use another directory.")
+
+
+def load(workdir: pathlib.Path, *, weights: str = "best",
+         changes: Mapping[str, Any] | None = None) -> checkpoints.Checkpoint:
+  """A checkpoint of an experiment's run.
+
+  Args:
+    workdir: of the run.
+    weights: "best": what validation liked best, if there is one; "last": the newest.
+    changes: of the model's configuration, such as its precision.
+  """
+  best = workdir / checkpoints.BEST
+  run = checkpoints.load_checkpoint(best if weights == "best" and checkpoints.exists(best) else workdir)
+  return run._replace(config=run.config.replace(**(changes or {})))
+
+
+def evaluate(experiment: Experiment, run: checkpoints.Checkpoint, split_name: str) -> dict[str, Any]:
+  """Measures a checkpoint on a whole split, and writes what it found to `<split>.figures.json`."""
+  split = experiment.open_split(split_name)
+  found = experiment.likelihood(run.config, run.train_state.params, split)
+  figures = found | {
+      "step": int(run.train_state.step), "tokens": split.facts.n_token, "bytes": split.facts.n_byte,
+      "rows": experiment.eval_rows}
+  files.write_whole(experiment.workdir / f"{split_name}.figures.json", json.dumps(figures, indent=1) + "\n")
+  return figures
+
+
+def write_samples(experiment: Experiment, run: checkpoints.Checkpoint, prompts: Sequence[bytes], *,
+                  length: int, **settings: Any) -> tuple[list[str], pathlib.Path]:
+  """Texts that go on from each prompt, and the file under samples/ where they are."""
+  texts = generation.continue_text(
+      run.train_state.params, run.config, prompts, max_new_tokens=length,
+      rng=jax.random.key(experiment.seed), vocabulary=experiment.vocabulary, show_progress=True, **settings)
+  whole = [prompt.decode(errors="replace") + text for prompt, text in zip(prompts, texts)]
+  file = _sample_file(experiment, run, "txt")
+  files.write_whole(file, "\n\n".join(f"--- {i} ---\n{text}" for i, text in enumerate(whole)) + "\n")
+  return whole, file
+
+
+def draw_samples(experiment: Experiment, run: checkpoints.Checkpoint, n: int,
+                 **settings: Any) -> pathlib.Path:
+  """n images as a grid, in a file under samples/."""
+  size = experiment.image_size
+  start = np.full((n, 1), ByteVocabulary.EOS, np.int32)
+  out = generation.generate(
+      run.train_state.params, run.config, start, max_new_tokens=3 * size**2,
+      rng=jax.random.key(experiment.seed), show_progress=True, **settings)
+  file = _sample_file(experiment, run, "png")
+  images.image_grid(images.images_from_tokens(np.asarray(out.tokens), height=size, width=size)).save(file)
+  return file
+
+
+def _sample_file(experiment: Experiment, run: checkpoints.Checkpoint, ending: str) -> pathlib.Path:
+  directory = files.prepare_directory(experiment.workdir / _SAMPLES)
+  return directory / f"step-{int(run.train_state.step)}-seed-{experiment.seed}.{ending}"

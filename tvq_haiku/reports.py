@@ -1,0 +1,92 @@
+"""What a training loop says of itself: a line of progress, and records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from tvq_haiku import flops
+from tvq_haiku import metrics as metrics_lib
+from tvq_haiku import progress
+from tvq_haiku.config import TrainConfig, TransformerConfig
+from tvq_haiku.records import Record
+
+
+class Report:
+  """Takes the metrics of every step, and reads them one step late: no device waits for it."""
+
+  def __init__(self, config: TransformerConfig, train_cfg: TrainConfig, shown: progress.Progress,
+               record: Record | None, *, token_name: str, peak_flops: float | None):
+    self._shown, self._record, self._token_name = shown, record, token_name
+    self._tokens_per_step = train_cfg.global_batch_size * train_cfg.sequence_len
+    self._flops_per_token = flops.training_flops(config, train_cfg.sequence_len)
+    self._peak = peak_flops
+    self._pending: tuple[int, Any, Any, bool] | None = None
+    self._average: float | None = None
+    self._validated = ""
+    self._rate: float | None = None  # tokens per second
+    self.pause()
+
+  def step(self, update: int, metrics: Mapping[str, jax.Array], params: Any, *, log: bool) -> None:
+    """Takes what a step gave, and says what the one before it gave.
+
+    Args:
+      update: how many were made, this step's included.
+      metrics: of the step, one value per update.
+      params: after it, for the use of codes.
+      log: whether to record it.
+    """
+    use = metrics_lib.codebook_use(params) if log and self._record else {}
+    self.flush()
+    self._pending = (update, metrics, use, log)
+    if self._average is None:
+      self._shown(update, "compiled")
+
+  def flush(self) -> None:
+    """Says what the last step gave, even if the device must be waited for."""
+    if self._pending is None:
+      return
+    update, metrics, use, log = self._pending
+    metrics, use = jax.device_get((metrics, use))
+    self._pending = None
+    for loss in metrics["loss_lm"]:
+      self._average = loss if self._average is None else 0.98 * self._average + 0.02 * loss
+    self._tick()
+    rate = "" if self._rate is None else f"  {self._rate:,.0f} tokens/s"
+    self._shown(update, f"{self._average / math.log(2):.3f} bits per {self._token_name}{rate}"
+                        f"{self._validated}")
+    if log and self._record:
+      values = {name: float(np.mean(value)) for name, value in metrics.items()}
+      values |= {name: float(value) for name, value in use.items()}
+      if self._rate is not None:
+        values["tokens_per_second"] = self._rate
+        if self._peak:
+          values["of_peak"] = self._rate * self._flops_per_token / self._peak
+      self._record(update, values)
+      if self._begin is not None:
+        self._begin, self._steps = time.monotonic(), 0  # speed is that since the last record
+
+  def validation(self, update: int, found: Mapping[str, float]) -> None:
+    """Says and records what validation found."""
+    bits = found["loss_lm"] / math.log(2)
+    self._validated = f"  validation {bits:.3f}"
+    if self._record:
+      self._record(update, {f"validation_{name}": value for name, value in found.items()})
+
+  def pause(self) -> None:
+    """What passes until the next step is not training: the clock begins anew."""
+    self._begin: float | None = None
+    self._steps = 0
+
+  def _tick(self) -> None:
+    """The first step after a pause only starts the clock: it pays for compilation, or for waiting."""
+    if self._begin is None:
+      self._begin, self._steps = time.monotonic(), 0
+      return
+    self._steps += 1
+    self._rate = self._steps * self._tokens_per_step / (time.monotonic() - self._begin)

@@ -1,0 +1,84 @@
+"""What a model is and needs, in lines for people to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from tvq_haiku import flops
+from tvq_haiku import residuals
+from tvq_haiku import train
+from tvq_haiku import transformer
+from tvq_haiku.config import TrainConfig, TransformerConfig
+from tvq_haiku.data.token_files import Facts
+
+
+def n_params(config: TransformerConfig) -> int:
+  """How many numbers the model's parameters are.
+
+  >>> n_params(TransformerConfig.enwik8())
+  187679750
+  """
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(transformer.params_shapes(config)))
+
+
+def state_bytes(config: TransformerConfig) -> int:
+  """What the model remembers of one row, at any length of context."""
+  return _bytes(jax.eval_shape(lambda: transformer.initial_state(config, 1)))
+
+
+def training_bytes(config: TransformerConfig, train_cfg: TrainConfig) -> dict[str, int]:
+  """About what a training step needs, by what it is for.
+
+  >>> sorted(training_bytes(TransformerConfig.tiny(), TrainConfig()))
+  ['activations', 'gradients', 'logits', 'optimizer', 'parameters', 'states']
+  """
+  state = jax.eval_shape(lambda: train.init_train_state(config, train_cfg, jax.random.key(0)))
+  parameters = _bytes(state.params)
+  n_token = train_cfg.global_batch_size * train_cfg.update_len
+  kept = residuals.residual_bytes(config, n_token)
+  if residuals.chosen_remat(config, n_token) == "layer":
+    kept = kept // config.n_layer + config.n_layer * n_token * config.d_model * config.compute_dtype.itemsize
+  return dict(
+      parameters=parameters, gradients=parameters, optimizer=_bytes(state.opt_state), activations=kept,
+      logits=3 * n_token * config.n_vocab * 4, states=train_cfg.global_batch_size * state_bytes(config))
+
+
+def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
+  """The resolved configuration, and what it amounts to."""
+  parts = training_bytes(config, train_cfg)
+  forward = 2 * flops.forward_multiply_adds(config, train_cfg.sequence_len) / train_cfg.sequence_len
+  tokens = train_cfg.global_batch_size * train_cfg.update_len
+  return "\n".join([
+      "Model:", *_settings(config), "", "Training:", *_settings(train_cfg), "",
+      f"Parameters:        {n_params(config):,}",
+      f"FLOPs per token:   {forward:,.0f} forward, "
+      f"{flops.training_flops(config, train_cfg.sequence_len):,.0f} in training",
+      f"An update:         {tokens:,} tokens; a step: {train_cfg.updates_per_step} updates",
+      f"All updates:       {tokens * train_cfg.n_max_step:,} tokens",
+      f"Training memory:   about {_mega(sum(parts.values()))} ("
+      + ", ".join(f"{name} {_mega(size)}" for name, size in parts.items()) + ")",
+      f"State:             {_mega(state_bytes(config))} a row, at any length of context"])
+
+
+def describe_data(name: str, facts: Facts) -> str:
+  """What was counted in a split."""
+  return (f"{name + ':':<12}{facts.n_token:>15,} tokens {facts.n_document:>9,} documents "
+          f"{facts.n_byte:>15,} bytes {facts.n_word:>13,} words   "
+          f"unigram entropy {facts.unigram_entropy:.3f} bits a token, "
+          f"{facts.unigram_entropy * facts.n_token / facts.n_byte:.3f} a byte")
+
+
+def _settings(config: Any) -> list[str]:
+  return [f"  {field.name:<18}{getattr(config, field.name)}" for field in dataclasses.fields(config)]
+
+
+def _bytes(tree: Any) -> int:
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _mega(n: int) -> str:
+  return f"{n / 1e6:,.1f} MB"
