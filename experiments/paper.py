@@ -256,7 +256,8 @@ def _describe_data(place: _Place, config: tvq.TransformerConfig, train_cfg: tvq.
   experiment = place.experiment(config, train_cfg)
   print("\nData:")
   for split in sources.SPLITS:
-    print(summary.describe_data(split, experiment.open_split(split).facts))
+    print(summary.describe_data(
+        split, experiment.open_split(split).facts, has_words=experiment.image_size is None))
 
 
 def _this_command(command: str | None = None) -> str:

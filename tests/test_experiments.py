@@ -1,13 +1,10 @@
 """The launchers and the README, as a user meets them: in processes of their own."""
 
 import json
-import pathlib
 import re
-import shlex
 import shutil
 import signal
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,30 +12,10 @@ from PIL import Image
 import pytest
 
 import helpers
+from launching import place, ROOT, run, start
 import tvq_haiku as tvq
 
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-  """A directory with the launchers but not the library: that must be the installed one."""
-  directory = tmp_path_factory.mktemp("place")
-  for name in ("experiments", "README.md"):
-    (directory / name).symlink_to(ROOT / name)
-  return directory
-
-
-def start(command, place, **kwargs):
-  arguments = [sys.executable if word == "python" else word for word in shlex.split(command)]
-  return subprocess.Popen(arguments, cwd=place, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, **kwargs)
-
-
-def run(command, place):
-  process = start(command, place)
-  out, err = process.communicate(timeout=300)
-  return process.returncode, out, err
+assert place  # a fixture
 
 
 @pytest.fixture(scope="module")

@@ -98,13 +98,13 @@ def test_evaluation_counts_every_token_once_at_any_window(rows, window_len):
   stream = data.stream_of([data.ByteVocabulary.encode(text)])
   got = tvq.evaluate(CONFIG, params, stream, batch_size=rows, window_len=window_len)
   assert got.tokens == 301
-  nats = 0.0
+  nats, tokens = 0.0, stream.take(np.arange(len(stream)))
   for row in range(rows):  # each row is a sequence of its own
     piece = slice(row * -(-301 // rows), (row + 1) * -(-301 // rows))
     out = jax.jit(tvq.make_transformer(CONFIG).apply)(
-        params, None, stream.inputs[None, piece], tvq.initial_state(CONFIG, 1))
+        params, None, tokens["inputs"][None, piece], tvq.initial_state(CONFIG, 1))
     logprobs = jax.nn.log_softmax(out.logits[0])
-    nats -= float(jnp.take_along_axis(logprobs, stream.targets[piece, None], axis=1).sum())
+    nats -= float(jnp.take_along_axis(logprobs, tokens["targets"][piece, None], axis=1).sum())
   np.testing.assert_allclose(got.nats, nats, rtol=1e-5)
 
 
@@ -126,11 +126,6 @@ def test_batches_that_do_not_fit(key, change, message):
   if key != "weights" and change is not None:
     with pytest.raises((TypeError, ValueError)):
       tvq.make_eval_step(CONFIG, TRAIN)(state.params, batch, tvq.initial_state(CONFIG, 2))
-
-
-def test_updates_that_do_not_fill_batches_are_refused(tmp_path):
-  with pytest.raises(ValueError, match="n_max_step=13 must be a multiple of the 2 updates"):
-    loop.fit(CONFIG, TRAIN.replace(n_max_step=13), make_batches(), tmp_path)
 
 
 def test_parameters_of_another_config_are_named():
@@ -192,6 +187,54 @@ def test_stopped_and_resumed_equals_never_stopped(finished, tmp_path, monkeypatc
   assert resumed.data_step == finished[1].data_step == 6
   assert_same(resumed.train_state, finished[1].train_state)
   assert_same(tvq.load_checkpoint(tmp_path).train_state, finished[1].train_state)
+
+
+def validator(losses, asked=None):
+  """A validation that finds the given losses in turn, and may ask to stop on the way."""
+  def validate(params, stop):
+    if asked and len(losses) == asked.pop(0):
+      os.kill(os.getpid(), signal.SIGTERM)
+      return None
+    return {"loss_lm": losses.pop(0)}
+  return validate
+
+
+def test_the_last_batch_is_finished_and_validation_keeps_the_best(finished, tmp_path):
+  train_cfg = TRAIN.replace(n_max_step=11)  # of 2 updates each: 12 in all
+  lines = []
+  end = loop.fit(CONFIG, train_cfg, make_batches(), tmp_path, validate=validator([3.0, 2.0, 2.5]),
+                 validate_every=4, log_every=4,
+                 record=lambda step, values: lines.append((step, dict(values))))
+  assert int(end.train_state.step) == 12
+  assert checkpoints.validated(tmp_path) == (12, 8, 2.0)
+  assert int(tvq.load_checkpoint(tmp_path / "best").train_state.step) == 8
+  assert [line for line in lines if "validation_loss_lm" in line[1]] == [
+      (step, {"validation_loss_lm": loss}) for step, loss in ((4, 3.0), (8, 2.0), (12, 2.5))]
+  trained = [line for line in lines if "loss_lm" in line[1]]
+  assert [step for step, _ in trained] == [4, 8, 12]
+  assert {"loss_lm", "grad_norm", "learning_rate", "code_perplexity", "code_use"} <= trained[0][1].keys()
+
+
+def test_validation_that_was_broken_off_is_made_up_for(tmp_path):
+  found = [3.0, 2.0, 1.0]
+  validate = validator(found, asked=[0, 2, 9, 9])  # the second one is asked to stop
+  for step, best in ((8, 3.0), (12, 1.0)):
+    now = loop.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=validate, validate_every=4)
+    assert int(now.train_state.step) == step and checkpoints.validated(tmp_path).best_loss == best
+  assert not found  # one for each of 4, 8 and 12
+
+
+def test_best_that_was_saved_but_not_noted_is_noted(tmp_path):
+  state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))._replace(step=jnp.int32(4))
+  now = tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 2)
+  assert checkpoints.keep_best(tmp_path, now, 2.0)
+  (tmp_path / "validation.json").unlink()  # as if the process had died before writing it
+  assert checkpoints.keep_best(tmp_path, now, 2.0)
+  assert not checkpoints.keep_best(tmp_path, now, float("nan"))
+  assert checkpoints.validated(tmp_path) == (4, 4, 2.0)
+  (tmp_path / "validation.json").write_text("{")
+  with pytest.raises(tvq.CheckpointError, match=r"validation\.json is damaged"):
+    checkpoints.validated(tmp_path)
 
 
 def test_a_finished_run_is_left_as_it_is(finished):

@@ -181,7 +181,7 @@ def write_samples(experiment: Experiment, run: checkpoints.Checkpoint, prompts: 
 
 def draw_samples(experiment: Experiment, run: checkpoints.Checkpoint, n: int,
                  **settings: Any) -> pathlib.Path:
-  """n images as a grid, in a file under samples/."""
+  """A grid of n images, in a file under samples/."""
   size = experiment.image_size
   start = np.full((n, 1), ByteVocabulary.EOS, np.int32)
   out = generation.generate(

@@ -64,11 +64,11 @@ def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
       f"State:             {_mega(state_bytes(config))} a row, at any length of context"])
 
 
-def describe_data(name: str, facts: Facts) -> str:
-  """What was counted in a split."""
-  return (f"{name + ':':<12}{facts.n_token:>15,} tokens {facts.n_document:>9,} documents "
-          f"{facts.n_byte:>15,} bytes {facts.n_word:>13,} words   "
-          f"unigram entropy {facts.unigram_entropy:.3f} bits a token, "
+def describe_data(name: str, facts: Facts, *, has_words: bool = True) -> str:
+  """What was counted in a split; `has_words` if it is one of texts."""
+  words = f"{facts.n_word:>13,} words " if has_words else ""
+  return (f"  {name:<11}{facts.n_token:>15,} tokens {facts.n_document:>9,} documents "
+          f"{facts.n_byte:>15,} bytes {words}  unigram entropy {facts.unigram_entropy:.3f} bits a token, "
           f"{facts.unigram_entropy * facts.n_token / facts.n_byte:.3f} a byte")
 
 

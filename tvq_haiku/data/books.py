@@ -8,6 +8,7 @@ import os
 import pathlib
 from typing import Any
 
+from absl import logging
 import numpy as np
 
 from tvq_haiku.data import sources
@@ -33,6 +34,9 @@ class Books:
     for split, files in self._files.items():
       if not files:
         raise ValueError(f"{path / split} holds no .txt: the split {split!r} is empty. {_EXPECTED}")
+    if missing := self.missing():
+      logging.warning("%s lists %d books that are not there, such as %s.txt.", path / "metadata.csv",
+                      len(missing), missing[0])
 
   def describe(self, split: str) -> Any:
     return [self.name, *sources.fingerprint(self._files[split])]

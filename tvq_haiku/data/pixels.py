@@ -16,6 +16,7 @@ from tvq_haiku.data import sources
 from tvq_haiku.data.sources import Piece
 
 _CHUNK = 256  # images in memory at a time
+_DAMAGE = (EOFError, OSError, zlib.error, zipfile.BadZipFile)
 
 
 class DownsampledImages:
@@ -102,7 +103,7 @@ class DownsampledImages:
           content = stream.read(n * row)
           if first + n == total:
             stream.read(1)  # at its end, the archive's checksum is held against what was read
-        except (EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
           raise ValueError(f"{file} is truncated or damaged: {error}") from error
         if len(content) != n * row:
           raise ValueError(f"{file} is truncated: it ends in image {first + len(content) // row}.")
@@ -124,8 +125,8 @@ class DownsampledImages:
       version = npy.read_magic(stream)
       shape, by_column, dtype = (
           npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
-    except (ValueError, EOFError, zlib.error) as error:
-      raise ValueError(f"{file}: the header of `data` cannot be read: {error}") from error
+    except (ValueError, *_DAMAGE) as error:
+      raise ValueError(f"{file} is truncated or damaged: {error}") from error
     if len(shape) != 2 or shape[1] != self.document_len or dtype != np.uint8 or by_column:
       raise ValueError(f"{file}: `data` is {dtype}{list(shape)}, not uint8[n, {self.document_len}]. "
                        f"{self._expected}")

@@ -35,9 +35,9 @@ class Source(Protocol):
 
 
 def lines(pieces: Iterator[Piece], n_byte: int) -> Iterator[str]:
-  """The lines of `pieces` that are not empty, without their breaks, until they are `n_byte` long.
+  r"""The lines of `pieces` that are not empty, without their breaks, until they are `n_byte` long.
 
-  >>> list(lines(iter([Piece(b"Anne\\n\\nElliot", True, "a")]), 8))
+  >>> list(lines(iter([Piece(b"Anne\n\nElliot", True, "a")]), 8))
   ['Anne', 'El']
   """
   for piece in pieces:

@@ -37,7 +37,7 @@ class Facts:
 
   n_document: int
   n_byte: int
-  n_word: int  # of what stands between white space
+  n_word: int  # what stands between white space (of ASCII)
   n_token: int
   unigram_entropy: float  # bits per token: what a model without context needs at least
   checksum: int  # CRC-32 of the tokens
@@ -95,8 +95,8 @@ def _encode(source: Source, split: str, vocabulary: Vocabulary, place: pathlib.P
   except OSError as error:
     if error.filename and not str(error.filename).startswith(str(draft)):
       raise  # about a file of the source
-    raise OSError(f"cannot write the tokens of {source.name} to {place.parent}: {error.strerror}. "
-                  "Make room, or name another --cache_dir.") from error
+    raise OSError(f"cannot write the tokens of {source.name} to {place.parent}: "
+                  f"{error.strerror or error}. Make room, or name another --cache_dir.") from error
   finally:
     shutil.rmtree(draft, ignore_errors=True)
 

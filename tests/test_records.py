@@ -1,0 +1,72 @@
+"""Records: every line, none twice, whatever happened in between."""
+
+import sys
+import types
+
+import pytest
+
+from tvq_haiku import records
+
+
+def write(workdir, steps, **kwargs):
+  with records.open_records(workdir, **kwargs) as record:
+    for step in steps:
+      record(step, {"loss_lm": step / 10})
+
+
+def test_what_is_noted_can_be_read(tmp_path):
+  write(tmp_path, [10, 20])
+  assert records.read_records(tmp_path) == [{"step": 10, "loss_lm": 1.0}, {"step": 20, "loss_lm": 2.0}]
+  assert [path.name.startswith("events") for path in (tmp_path / "tensorboard").iterdir()] == [True]
+
+
+def test_a_run_that_goes_on_forgets_what_will_come_again(tmp_path):
+  write(tmp_path, [10, 20, 30], tensorboard=False)
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 40, "los')  # the process died while it wrote
+  write(tmp_path, [30, 40], step=20, tensorboard=False)
+  assert [line["step"] for line in records.read_records(tmp_path)] == [10, 20, 30, 40]
+  assert not (tmp_path / "tensorboard").exists()
+
+
+def test_nothing_noted_yet(tmp_path):
+  assert records.read_records(tmp_path) == []
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+  """Stands in for the service: what was sent, by run."""
+  sent = types.SimpleNamespace(inits=[], lines=[], finished=0)
+
+  class Run:
+    def log(self, values, step):
+      sent.lines.append((step, values))
+
+    def finish(self):
+      sent.finished += 1
+
+  module = types.ModuleType("wandb")
+  module.init = lambda **kwargs: sent.inits.append(kwargs) or Run()
+  monkeypatch.setitem(sys.modules, "wandb", module)
+  return sent
+
+
+def test_weights_and_biases_when_asked_for(tmp_path, wandb):
+  write(tmp_path, [10], tensorboard=False)
+  assert not wandb.inits
+  for steps in ([20], [30]):
+    write(tmp_path, steps, step=10, tensorboard=False, wandb="novels", settings={"d_model": 8})
+  assert wandb.lines == [(20, {"loss_lm": 2.0}), (30, {"loss_lm": 3.0})] and wandb.finished == 2
+  first, second = wandb.inits
+  assert first == second and first["project"] == "novels" and first["config"] == {"d_model": 8}
+  assert first["resume"] == "allow" and len(first["id"]) == 8
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+  def missing(name):
+    raise ModuleNotFoundError(name)
+  monkeypatch.setattr("importlib.import_module", missing)
+  for kwargs, message in ((dict(), r"tensorboardX.*tvq_haiku\[train\]"),
+                          (dict(tensorboard=False, wandb="x"), r"wandb.*tvq_haiku\[wandb\]")):
+    with pytest.raises(ImportError, match=message):
+      write(tmp_path, [1], **kwargs)
