@@ -34,7 +34,8 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; default runs/NAME, runs/NAME-cpu or runs/NAME-smoke.")
 _CACHE_DIR = flags.DEFINE_string(
-    "cache_dir", None, f"Where encoded data are kept; default {token_files.default_directory()}.")
+    "cache_dir", None, f"Where encoded data are kept; default {token_files.default_directory()}, or "
+    "WORKDIR/cache with --smoke.")
 _SIZE = flags.DEFINE_enum(
     "size", "paper", ("paper", "cpu"), "Settings to begin with: the paper's, or a model that two CPU "
     "cores train in minutes.")
@@ -51,6 +52,9 @@ _VOCAB_BYTES = flags.DEFINE_integer(
 _LOG_EVERY = flags.DEFINE_integer("log_every", 10, "Updates between two records.", lower_bound=1)
 _VALIDATE_EVERY = flags.DEFINE_integer(
     "validate_every", 1000, "Updates between two validations.", lower_bound=1)
+_VALIDATE_TOKENS = flags.DEFINE_integer(
+    "validate_tokens", 10_000_000, "How many tokens of the split a validation in training reads, at "
+    "most.", lower_bound=1)
 _SAVE_SECONDS = flags.DEFINE_float("save_seconds", 60.0, "Between two checkpoints.", lower_bound=0.0)
 _TENSORBOARD = flags.DEFINE_boolean("tensorboard", True, "Write event files for TensorBoard.")
 _WANDB = flags.DEFINE_string("wandb", None, "A project of Weights & Biases to report to.")
@@ -180,8 +184,13 @@ class _Place:
     self.paper, self.sizes = paper, paper.sizes[size]
     ending = "" if size == "paper" else f"-{size}"
     self.workdir = pathlib.Path(_WORKDIR.value or f"runs/{paper.name}{ending}")
-    uses_bytes = _VOCAB.value == "bytes" or (_VOCAB.value is None and not paper.has_pieces)
-    self.vocab_file = None if uses_bytes else pathlib.Path(_VOCAB.value or self.workdir / "vocab.model")
+    there = self.workdir / lib.VOCABULARY
+    uses_bytes = _VOCAB.value == "bytes" or (
+        _VOCAB.value is None and not paper.has_pieces and not there.exists())
+    self.vocab_file = None if uses_bytes else pathlib.Path(_VOCAB.value or there)
+    # A smoke run leaves nothing outside of its directory.
+    cache_dir = self.workdir / "cache" if _SMOKE.value else token_files.default_directory()
+    self.cache_dir = pathlib.Path(_CACHE_DIR.value or cache_dir)
 
   @functools.cached_property
   def source(self) -> sources.Source:
@@ -211,7 +220,7 @@ class _Place:
     return lib.Experiment(
         source=None if _COMMAND.value == "sample" else self.source,
         vocabulary=self.vocabulary(config), config=config, train_cfg=train_cfg, workdir=self.workdir,
-        cache_dir=pathlib.Path(_CACHE_DIR.value or token_files.default_directory()),
+        cache_dir=self.cache_dir,
         measures=self.paper.measures, token_name=self.paper.token_name,
         image_size=self.sizes.image_size, seed=_SEED.value, eval_rows=_EVAL_ROWS.value,
         eval_window=_EVAL_WINDOW.value)
@@ -220,7 +229,8 @@ class _Place:
 def _train(experiment: lib.Experiment) -> None:
   run = lib.train(
       experiment, log_every=_LOG_EVERY.value, validate_every=_VALIDATE_EVERY.value,
-      save_seconds=_SAVE_SECONDS.value, tensorboard=_TENSORBOARD.value, wandb=_WANDB.value)
+      validate_tokens=_VALIDATE_TOKENS.value, save_seconds=_SAVE_SECONDS.value,
+      tensorboard=_TENSORBOARD.value, wandb=_WANDB.value)
   made, total = int(run.train_state.step), run.train_cfg.n_max_step
   if made < total:
     print(f"Stopped after {made} of {total} updates and saved. To go on: {_this_command()}")

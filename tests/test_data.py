@@ -94,6 +94,12 @@ def test_windows_read_every_token_exactly_once(batch_size, window_len):
   assert (rows["doc_ids"][~real] == -1).all()
 
 
+@pytest.mark.parametrize("n, ends", [(3, [3]), (4, [4]), (9, [4, 8, 9]), (12, [4, 8, 12])])
+def test_the_head_of_a_stream(n, ends):
+  stream = data.TokenStream(np.arange(12), np.array([4, 8, 12]), offset=2).head(n)
+  assert len(stream) == n and stream.ends.tolist() == ends and stream.offset == 2
+
+
 def test_aligned_sequences_and_rows_cut_no_document():
   stream = data.TokenStream(np.arange(70, dtype=np.int32), np.arange(10, 80, 10))  # 7 documents of 10
   batches = data.PackedBatches(stream, batch_size=2, sequence_len=10, aligned=True)

@@ -101,6 +101,24 @@ def test_best_and_last_checkpoints(runs):
   assert changed.config == best.config.replace(precision="bfloat16")
 
 
+def test_a_validation_may_read_less(runs):
+  experiment, run = runs["images"]
+  split = experiment.open_split("test")
+  whole = experiment.likelihood(run.config, run.train_state.params, split)
+  less = experiment.likelihood(run.config, run.train_state.params, split, max_tokens=100)  # 2 images of 48
+  assert whole.keys() == {"loss_lm", "bits_per_dim"} and less.keys() == {"loss_lm"}
+  two = tvq.evaluate(run.config, run.train_state.params, split.stream.head(96), batch_size=1)
+  assert two.tokens == 96
+  np.testing.assert_allclose(less["loss_lm"], two.nats_per_token, rtol=1e-5)
+  assert experiment.likelihood(run.config, run.train_state.params, split, stop=True) is None
+
+
+def test_a_run_has_its_own_vocabulary(runs):
+  experiment, _ = runs["books"]
+  assert data.PieceVocabulary(experiment.workdir / "vocab.model").fingerprint == (
+      experiment.vocabulary.fingerprint)
+
+
 def test_samples_are_texts_and_grids(runs):
   experiment, run = runs["books"]
   texts, file = lib.write_samples(experiment, run, [b"Anne ", b""], length=12, temperature=0.8)
@@ -134,7 +152,7 @@ def test_interrupted_and_resumed_records_are_those_of_a_whole_run(runs, tmp_path
   experiment = dataclasses.replace(whole, workdir=tmp_path)
   measure = lib.Experiment.likelihood
 
-  def killed(self, *args):
+  def killed(self, *args, **kwargs):
     raise Killed
 
   monkeypatch.setattr(lib.Experiment, "likelihood", killed)

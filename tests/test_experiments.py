@@ -79,6 +79,10 @@ def test_readme_commands_run(quickstart, place):
     assert command.startswith("python -m experiments."), command
     if "quickstart" in command.split("--")[0]:
       command += " --smoke --workdir=runs/quickstart"
+    if "experiments.text" in command:
+      command += " --cache_dir=cache"
+      if "--command" not in command:
+        command += " --config.n_max_step=8 --config.n_warmup_step=2 --config.d_model=32 --config.d_v=32"
     status, out, err = run(command, place)
     assert status == 0 and out.strip(), (command, err)
   assert (place / "copy.md").read_bytes() == (ROOT / "README.md").read_bytes()

@@ -30,9 +30,11 @@ from tvq_haiku import records
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing
 from tvq_haiku.data import token_files
+from tvq_haiku.data.pieces import PieceVocabulary
 from tvq_haiku.data.sources import Source
 from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
 
+VOCABULARY = "vocab.model"
 _DATA = "data.json"
 _SAMPLES = "samples"
 # What papers report, from the whole split's likelihood and what was counted in its raw files.
@@ -75,21 +77,34 @@ class Experiment:
     """The tokens of a split."""
     return token_files.open_split(self.source, split, self.vocabulary, self.cache_dir)
 
-  def likelihood(self, config: TransformerConfig, params: Any, split: token_files.Split,
-                 stop: object = False) -> dict[str, float] | None:
-    """`loss_lm` (nats per token), and the measures; None if it was stopped."""
+  def likelihood(self, config: TransformerConfig, params: Any, split: token_files.Split, *,
+                 max_tokens: int | None = None, stop: object = False) -> dict[str, float] | None:
+    """What a split costs: `loss_lm` in nats per token, and the measures.
+
+    Args:
+      config: of the model.
+      params: of the model.
+      split: what to read.
+      max_tokens: read the first so many, in whole images; of less than the whole split, there is
+        `loss_lm` alone, since its words were not counted.
+      stop: when it becomes true, the result is None.
+    """
+    n = split.facts.n_token
+    if max_tokens is not None and max_tokens < n:
+      n = max(max_tokens // self.align, 1) * self.align
     found = evaluation.evaluate(
-        config, params, split.stream, batch_size=self.eval_rows, window_len=self.eval_window,
+        config, params, split.stream.head(n), batch_size=self.eval_rows, window_len=self.eval_window,
         align=self.align, show_progress=True, stop=stop)
     if found is None:
       return None
-    assert found.tokens == split.facts.n_token, (found.tokens, split.facts)
+    assert found.tokens == n, (found.tokens, n)
+    measures = self.measures if n == split.facts.n_token else ()
     return {"loss_lm": found.nats_per_token} | {
-        name: MEASURES[name](found, split.facts) for name in self.measures}
+        name: MEASURES[name](found, split.facts) for name in measures}
 
 
 def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 1000,
-          save_seconds: float = 60.0, tensorboard: bool = True,
+          validate_tokens: int | None = None, save_seconds: float = 60.0, tensorboard: bool = True,
           wandb: str | None = None) -> checkpoints.Checkpoint:
   """Trains, or goes on, with records, validation, and the last and the best checkpoint kept.
 
@@ -97,6 +112,7 @@ def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 
     experiment: what, and where.
     log_every: updates between two records.
     validate_every: updates between two validations.
+    validate_tokens: how much of the split they read, at most; None: all of it.
     save_seconds: time between two checkpoints.
     tensorboard: write event files.
     wandb: a project of Weights & Biases to report to.
@@ -116,6 +132,8 @@ def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 
   batches = packing.PackedBatches(
       splits["train"].stream, batch_size=e.train_cfg.global_batch_size,
       sequence_len=e.train_cfg.sequence_len, seed=e.seed, aligned=e.image_size is not None)
+  if isinstance(e.vocabulary, PieceVocabulary) and not (workdir / VOCABULARY).exists():
+    files.write_whole(workdir / VOCABULARY, e.vocabulary.file.read_bytes())
   _check_same_data(workdir, {name: dataclasses.asdict(split.facts) for name, split in splits.items()})
   with records.open_records(
       workdir, step=checkpoints.latest_step(workdir) or 0, tensorboard=tensorboard, wandb=wandb,
@@ -124,7 +142,8 @@ def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 
         e.config, e.train_cfg, batches, workdir, seed=e.seed, save_seconds=save_seconds,
         token_name=e.token_name, record=record, log_every=log_every,
         peak_flops=flops.measured_peak(e.config.compute_dtype),
-        validate=lambda params, stop: e.likelihood(e.config, params, splits["validation"], stop),
+        validate=lambda params, stop: e.likelihood(
+            e.config, params, splits["validation"], max_tokens=validate_tokens, stop=stop),
         validate_every=validate_every)
 
 

@@ -26,6 +26,12 @@ class TokenStream:
   def __len__(self) -> int:
     return len(self.values)
 
+  def head(self, n: int) -> TokenStream:
+    """The first n tokens."""
+    ends = self.ends[: np.searchsorted(self.ends, n, side="right")]
+    cut = n < len(self) and (not len(ends) or ends[-1] < n)
+    return TokenStream(self.values[:n], np.append(ends, n) if cut else ends, self.offset)
+
   def take(self, index: np.ndarray) -> Batch:
     """`inputs`, `targets` and `doc_ids`, int32, of the tokens at `index`, of any shape.
 
