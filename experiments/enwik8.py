@@ -20,6 +20,8 @@ _N_BYTE = flags.DEFINE_integer(
 
 _SMOKE_BYTES = 60_000
 
+flags.adopt_module_key_flags(paper)  # so that --help lists them
+
 if __name__ == "__main__":
   paper.launch(paper.Paper(
       name="enwik8",

@@ -28,6 +28,8 @@ _SMOKE = paper.Sizes(
     paper.TEXT_SMOKE.config.replace(pe_abs=True),
     paper.TEXT_SMOKE.train_cfg.replace(sequence_len=3 * _SMOKE_SIZE**2, update_len=96), _SMOKE_SIZE)
 
+flags.adopt_module_key_flags(paper)  # so that --help lists them
+
 if __name__ == "__main__":
   paper.launch(paper.Paper(
       name="imagenet64",

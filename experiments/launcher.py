@@ -56,6 +56,8 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
     except BrokenPipeError:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
       sys.exit(128 + signal.SIGPIPE)
+    except flags.Error as error:
+      fail(error, EXIT_BAD_FLAGS)
     except (ImportError, OSError, ValueError) as error:
       fail(error, EXIT_BAD_INPUT)
 

@@ -41,7 +41,8 @@ _SIZE = flags.DEFINE_enum(
     "cores train in minutes.")
 _SMOKE = flags.DEFINE_boolean(
     "smoke", False, "A tiny model on little embedded data: the path, not the result.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seeds parameters, the order of the data and samples.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seeds parameters, the order of the data and samples.", lower_bound=0, upper_bound=2**32 - 1)
 _PRECISION = flags.DEFINE_string("precision", None, "Short for --config.precision.")
 _VOCAB = flags.DEFINE_string(
     "vocab", None, "A SentencePiece .model, or 'bytes'; default: what suits the data. Books: "
@@ -89,8 +90,7 @@ class Paper(NamedTuple):
   smoke_source: Callable[[pathlib.Path], sources.Source]  # writes small data to a directory
   sizes: Mapping[str, Sizes]  # "paper", "cpu" and "smoke"
   measures: tuple[str, ...]  # the first is the one to look at
-  token_name: str = "byte"
-  has_pieces: bool = False  # of words for tokens, unless --vocab=bytes
+  vocabularies: tuple[str, ...] = ("bytes",)  # and "pieces"; the first is used unless --vocab is given
 
 
 # Of bytes of text.
@@ -147,6 +147,13 @@ def _given(cls: type) -> dict[str, Any]:
   return given
 
 
+def _changed(config: Any, given: Mapping[str, Any]) -> Any:
+  try:
+    return config.replace(**given)
+  except ValueError as error:
+    raise flags.IllegalFlagValueError(f"--config: {error}") from error
+
+
 def launch(paper: Paper) -> None:
   """Runs the experiment's command."""
   launcher.launch(paper.name, lambda: _main(paper))
@@ -159,7 +166,7 @@ def _main(paper: Paper) -> None:
     run = lib.load(place.workdir, weights=_WEIGHTS.value, changes=_given(tvq.TransformerConfig))
     config, train_cfg = run.config, run.train_cfg
   else:
-    config, train_cfg = (cfg.replace(**_given(type(cfg))) for cfg in (config, train_cfg))
+    config, train_cfg = (_changed(cfg, _given(type(cfg))) for cfg in (config, train_cfg))
   match command:
     case "train":
       _train(place.experiment(config, train_cfg))
@@ -179,14 +186,16 @@ class _Place:
 
   def __init__(self, paper: Paper):
     if _SMOKE.value and _DATA_DIR.value is not None:
-      raise ValueError("--smoke brings its own data: leave --data_dir out.")
+      raise flags.ValidationError("--smoke brings its own data: leave --data_dir out.")
+    if _VOCAB.value and "pieces" not in paper.vocabularies:
+      raise flags.ValidationError(f"--vocab={_VOCAB.value}: the tokens of {paper.name} are bytes.")
     size = "smoke" if _SMOKE.value else _SIZE.value
     self.paper, self.sizes = paper, paper.sizes[size]
     ending = "" if size == "paper" else f"-{size}"
     self.workdir = pathlib.Path(_WORKDIR.value or f"runs/{paper.name}{ending}")
     there = self.workdir / lib.VOCABULARY
     uses_bytes = _VOCAB.value == "bytes" or (
-        _VOCAB.value is None and not paper.has_pieces and not there.exists())
+        _VOCAB.value is None and paper.vocabularies[0] == "bytes" and not there.exists())
     self.vocab_file = None if uses_bytes else pathlib.Path(_VOCAB.value or there)
     # A smoke run leaves nothing outside of its directory.
     cache_dir = self.workdir / "cache" if _SMOKE.value else token_files.default_directory()
@@ -200,7 +209,8 @@ class _Place:
 
   def train_vocab(self, size: int) -> None:
     if self.vocab_file is None:
-      raise ValueError("--command=train_vocab: tokens are bytes, there is no vocabulary to train.")
+      raise flags.ValidationError(
+          "--command=train_vocab: the tokens are bytes, there is no vocabulary to train.")
     if self.vocab_file.exists():
       raise ValueError(f"{self.vocab_file} exists already: remove it, or name another --vocab.")
     lines = self.source.sample(_VOCAB_BYTES.value, seed=_SEED.value)
@@ -221,7 +231,7 @@ class _Place:
         source=None if _COMMAND.value == "sample" else self.source,
         vocabulary=self.vocabulary(config), config=config, train_cfg=train_cfg, workdir=self.workdir,
         cache_dir=self.cache_dir,
-        measures=self.paper.measures, token_name=self.paper.token_name,
+        measures=self.paper.measures, token_name="token" if self.vocab_file else "byte",
         image_size=self.sizes.image_size, seed=_SEED.value, eval_rows=_EVAL_ROWS.value,
         eval_window=_EVAL_WINDOW.value)
 
@@ -235,9 +245,14 @@ def _train(experiment: lib.Experiment) -> None:
   if made < total:
     print(f"Stopped after {made} of {total} updates and saved. To go on: {_this_command()}")
     return
-  best = checkpoints.validated(experiment.workdir)
-  print(f"Trained: {made} updates. Best on validation: {best.best_loss:.4f} nats per token, after "
-        f"{best.best_step}.\nTo test it: {_this_command('test')}\n"
+  found = checkpoints.validated(experiment.workdir)
+  if found.step < made:
+    print(f"Trained: {made} updates; the last validation was broken off. To make up for it: "
+          f"{_this_command()}")
+    return
+  best = "No validation gave a number." if found.best_step < 0 else (
+      f"Best on validation: {found.best_loss:.4f} nats per token, after {found.best_step}.")
+  print(f"Trained: {made} updates. {best}\nTo test it: {_this_command('test')}\n"
         f"To sample:  {_this_command('sample')}")
 
 

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from absl import flags
+
 from experiments import paper
 import tvq_haiku as tvq
 from tvq_haiku import data
@@ -19,6 +21,8 @@ _CPU = paper.Sizes(
     paper.TEXT_CPU.train_cfg.replace(n_max_step=2000))
 _SMOKE = paper.Sizes(paper.TEXT_SMOKE.config.replace(n_vocab=512), paper.TEXT_SMOKE.train_cfg)
 
+flags.adopt_module_key_flags(paper)  # so that --help lists them
+
 if __name__ == "__main__":
   paper.launch(paper.Paper(
       name="pg19",
@@ -26,4 +30,4 @@ if __name__ == "__main__":
       smoke_source=lambda place: data.Books(miniature.write_books(place)),
       sizes={"paper": paper.Sizes(tvq.TransformerConfig.pg19(), tvq.TrainConfig.pg19()),
              "cpu": _CPU, "smoke": _SMOKE},
-      measures=("word_perplexity", "bits_per_byte"), token_name="token", has_pieces=True))
+      measures=("word_perplexity", "bits_per_byte"), vocabularies=("pieces", "bytes")))

@@ -9,10 +9,14 @@ Tokens are bytes, or pieces of words: --vocab=NEW.model --command=train_vocab --
 
 from __future__ import annotations
 
+from absl import flags
+
 from experiments import paper
 import tvq_haiku as tvq
 from tvq_haiku import data
 from tvq_haiku.data import miniature
+
+flags.adopt_module_key_flags(paper)  # so that --help lists them
 
 if __name__ == "__main__":
   paper.launch(paper.Paper(
@@ -21,4 +25,4 @@ if __name__ == "__main__":
       smoke_source=lambda place: data.TextFiles(miniature.write_text(place, name="text.txt")),
       sizes={"paper": paper.Sizes(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
              "cpu": paper.TEXT_CPU, "smoke": paper.TEXT_SMOKE},
-      measures=("bits_per_byte", "word_perplexity"), token_name="token"))
+      measures=("bits_per_byte", "word_perplexity"), vocabularies=("bytes", "pieces")))

@@ -119,6 +119,38 @@ def test_a_run_has_its_own_vocabulary(runs):
       experiment.vocabulary.fingerprint)
 
 
+def test_the_vocabulary_must_be_that_of_the_run(runs, tmp_path):
+  experiment, run = runs["books"]
+  lines = experiment.source.sample(1500, seed=1)
+  other = dataclasses.replace(
+      experiment, vocabulary=data.train_pieces(lines, tmp_path / "other.model", size=330))
+  message = r"vocabulary pieces-330-\w+, not pieces-330-\w+\. Leave --vocab out"
+  for use in (lambda: lib.evaluate(other, run, "test"),
+              lambda: lib.write_samples(other, run, [b""], length=3)):
+    with pytest.raises(tvq.CheckpointError, match=message):
+      use()
+  with pytest.raises(tvq.CheckpointError, match="on other data: train vocabulary="):
+    lib.train(other, tensorboard=False)
+  assert data.PieceVocabulary(experiment.workdir / "vocab.model").fingerprint == (
+      experiment.vocabulary.fingerprint)
+
+
+def test_changes_that_need_other_parameters_are_refused(runs):
+  experiment, _ = runs["text"]
+  with pytest.raises(ValueError, match="params are not of this config"):
+    lib.load(experiment.workdir, changes={"d_model": 32})
+
+
+def test_damaged_tokens_give_no_figures(runs, tmp_path):
+  experiment = dataclasses.replace(runs["text"][0], cache_dir=tmp_path)
+  experiment.open_split("test")
+  (file,) = tmp_path.glob("enwik8-test-*/tokens.bin")
+  content = file.read_bytes()
+  file.write_bytes(content[:9] + bytes([content[9] ^ 1]) + content[10:])
+  with pytest.raises(ValueError, match=r"tokens\.bin is damaged: remove its directory"):
+    lib.evaluate(experiment, runs["text"][1], "test")
+
+
 def test_samples_are_texts_and_grids(runs):
   experiment, run = runs["books"]
   texts, file = lib.write_samples(experiment, run, [b"Anne ", b""], length=12, temperature=0.8)

@@ -58,6 +58,25 @@ def test_other_numbers_of_special_tokens_are_refused(tmp_path):
     data.PieceVocabulary(tmp_path / "other.model")
 
 
+def test_a_vocabulary_that_loses_text_is_said_to(tmp_path, caplog):
+  import sentencepiece
+  lines = data.austen()["Emma"][:50_000].decode().split("\n")
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines), model_prefix=str(tmp_path / "lossy"), vocab_size=300, model_type="bpe",
+      pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+  data.PieceVocabulary(tmp_path / "lossy.model")
+  assert "lossy.model loses text" in caplog.text
+
+
+def test_what_the_lines_raise_is_raised(tmp_path):
+  def lines():
+    yield "a good line"
+    raise ValueError("2.txt is not UTF-8")
+
+  with pytest.raises(ValueError, match=r"^2\.txt is not UTF-8$"):
+    data.train_pieces(lines(), tmp_path / "a.model", size=400)
+
+
 @pytest.mark.parametrize("lines", [[], ["a b"]])
 def test_too_little_text(lines, tmp_path):
   with pytest.raises(ValueError, match="no vocabulary of 400 pieces can be learned"):

@@ -29,6 +29,31 @@ def test_a_run_that_goes_on_forgets_what_will_come_again(tmp_path):
   assert not (tmp_path / "tensorboard").exists()
 
 
+def test_half_a_line_that_is_a_number_and_what_is_no_number(tmp_path):
+  with records.open_records(tmp_path, tensorboard=False) as record:
+    record(1, {"loss_lm": float("nan"), "word_perplexity": float("inf"), "grad_norm": 1.0})
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write("12")
+  write(tmp_path, [2], step=1, tensorboard=False)
+  assert records.read_records(tmp_path) == [
+      {"step": 1, "loss_lm": None, "word_perplexity": None, "grad_norm": 1.0}, {"step": 2, "loss_lm": 0.2}]
+
+
+def test_event_files_forget_too(tmp_path, monkeypatch):
+  import tensorboardX
+  asked = []
+
+  class Writer(tensorboardX.SummaryWriter):
+    def __init__(self, *args, purge_step=None, **kwargs):
+      asked.append(purge_step)
+      super().__init__(*args, purge_step=purge_step, **kwargs)
+
+  monkeypatch.setattr(tensorboardX, "SummaryWriter", Writer)
+  for step in (0, 0, 20):
+    write(tmp_path, [step + 10], step=step)
+  assert asked == [None, 1, 21]
+
+
 def test_nothing_noted_yet(tmp_path):
   assert records.read_records(tmp_path) == []
 

@@ -62,6 +62,7 @@ class TestEnwik8:
       ("enwik8", TEXT + b".", "has more than 1,030 bytes, not 1,030"),
       ("enwik8.gz", gzip.compress(TEXT)[:-20], "truncated or damaged"),
       ("enwik8.gz", TEXT, "truncated or damaged"),
+      ("enwik8.bz2", b"no archive at all", "truncated or damaged: Invalid data stream"),
       ("enwik8.bz2", bz2.compress(TEXT)[:-9], "truncated or damaged|has .* bytes, not 1,030"),
       ("enwik8.xz", lzma.compress(TEXT)[:-30], "truncated or damaged|has .* bytes, not 1,030"),
       ("enwik8.zip", TEXT, "truncated or damaged"),
@@ -103,7 +104,7 @@ class TestTextFiles:
   @pytest.mark.parametrize("chunk", [1 << 24, 7])
   @pytest.mark.parametrize("texts", [
       {"a.txt": b"line\n" * 100, "b/c.txt": b"x" * 37 + b"\n" + "ü\n".encode() * 200, "d": b"z"},
-      {"one": "é".encode() * 500}])
+      {"one": "é".encode() * 500}, {"a": "é🧀".encode() * 100 + b"\n", "b": "ü".encode() * 99}])
   def test_every_byte_once_and_no_character_cut(self, tmp_path, monkeypatch, texts, chunk):
     source = self.write(tmp_path, texts)
     monkeypatch.setattr(text_files, "_CHUNK", chunk)
@@ -119,6 +120,17 @@ class TestTextFiles:
     (tmp_path / "one.txt").write_bytes(b"line\n" * 200)
     source = data.TextFiles(tmp_path / "one.txt")
     assert [len(contents(source, split)[0]) for split in sources.SPLITS] == [900, 50, 50]
+
+  def test_no_piece_cuts_a_character(self, tmp_path, monkeypatch):
+    source = self.write(tmp_path, {"one": "é🧀".encode() * 500})
+    monkeypatch.setattr(text_files, "_CHUNK", 64)
+    pieces = [piece.content.decode() for piece in source.read("train")]
+    assert len(pieces) > 20 and "".join(pieces) == ("é🧀" * 500)[: len("".join(pieces))]
+
+  def test_hidden_files_are_left_out(self, tmp_path):
+    source = self.write(tmp_path, {"a": b"text\n" * 50, ".git/objects/ab": b"binary", ".b": b"hidden"})
+    assert contents(source, "train") + contents(source, "validation") + contents(source, "test") == [
+        b"text\n" * 45, b"text\n" * 3, b"text\n" * 2]
 
   def test_splits_that_are_there(self, tmp_path):
     source = self.write(tmp_path, {f"{split}/1.txt": split.encode() for split in sources.SPLITS})

@@ -132,11 +132,13 @@ def test_empty_books_are_no_documents(tmp_path):
 
 
 ENCODE = """
-import sys, time
+import resource, sys, time
 from tvq_haiku import data
 from tvq_haiku.data import token_files
 source = data.Books(sys.argv[1])
-if len(sys.argv) > 3:
+if sys.argv[3:] == ["full"]:
+  resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+elif sys.argv[3:]:
   read = source.read
   def slowly(split):
     for piece in read(split):
@@ -151,10 +153,10 @@ except OSError as error:
 """
 
 
-def encode(tmp_path, *arguments, **kwargs):
+def encode(tmp_path, *arguments):
   places = [str(tmp_path / "books"), str(tmp_path / "cache")]
   return subprocess.Popen([sys.executable, "-c", ENCODE, *places, *arguments], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **kwargs)
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 def test_a_killed_process_leaves_nothing_that_is_read(tmp_path):
@@ -181,12 +183,31 @@ def test_of_two_processes_one_encodes_and_the_other_waits(tmp_path, monkeypatch)
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
   miniature.write_books(tmp_path / "books", n_byte=5000)
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-  with encode(tmp_path, preexec_fn=limit) as process:
+  with encode(tmp_path, "full") as process:
     out = process.stdout.read()
   assert out == (f"cannot write the tokens of pg19 to {tmp_path / 'cache'}: File too large. Make room, "
                  "or name another --cache_dir.\n")
   assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_what_cannot_be_read_is_no_full_disk(tmp_path):
+  source = texts(tmp_path / "books")
+
+  def broken(split):
+    yield sources.Piece(b"It was", True, tmp_path)
+    raise OSError(5, "Input/output error")
+
+  source.read = broken
+  with pytest.raises(ValueError, match=r"the split 'test' of pg19 cannot be read: .*Input/output error"):
+    token_files.open_split(source, "test", BYTES, tmp_path / "cache")
+
+
+def test_empty_ends_are_not_whole(tmp_path):
+  source = texts(tmp_path / "books")
+  first = token_files.open_split(source, "test", BYTES, tmp_path / "cache")
+  (place,) = (tmp_path / "cache").glob("pg19*")
+  (place / "ends.npy").write_bytes(b"")
+  assert token_files.open_split(source, "test", BYTES, tmp_path / "cache").facts == first.facts
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

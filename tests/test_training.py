@@ -16,6 +16,7 @@ import helpers
 import tvq_haiku as tvq
 from tvq_haiku import checkpoints
 from tvq_haiku import data
+from tvq_haiku import evaluation
 from tvq_haiku import loop
 from tvq_haiku import train
 
@@ -213,6 +214,28 @@ def test_the_last_batch_is_finished_and_validation_keeps_the_best(finished, tmp_
   trained = [line for line in lines if "loss_lm" in line[1]]
   assert [step for step, _ in trained] == [4, 8, 12]
   assert {"loss_lm", "grad_norm", "learning_rate", "code_perplexity", "code_use"} <= trained[0][1].keys()
+
+
+def test_speed_is_recorded_even_if_every_batch_is_saved(tmp_path):
+  lines = []
+  loop.fit(CONFIG, TRAIN, make_batches(), tmp_path, save_seconds=0.0, log_every=1, peak_flops=1e9,
+           record=lambda step, values: lines.append(values))
+  assert len(lines) == 6 and "tokens_per_second" not in lines[0]  # the first one compiles
+  assert all(line["tokens_per_second"] > 0 and line["of_peak"] > 0 for line in lines[1:])
+
+
+def test_a_run_of_one_batch(tmp_path, capsys):
+  end = loop.fit(CONFIG, TRAIN.replace(n_max_step=1, n_warmup_step=0), make_batches(), tmp_path)
+  assert int(end.train_state.step) == 2 and "training 2/2" in capsys.readouterr().err
+
+
+def test_windows_of_one_shape_are_compiled_once():
+  stream = data.stream_of([data.ByteVocabulary.encode("It was so." * 9)])
+  params = helpers.random_params(CONFIG)
+  tvq.evaluate(CONFIG, params, stream, batch_size=2, window_len=16)
+  before = evaluation._eval_step._cache_size()
+  tvq.evaluate(CONFIG, params, stream, batch_size=2, window_len=16)
+  assert evaluation._eval_step._cache_size() == before
 
 
 def test_validation_that_was_broken_off_is_made_up_for(tmp_path):

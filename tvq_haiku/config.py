@@ -188,7 +188,8 @@ class TransformerConfig(_JsonMixin):
   def pg19(cls, **changes: Any) -> Self:
     """The paper's open-vocabulary book model: 1,314,659,584 parameters."""
     return cls(**{**dict(n_vocab=32_000, d_model=2048, d_k=128, d_v=4096, n_code=512, n_layer=24,
-                         block_len=512, mem_len=512, p_dropsin=0.1, p_dropres=0.1, p_droplyr=0.1,
+                         block_len=512, mem_len=512, doc_mask=False,
+                         p_dropsin=0.1, p_dropres=0.1, p_droplyr=0.1,
                          e_tie=True, e_preln=True, e_scale=0.005, precision="bfloat16"), **changes})
 
   @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -59,28 +60,30 @@ EvalStep = Callable[[Any, losses.Batch, transformer.TransformerState],
 
 
 def make_eval_step(config: TransformerConfig, train_cfg: TrainConfig | None = None) -> EvalStep:
-  """A function `(params, batch, state) -> (EvalSums, state)`, compiled for each shape it meets.
+  """A function `(params, batch, state) -> (EvalSums, state)`, compiled once for each shape.
 
   Args:
     config: the model.
     train_cfg: if given, batches must have `global_batch_size` rows.
   """
-  model = transformer.make_transformer(config)
-
-  @jax.jit
-  def eval_step(params, batch, state):
-    out = model.apply(params, None, batch["inputs"], state, doc_ids=batch.get("doc_ids"))
-    mask = losses.loss_weights(batch)
-    return EvalSums(losses.weighted_nll(out.logits, batch["targets"], mask), jnp.sum(mask)), out.state
 
   def checked(params, batch, state):
     rows, window_len = batch["inputs"].shape
     if train_cfg is not None:
       rows = train_cfg.global_batch_size
     inputs.check_batch(batch, (rows, window_len), config.n_vocab)
-    return eval_step(params, batch, state)
+    return _eval_step(config, params, batch, state)
 
   return checked
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _eval_step(config: TransformerConfig, params: Any, batch: losses.Batch,
+               state: transformer.TransformerState) -> tuple[EvalSums, transformer.TransformerState]:
+  out = transformer.make_transformer(config).apply(
+      params, None, batch["inputs"], state, doc_ids=batch.get("doc_ids"))
+  mask = losses.loss_weights(batch)
+  return EvalSums(losses.weighted_nll(out.logits, batch["targets"], mask), jnp.sum(mask)), out.state
 
 
 def evaluate(config: TransformerConfig, params: Any, stream: TokenStream, *,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import io
 import json
 import pathlib
 from typing import Any
@@ -25,8 +26,10 @@ from tvq_haiku import files
 from tvq_haiku import flops
 from tvq_haiku import generation
 from tvq_haiku import images
+from tvq_haiku import inputs
 from tvq_haiku import loop
 from tvq_haiku import records
+from tvq_haiku import transformer
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing
 from tvq_haiku.data import token_files
@@ -36,6 +39,7 @@ from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
 
 VOCABULARY = "vocab.model"
 _DATA = "data.json"
+_IDENTITY = ("vocabulary", "n_byte", "n_token", "checksum")  # of data
 _SAMPLES = "samples"
 # What papers report, from the whole split's likelihood and what was counted in its raw files.
 MEASURES = {
@@ -97,7 +101,8 @@ class Experiment:
         align=self.align, show_progress=True, stop=stop)
     if found is None:
       return None
-    assert found.tokens == n, (found.tokens, n)
+    if found.tokens != n:
+      raise RuntimeError(f"{found.tokens} tokens were read of {n}.")
     measures = self.measures if n == split.facts.n_token else ()
     return {"loss_lm": found.nats_per_token} | {
         name: MEASURES[name](found, split.facts) for name in measures}
@@ -132,9 +137,16 @@ def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 
   batches = packing.PackedBatches(
       splits["train"].stream, batch_size=e.train_cfg.global_batch_size,
       sequence_len=e.train_cfg.sequence_len, seed=e.seed, aligned=e.image_size is not None)
-  if isinstance(e.vocabulary, PieceVocabulary) and not (workdir / VOCABULARY).exists():
+  facts = {name: dataclasses.asdict(split.facts) for name, split in splits.items()}
+  before = _trained_on(workdir) if checkpoints.exists(workdir) else {}
+  if differences := [
+      f"{split} {name}={before[split][name]!r} there, {facts[split][name]!r} now"
+      for split in before for name in _IDENTITY if before[split][name] != facts[split][name]]:
+    raise checkpoints.CheckpointError(f"{workdir} holds a run on other data: {'; '.join(differences)}. "
+                                      "Use another directory.")
+  if isinstance(e.vocabulary, PieceVocabulary):  # so that the run can be used without it
     files.write_whole(workdir / VOCABULARY, e.vocabulary.file.read_bytes())
-  _check_same_data(workdir, {name: dataclasses.asdict(split.facts) for name, split in splits.items()})
+  files.write_whole(workdir / _DATA, json.dumps(facts, indent=1))
   with records.open_records(
       workdir, step=checkpoints.latest_step(workdir) or 0, tensorboard=tensorboard, wandb=wandb,
       settings=dataclasses.asdict(e.config) | dataclasses.asdict(e.train_cfg)) as record:
@@ -147,18 +159,10 @@ def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 
         validate_every=validate_every)
 
 
-def _check_same_data(workdir: pathlib.Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
+def _trained_on(workdir: pathlib.Path) -> dict[str, Any]:
+  """The facts of the splits that a run was trained on, as far as they were noted."""
   file = workdir / _DATA
-  if not checkpoints.exists(workdir) or not file.exists():
-    files.write_whole(file, json.dumps(facts, indent=1))
-    return
-  before = json.loads(file.read_text())
-  differences = [f"{split} {name}={before[split].get(name)!r} there, {value!r} now"
-                 for split in facts for name, value in facts[split].items()
-                 if before.get(split, {}).get(name) != value]
-  if differences:
-    raise checkpoints.CheckpointError(f"{workdir} holds a run on other data: {'; '.join(differences)}. "
-                                      "Use another directory.")
+  return json.loads(file.read_text()) if file.exists() else {}
 
 
 def load(workdir: pathlib.Path, *, weights: str = "best",
@@ -169,26 +173,45 @@ def load(workdir: pathlib.Path, *, weights: str = "best",
     workdir: of the run.
     weights: "best": what validation liked best, if there is one; "last": the newest.
     changes: of the model's configuration, such as its precision.
+
+  Raises:
+    CheckpointError: there is none.
+    ValueError: the changes need other parameters.
   """
   best = workdir / checkpoints.BEST
   run = checkpoints.load_checkpoint(best if weights == "best" and checkpoints.exists(best) else workdir)
-  return run._replace(config=run.config.replace(**(changes or {})))
+  config = run.config.replace(**(changes or {}))
+  inputs.check_params(run.train_state.params, transformer.params_shapes(config))
+  return run._replace(config=config)
+
+
+def check_vocabulary(experiment: Experiment) -> None:
+  """Raises a CheckpointError unless the run was trained with the experiment's vocabulary."""
+  for facts in _trained_on(experiment.workdir).values():
+    if facts["vocabulary"] != experiment.vocabulary.fingerprint:
+      raise checkpoints.CheckpointError(
+          f"{experiment.workdir} holds a run with the vocabulary {facts['vocabulary']}, not "
+          f"{experiment.vocabulary.fingerprint}. Leave --vocab out to use the run's own.")
 
 
 def evaluate(experiment: Experiment, run: checkpoints.Checkpoint, split_name: str) -> dict[str, Any]:
   """Measures a checkpoint on a whole split, and writes what it found to `<split>.figures.json`."""
+  check_vocabulary(experiment)
   split = experiment.open_split(split_name)
+  token_files.verify(split)
   found = experiment.likelihood(run.config, run.train_state.params, split)
   figures = found | {
       "step": int(run.train_state.step), "tokens": split.facts.n_token, "bytes": split.facts.n_byte,
       "rows": experiment.eval_rows}
-  files.write_whole(experiment.workdir / f"{split_name}.figures.json", json.dumps(figures, indent=1) + "\n")
+  file = experiment.workdir / f"{split_name}.figures.json"
+  files.write_whole(file, json.dumps(records.finite(figures), indent=1) + "\n")
   return figures
 
 
 def write_samples(experiment: Experiment, run: checkpoints.Checkpoint, prompts: Sequence[bytes], *,
                   length: int, **settings: Any) -> tuple[list[str], pathlib.Path]:
   """Texts that go on from each prompt, and the file under samples/ where they are."""
+  check_vocabulary(experiment)
   texts = generation.continue_text(
       run.train_state.params, run.config, prompts, max_new_tokens=length,
       rng=jax.random.key(experiment.seed), vocabulary=experiment.vocabulary, show_progress=True, **settings)
@@ -207,7 +230,9 @@ def draw_samples(experiment: Experiment, run: checkpoints.Checkpoint, n: int,
       run.train_state.params, run.config, start, max_new_tokens=3 * size**2,
       rng=jax.random.key(experiment.seed), show_progress=True, **settings)
   file = _sample_file(experiment, run, "png")
-  images.image_grid(images.images_from_tokens(np.asarray(out.tokens), height=size, width=size)).save(file)
+  grid, content = images.images_from_tokens(np.asarray(out.tokens), height=size, width=size), io.BytesIO()
+  images.image_grid(grid).save(content, format="png")
+  files.write_whole(file, content.getvalue())
   return file
 
 

@@ -120,7 +120,6 @@ def fit(
       if found is not None:
         report.validation(int(now.train_state.step), found)
         checkpoints.keep_best(workdir, now, found["loss_lm"])
-      report.pause()
 
     # The process may have died, or been asked to end, after the checkpoint and before this.
     if validate and now.data_step and reaches(now.data_step, validate_every) and not _was_validated(
@@ -137,10 +136,10 @@ def fit(
         report.flush()
         now = now._replace(train_state=state, data_step=done)
         checkpoints.save_checkpoint(workdir, now)
-        report.pause()
+        if checks and not stop:
+          check()
+        report.start_clock()
         saved = time.monotonic()
-      if checks and not stop:
-        check()
   return now
 
 

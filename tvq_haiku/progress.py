@@ -32,7 +32,8 @@ def show(name: str, total: int, start: int = 0, *, enabled: bool = True) -> Iter
     return
   if sys.stderr.isatty():
     tqdm = extras.load("tqdm", extra="train", purpose="progress bars")
-    with tqdm.tqdm(total=total, initial=start, desc=name, leave=True, dynamic_ncols=True,
+    # A bar inside of another one goes away when it is full.
+    with tqdm.tqdm(total=total, initial=start, desc=name, leave=None, dynamic_ncols=True,
                    bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} "
                               "[{elapsed}<{remaining}] {postfix}") as bar:
       def update(step: int, note: str = "") -> None:
@@ -50,7 +51,7 @@ def show(name: str, total: int, start: int = 0, *, enabled: bool = True) -> Iter
       first = (step, now)
     elif now - last < _SECONDS_BETWEEN_LINES and step < total:
       return
-    else:
+    elif step > first[0]:
       left = (now - first[1]) / (step - first[0]) * (total - step)
       parts.append(f"{left:.0f} s left")
     last = now

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 import contextlib
 import json
+import math
 import os
 import pathlib
 from typing import Any, Protocol
@@ -71,8 +72,19 @@ def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
   records = []
   for line in file.read_text().splitlines() if file.exists() else []:
     with contextlib.suppress(ValueError):
-      records.append(json.loads(line))
+      record = json.loads(line)
+      if isinstance(record, dict):  # the beginning of a line may be a number
+        records.append(record)
   return records
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The values with null for what is no number in JSON.
+
+  >>> finite({"loss": math.nan, "step": 3})
+  {'loss': None, 'step': 3}
+  """
+  return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _json_lines(file: pathlib.Path, step: int, stack: contextlib.ExitStack) -> Record:
@@ -82,14 +94,15 @@ def _json_lines(file: pathlib.Path, step: int, stack: contextlib.ExitStack) -> R
   stream = stack.enter_context(file.open("a"))
 
   def record(step: int, values: Mapping[str, float]) -> None:
-    print(json.dumps({"step": step, **values}), file=stream, flush=True)
+    print(json.dumps({"step": step, **finite(values)}), file=stream, flush=True)
 
   return record
 
 
 def _tensorboard(directory: pathlib.Path, step: int, stack: contextlib.ExitStack) -> Record:
   module = extras.load("tensorboardX", extra="train", purpose="TensorBoard's event files")
-  writer = module.SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+  # Of an earlier process, what comes after `step` is forgotten.
+  writer = module.SummaryWriter(str(directory), purge_step=step + 1 if directory.exists() else None)
   stack.callback(writer.close)
 
   def record(step: int, values: Mapping[str, float]) -> None:

@@ -30,7 +30,8 @@ class Report:
     self._average: float | None = None
     self._validated = ""
     self._rate: float | None = None  # tokens per second
-    self.pause()
+    self._begin: float | None = None  # when the clock started
+    self._steps = 0  # since then
 
   def step(self, update: int, metrics: Mapping[str, jax.Array], params: Any, *, log: bool) -> None:
     """Takes what a step gave, and says what the one before it gave.
@@ -68,8 +69,7 @@ class Report:
         if self._peak:
           values["of_peak"] = self._rate * self._flops_per_token / self._peak
       self._record(update, values)
-      if self._begin is not None:
-        self._begin, self._steps = time.monotonic(), 0  # speed is that since the last record
+      self.start_clock()  # speed is that since the last record
 
   def validation(self, update: int, found: Mapping[str, float]) -> None:
     """Says and records what validation found."""
@@ -78,15 +78,13 @@ class Report:
     if self._record:
       self._record(update, {f"validation_{name}": value for name, value in found.items()})
 
-  def pause(self) -> None:
-    """What passes until the next step is not training: the clock begins anew."""
-    self._begin: float | None = None
-    self._steps = 0
+  def start_clock(self) -> None:
+    """What passed since the last step was not training, and does not count."""
+    self._begin, self._steps = time.monotonic(), 0
 
   def _tick(self) -> None:
-    """The first step after a pause only starts the clock: it pays for compilation, or for waiting."""
-    if self._begin is None:
-      self._begin, self._steps = time.monotonic(), 0
+    if self._begin is None:  # the very first step pays for compilation
+      self.start_clock()
       return
     self._steps += 1
     self._rate = self._steps * self._tokens_per_step / (time.monotonic() - self._begin)

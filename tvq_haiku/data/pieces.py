@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 import io
 import os
 import pathlib
 from typing import Any
 import zlib
 
+from absl import logging
 import numpy as np
 
 from tvq_haiku import extras
@@ -16,6 +17,7 @@ from tvq_haiku import files
 from tvq_haiku.data.vocabulary import ByteVocabulary
 
 _SPACE = "▁"  # how SentencePiece writes a space; a text that has this character needs care
+_PROBE = "  It was;\n\nwas it?\té▁🧀 "
 _LONGEST_LINE = 1 << 16  # bytes of a line that training looks at
 
 
@@ -49,6 +51,9 @@ class PieceVocabulary:
     self.fingerprint = f"pieces-{self.size}-{zlib.crc32(model):08x}"
     space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
     self._space = None if ByteVocabulary.UNK in space else space
+    if self.decode(self.encode(_PROBE)) != _PROBE.encode():
+      logging.warning("%s loses text (such as line breaks, repeated spaces, or rare characters): a model "
+                      "need not predict what is lost, so its figures are too good.", file)
 
   def check(self, caller: str, n_vocab: int) -> None:
     """Raises a ValueError unless a model of `n_vocab` tokens has this vocabulary."""
@@ -89,14 +94,26 @@ def train_pieces(lines: Iterable[str], file: str | os.PathLike, *, size: int) ->
     ValueError: the text is too little, or too much alike, for so many pieces.
   """
   model = io.BytesIO()
+  failure: list[Exception] = []
+
+  def kept() -> Iterator[str]:
+    """SentencePiece makes text of an exception in here."""
+    try:
+      yield from lines
+    except Exception as error:
+      failure.append(error)
+      raise
+
   try:
     _sentencepiece().SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=size,
+        sentence_iterator=kept(), model_writer=model, model_type="bpe", vocab_size=size,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=["\n"],
         # Exactly what went in comes out:
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
         byte_fallback=True, max_sentence_length=_LONGEST_LINE, minloglevel=2)
   except RuntimeError as error:
+    if failure:
+      raise failure[0] from None
     reason = " ".join(str(error).split()).rsplit(") ", 1)[-1]
     raise ValueError(f"no vocabulary of {size} pieces can be learned from this text: {reason}") from error
   file = pathlib.Path(file)

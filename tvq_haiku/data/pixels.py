@@ -16,7 +16,7 @@ from tvq_haiku.data import sources
 from tvq_haiku.data.sources import Piece
 
 _CHUNK = 256  # images in memory at a time
-_DAMAGE = (EOFError, OSError, zlib.error, zipfile.BadZipFile)
+_DAMAGE = (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 
 class DownsampledImages:
@@ -114,7 +114,7 @@ class DownsampledImages:
   def _member(self, file: pathlib.Path) -> Any:
     try:
       return zipfile.ZipFile(file).open("data.npy")
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, KeyError, RuntimeError) as error:
       raise ValueError(f"{file} is not an npz archive with an array `data`: {error}. "
                        f"{self._expected}") from error
 

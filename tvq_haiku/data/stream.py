@@ -41,7 +41,7 @@ class TokenStream:
     """
     index = np.asarray(index)
     doc_ids = np.searchsorted(self.ends, index, side="right").astype(np.int32)
-    starts = np.append(0, self.ends)[doc_ids]
+    starts = np.where(doc_ids == 0, 0, self.ends[np.maximum(doc_ids - 1, 0)])
     before = self._tokens(np.maximum(index - 1, 0))
     return {"inputs": np.where(index == starts, np.int32(ByteVocabulary.EOS), before),
             "targets": self._tokens(index), "doc_ids": doc_ids}

@@ -19,6 +19,7 @@ from tvq_haiku.data.sources import Piece
 
 _CHUNK = 1 << 24
 _LONGEST_LINE = 1 << 16
+_DAMAGE = (EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -44,6 +45,14 @@ def _line_start(file: pathlib.Path, place: int, size: int) -> int:
   while place < size and after[1:2] and after[1] & 0xC0 == 0x80:  # inside of a UTF-8 character
     place, after = place + 1, after[1:]
   return place
+
+
+def _last_character(text: bytes) -> int:
+  """Where the last UTF-8 character begins, so that none is cut there."""
+  place = len(text) - 1
+  while place > 0 and text[place] & 0xC0 == 0x80:
+    place -= 1
+  return place or len(text)
 
 
 class Enwik8:
@@ -88,7 +97,9 @@ class Enwik8:
     try:
       with self._open() as stream:
         whole = stream.read(self._size + 1)
-    except (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except _DAMAGE as error:
+      if isinstance(error, OSError) and error.filename:
+        raise  # it cannot be opened
       raise ValueError(f"{self._file} is truncated or damaged: {error}") from error
     if len(whole) != self._size:
       there = f"{len(whole):,}" if len(whole) < self._size else f"more than {self._size:,}"
@@ -96,7 +107,9 @@ class Enwik8:
                        f"another file. {self._expected}")
     if start == end:
       raise ValueError(f"{self._file}: {self._size} bytes leave none for the split {split!r}.")
-    yield Piece(whole[start:end], ends=True, file=self._file)
+    for first in range(start, end, _CHUNK):
+      last = min(first + _CHUNK, end)
+      yield Piece(whole[first:last], ends=last == end, file=self._file)
 
   def _open(self) -> BinaryIO:
     if self._file.suffix != ".zip":
@@ -113,7 +126,8 @@ class TextFiles:
 
   Each file is a document. 90 % of the bytes are for training, then come 5 % for validation and 5 %
   for the test; a file that is cut by these bounds, at the next line, is a document in both. If the
-  directory has subdirectories train, validation and test, they are the splits instead.
+  directory has subdirectories train, validation and test, they are the splits instead. Names that
+  begin with a dot are left out.
   """
 
   name = "text"
@@ -124,7 +138,8 @@ class TextFiles:
     self._path = sources.directory(data_dir, expected)
     self._ready_split = all((self._path / split).is_dir() for split in sources.SPLITS)
     everything = sorted(self._path.rglob("*")) if self._path.is_dir() else [self._path]
-    self._files = [file for file in everything if file.is_file() and not file.name.startswith(".")]
+    self._files = [file for file in everything if file.is_file() and not any(
+        part.startswith(".") for part in file.relative_to(self._path).parts)]
     if not sum(file.stat().st_size for file in self._files):
       raise ValueError(f"--data_dir={data_dir} holds no text. {expected}")
 
@@ -171,6 +186,6 @@ class TextFiles:
           left -= len(chunk)
           chunk = kept + chunk
           cut = chunk.rfind(b"\n") + 1 if left else len(chunk)
-          cut = cut or len(chunk)
+          cut = cut or _last_character(chunk)
           kept = chunk[cut:]
           yield Piece(chunk[:cut], ends=not left, file=file)

@@ -24,11 +24,12 @@ import numpy as np
 
 from tvq_haiku import files
 from tvq_haiku import progress
-from tvq_haiku.data.sources import Source
+from tvq_haiku.data.sources import Piece, Source
 from tvq_haiku.data.stream import TokenStream
 from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
 
 _FORMAT = 1
+_CHUNK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +91,12 @@ def _encode(source: Source, split: str, vocabulary: Vocabulary, place: pathlib.P
   try:
     draft.mkdir()
     _write(source, split, vocabulary, draft)
+    for file in draft.iterdir():  # on disk before the name that says so
+      with file.open("rb") as handle:
+        os.fsync(handle.fileno())
     shutil.rmtree(place, ignore_errors=True)  # not whole, or it would have been used
     draft.rename(place)
   except OSError as error:
-    if error.filename and not str(error.filename).startswith(str(draft)):
-      raise  # about a file of the source
     raise OSError(f"cannot write the tokens of {source.name} to {place.parent}: "
                   f"{error.strerror or error}. Make room, or name another --cache_dir.") from error
   finally:
@@ -112,7 +114,7 @@ def _write(source: Source, split: str, vocabulary: Vocabulary, draft: pathlib.Pa
   total = source.n_byte(split)
   with (draft / "tokens.bin").open("wb") as file, progress.show(
       f"encoding {source.name} {split}", total) as shown:
-    for piece in source.read(split):
+    for piece in _readable(source, split):
       try:
         tokens = vocabulary.encode(piece.content)
       except UnicodeDecodeError as error:
@@ -132,8 +134,6 @@ def _write(source: Source, split: str, vocabulary: Vocabulary, draft: pathlib.Pa
         ends.append(n_token)
         begun = False
       shown(n_byte, f"{n_token:,} tokens")
-    file.flush()
-    os.fsync(file.fileno())
   if not n_token:
     raise ValueError(f"the split {split!r} of {source.name} is empty: there is nothing to read.")
   if begun:
@@ -143,6 +143,23 @@ def _write(source: Source, split: str, vocabulary: Vocabulary, draft: pathlib.Pa
   facts = Facts(len(ends), n_byte, n_word, n_token, float(-(shares * np.log2(shares)).sum()), checksum,
                 vocabulary.fingerprint, dtype.str, offset)
   files.write_whole(draft / "facts.json", json.dumps(dataclasses.asdict(facts), indent=1))
+
+
+def _readable(source: Source, split: str) -> Iterator[Piece]:
+  """What is read; that it cannot be read must not pass for a full disk."""
+  try:
+    yield from source.read(split)
+  except OSError as error:
+    raise ValueError(f"the split {split!r} of {source.name} cannot be read: {error}") from error
+
+
+def verify(split: Split) -> None:
+  """Raises a ValueError unless the tokens are those that were encoded, bit for bit."""
+  values, checksum = split.stream.values, 0
+  for start in range(0, len(values), _CHUNK):
+    checksum = zlib.crc32(np.ascontiguousarray(values[start : start + _CHUNK]), checksum)
+  if checksum != split.facts.checksum:
+    raise ValueError(f"{values.filename} is damaged: remove its directory, and it will be made again.")
 
 
 def _facts(place: pathlib.Path) -> Facts:
@@ -157,7 +174,7 @@ def _is_whole(place: pathlib.Path) -> bool:
     size = (place / "tokens.bin").stat().st_size
     return (size == facts.n_token * np.dtype(facts.dtype).itemsize and
             len(ends) == facts.n_document and ends[-1] == facts.n_token)
-  except (OSError, ValueError, TypeError):
+  except (OSError, ValueError, TypeError, EOFError, IndexError):
     return False
 
 
