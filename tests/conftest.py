@@ -1,5 +1,17 @@
+import atexit
+import os
 import pathlib
+import shutil
 import sys
+import tempfile
+
+# All processes of a test run share what they compile: workers, and commands started by tests.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  programs = tempfile.mkdtemp(prefix="programs-")
+  atexit.register(shutil.rmtree, programs, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
