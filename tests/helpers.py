@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tvq_haiku as tvq
+from tvq_haiku import data
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -76,6 +77,24 @@ VARIANTS = {
 def tiny(**changes):
   return tvq.TransformerConfig.tiny(**{
       **dict(n_vocab=11, d_model=16, d_k=8, d_v=16, n_code=6, block_len=8, mem_len=8), **changes})
+
+
+# A run of seconds: six batches of two updates.
+RUN = tvq.TransformerConfig.tiny(
+    d_model=16, d_k=8, d_v=16, n_code=6, n_layer=1, block_len=8, mem_len=8, p_dropres=0.1,
+    p_droplyr=0.2)
+RUN_TRAINING = tvq.TrainConfig(n_warmup_step=2, n_max_step=12, sequence_len=32, update_len=16,
+                               global_batch_size=2, lr_max=1e-2)
+
+
+def run_batches():
+  text = data.austen()["Emma"][:3000]
+  return data.PackedBatches(data.stream_of([data.ByteVocabulary.encode(text)]), batch_size=2,
+                            sequence_len=32)
+
+
+def assert_same(got, want):
+  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def apply(config, params, tokens, state=None, **kwargs):
