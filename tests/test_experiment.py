@@ -135,6 +135,14 @@ def test_the_vocabulary_must_be_that_of_the_run(runs, tmp_path):
       experiment.vocabulary.fingerprint)
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"train": {}}'])
+def test_damaged_facts(runs, tmp_path, text):
+  experiment, run = runs["text"]
+  (tmp_path / "data.json").write_text(text)
+  with pytest.raises(tvq.CheckpointError, match=r"data\.json is damaged"):
+    lib.evaluate(dataclasses.replace(experiment, workdir=tmp_path), run, "test")
+
+
 def test_changes_that_need_other_parameters_are_refused(runs):
   experiment, _ = runs["text"]
   with pytest.raises(ValueError, match="params are not of this config"):

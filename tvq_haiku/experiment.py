@@ -162,7 +162,12 @@ def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 
 def _trained_on(workdir: pathlib.Path) -> dict[str, Any]:
   """The facts of the splits that a run was trained on, as far as they were noted."""
   file = workdir / _DATA
-  return json.loads(file.read_text()) if file.exists() else {}
+  try:
+    facts = json.loads(file.read_text()) if file.exists() else {}
+    return {split: {name: facts[split][name] for name in _IDENTITY} for split in facts}
+  except (LookupError, TypeError, ValueError) as error:
+    raise checkpoints.CheckpointError(
+        f"{file} is damaged. Remove it to go on without knowing what the run was trained on.") from error
 
 
 def load(workdir: pathlib.Path, *, weights: str = "best",
