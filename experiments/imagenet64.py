@@ -21,7 +21,8 @@ _N_TRAIN = flags.DEFINE_integer(
 
 _SIZE, _SMOKE_SIZE = 64, 8
 _CPU = paper.Sizes(
-    paper.TEXT_CPU.config.replace(d_model=192, d_v=384, pe_abs=True),
+    # The memory holds more than a row of 192 bytes: the pixel above is the best guess there is.
+    paper.TEXT_CPU.config.replace(d_model=192, d_v=384, pe_abs=True, block_len=256, mem_len=256),
     paper.TEXT_CPU.train_cfg.replace(
         n_max_step=3000, sequence_len=3 * _SIZE**2, update_len=1024, global_batch_size=1), _SIZE)
 _SMOKE = paper.Sizes(
