@@ -96,13 +96,11 @@ class DownsampledImages:
     """Some images at a time, [n, 3·h·w] uint8: an archive may be larger than the memory."""
     row = self.document_len
     with self._member(file) as stream:
-      total = self._header(file, stream)
+      self._header(file, stream)
       for first in range(0, end, _CHUNK):
         n = min(_CHUNK, end - first)
         try:
           content = stream.read(n * row)
-          if first + n == total:
-            stream.read(1)  # at its end, the archive's checksum is held against what was read
         except _DAMAGE as error:
           raise ValueError(f"{file} is truncated or damaged: {error}") from error
         if len(content) != n * row:
