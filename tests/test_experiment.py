@@ -198,6 +198,8 @@ def test_interrupted_and_resumed_records_are_those_of_a_whole_run(runs, tmp_path
   monkeypatch.setattr(lib.Experiment, "likelihood", killed)
   with pytest.raises(Killed):  # after the checkpoint at update 4, before its validation is noted
     lib.train(experiment, validate_every=4, log_every=2, tensorboard=False)
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 6, "loss_lm": 9.9}\n')  # of updates that no checkpoint holds
   monkeypatch.setattr(lib.Experiment, "likelihood", measure)
   resumed = lib.train(experiment, validate_every=4, log_every=2, tensorboard=False)
   jax.tree.map(np.testing.assert_array_equal, resumed.train_state, run.train_state)

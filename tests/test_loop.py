@@ -9,6 +9,7 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import helpers
@@ -18,6 +19,7 @@ from tvq_haiku import checkpoints
 from tvq_haiku import data
 from tvq_haiku import evaluation
 from tvq_haiku import loop
+from tvq_haiku import reports
 from tvq_haiku import train
 
 CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
@@ -90,6 +92,24 @@ def test_speed_is_recorded_even_if_every_batch_is_saved(tmp_path):
            record=lambda step, values: lines.append(values))
   assert len(lines) == 6 and "tokens_per_second" not in lines[0]  # the first one compiles
   assert all(line["tokens_per_second"] > 0 and line["of_peak"] > 0 for line in lines[1:])
+
+
+def test_speed_is_that_since_the_last_record(monkeypatch):
+  clock, rates = [0.0], []
+  monkeypatch.setattr("time.monotonic", lambda: clock[0])
+  report = reports.Report(CONFIG, TRAIN, lambda *_: None, lambda _, values: rates.append(
+      values.get("tokens_per_second")), token_name="byte", peak_flops=None)
+  metrics, params = {"loss_lm": np.ones(2)}, helpers.random_params(CONFIG)
+  for seconds in (100.0, 1.0, 1.0, 4.0):  # the first one compiles
+    report.step(2, metrics, params, log=True)
+    clock[0] += seconds
+    report.flush()
+  clock[0] += 50.0  # validation
+  report.start_clock()
+  report.step(2, metrics, params, log=True)
+  clock[0] += 2.0
+  report.flush()
+  assert rates == [None, 64.0, 64.0, 16.0, 32.0]
 
 
 def test_a_run_of_one_batch(tmp_path, capsys):
