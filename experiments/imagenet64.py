@@ -39,4 +39,4 @@ if __name__ == "__main__":
           miniature.write_images(place, size=_SMOKE_SIZE), n_train=48, size=_SMOKE_SIZE),
       sizes={"paper": paper.Sizes(tvq.TransformerConfig.imagenet64(), tvq.TrainConfig.imagenet64(), _SIZE),
              "cpu": _CPU, "smoke": _SMOKE},
-      measures=("bits_per_dim",)))
+      measures=("bits_per_dim",), token_name="dimension"))

@@ -52,7 +52,9 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
       main(*argv[1:])
       sys.stdout.flush()
     except KeyboardInterrupt:
-      fail("interrupted.", 128 + signal.SIGINT)
+      print(f"{name}: interrupted.", file=sys.stderr, flush=True)
+      # At once: threads that still compile may crash in an interpreter that shuts down.
+      os._exit(128 + signal.SIGINT)
     except BrokenPipeError:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
       sys.exit(128 + signal.SIGPIPE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import shlex
@@ -17,12 +18,14 @@ import typing
 from typing import Any, NamedTuple
 
 from absl import flags
+import jax
 
 from experiments import launcher
 import tvq_haiku as tvq
 from tvq_haiku import checkpoints
 from tvq_haiku import data
 from tvq_haiku import experiment as lib
+from tvq_haiku import residuals
 from tvq_haiku import summary
 from tvq_haiku.data import sources
 from tvq_haiku.data import token_files
@@ -90,6 +93,7 @@ class Paper(NamedTuple):
   smoke_source: Callable[[pathlib.Path], sources.Source]  # writes small data to a directory
   sizes: Mapping[str, Sizes]  # "paper", "cpu" and "smoke"
   measures: tuple[str, ...]  # the first is the one to look at
+  token_name: str = "byte"
   vocabularies: tuple[str, ...] = ("bytes",)  # and "pieces"; the first is used unless --vocab is given
 
 
@@ -120,7 +124,10 @@ class _Setting(flags.ArgumentParser):
       if argument.lower() not in ("true", "false"):
         raise ValueError("must be true or false")
       return argument.lower() == "true"
-    return self._kind(argument)
+    try:
+      return self._kind(argument)
+    except ValueError:
+      raise ValueError({int: "must be an integer", float: "must be a number"}[self._kind]) from None
 
   def flag_type(self) -> str:
     return self._kind.__name__
@@ -147,6 +154,14 @@ def _given(cls: type) -> dict[str, Any]:
   return given
 
 
+def _sized(sizes: Sizes) -> tuple[tvq.TransformerConfig, tvq.TrainConfig]:
+  """The configurations with what flags set; a shorter training gets a shorter warm-up."""
+  given = _given(tvq.TrainConfig)
+  if "n_max_step" in given:
+    given.setdefault("n_warmup_step", min(sizes.train_cfg.n_warmup_step, given["n_max_step"] // 10))
+  return _changed(sizes.config, _given(tvq.TransformerConfig)), _changed(sizes.train_cfg, given)
+
+
 def _changed(config: Any, given: Mapping[str, Any]) -> Any:
   try:
     return config.replace(**given)
@@ -161,12 +176,12 @@ def launch(paper: Paper) -> None:
 
 def _main(paper: Paper) -> None:
   place = _Place(paper)
-  command, (config, train_cfg, _) = _COMMAND.value, place.sizes
+  command = _COMMAND.value
   if command in ("validation", "test", "sample"):
     run = lib.load(place.workdir, weights=_WEIGHTS.value, changes=_given(tvq.TransformerConfig))
     config, train_cfg = run.config, run.train_cfg
   else:
-    config, train_cfg = (_changed(cfg, _given(type(cfg))) for cfg in (config, train_cfg))
+    config, train_cfg = _sized(place.sizes)
   match command:
     case "train":
       _train(place.experiment(config, train_cfg))
@@ -214,7 +229,7 @@ class _Place:
     if self.vocab_file.exists():
       raise ValueError(f"{self.vocab_file} exists already: remove it, or name another --vocab.")
     lines = self.source.sample(_VOCAB_BYTES.value, seed=_SEED.value)
-    print(f"training a vocabulary of {size:,} pieces: {self.vocab_file}", file=sys.stderr, flush=True)
+    _say(f"training a vocabulary of {size:,} pieces: {self.vocab_file}")
     data.train_pieces(lines, self.vocab_file, size=size)
 
   def vocabulary(self, config: tvq.TransformerConfig) -> vocabulary.Vocabulary:
@@ -231,12 +246,19 @@ class _Place:
         source=None if _COMMAND.value == "sample" else self.source,
         vocabulary=self.vocabulary(config), config=config, train_cfg=train_cfg, workdir=self.workdir,
         cache_dir=self.cache_dir,
-        measures=self.paper.measures, token_name="token" if self.vocab_file else "byte",
+        measures=self.paper.measures, token_name="token" if self.vocab_file else self.paper.token_name,
         image_size=self.sizes.image_size, seed=_SEED.value, eval_rows=_EVAL_ROWS.value,
         eval_window=_EVAL_WINDOW.value)
 
 
 def _train(experiment: lib.Experiment) -> None:
+  config, train_cfg = experiment.config, experiment.train_cfg
+  need = sum(summary.training_bytes(config, train_cfg).values())
+  if need > (have := residuals.memory_bytes(jax.devices()[0])):
+    _say(f"this needs about {need / 1e9:,.0f} GB of memory, and there are {have / 1e9:,.0f}: --size=cpu "
+         "begins with a small model.")
+  if step := checkpoints.latest_step(experiment.workdir):
+    _say(f"{experiment.workdir} has made {step} of {train_cfg.n_max_step} updates.")
   run = lib.train(
       experiment, log_every=_LOG_EVERY.value, validate_every=_VALIDATE_EVERY.value,
       validate_tokens=_VALIDATE_TOKENS.value, save_seconds=_SAVE_SECONDS.value,
@@ -251,16 +273,22 @@ def _train(experiment: lib.Experiment) -> None:
           f"{_this_command()}")
     return
   best = "No validation gave a number." if found.best_step < 0 else (
-      f"Best on validation: {found.best_loss:.4f} nats per token, after {found.best_step}.")
+      f"Best on validation: {found.best_loss / math.log(2):.4f} bits per {experiment.token_name}, after "
+      f"{found.best_step}.")
   print(f"Trained: {made} updates. {best}\nTo test it: {_this_command('test')}\n"
         f"To sample:  {_this_command('sample')}")
 
 
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
 def _measure(experiment: lib.Experiment, run: tvq.Checkpoint, split: str) -> None:
   found = lib.evaluate(experiment, run, split)
-  figures = ", ".join(f"{name} {found[name]:.4f}" for name in (*experiment.measures, "loss_lm"))
-  print(f"{split}: {figures} (nats per token), over {found['tokens']:,} tokens of {found['bytes']:,} "
-        f"bytes, after {found['step']} updates")
+  figures = ", ".join(f"{name} {found[name]:{'.4f' if found[name] < 1e5 else '.3g'}}"
+                      for name in experiment.measures)
+  print(f"{split}: {figures}, loss_lm {found['loss_lm']:.4f} nats per token, over "
+        f"{found['tokens']:,} tokens of {found['bytes']:,} bytes, after {found['step']} updates")
 
 
 def _sample(experiment: lib.Experiment, run: tvq.Checkpoint) -> None:
@@ -278,8 +306,13 @@ def _describe_data(place: _Place, config: tvq.TransformerConfig, train_cfg: tvq.
   if _DATA_DIR.value is None and not _SMOKE.value:
     print("\nData: to see their statistics, name the --data_dir.")
     return
-  experiment = place.experiment(config, train_cfg)
   print("\nData:")
+  if place.vocab_file and not place.vocab_file.exists():
+    for split in sources.SPLITS:
+      print(f"  {split:<11}{place.source.n_byte(split):>15,} bytes")
+    print(f"  Tokens can be counted when there is a vocabulary {place.vocab_file}: --command=train_vocab.")
+    return
+  experiment = place.experiment(config, train_cfg)
   for split in sources.SPLITS:
     print(summary.describe_data(
         split, experiment.open_split(split).facts, has_words=experiment.image_size is None))

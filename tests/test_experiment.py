@@ -12,6 +12,7 @@ import pytest
 import tvq_haiku as tvq
 from tvq_haiku import data
 from tvq_haiku import experiment as lib
+from tvq_haiku import files
 from tvq_haiku import records
 from tvq_haiku import summary
 from tvq_haiku.data import miniature
@@ -135,6 +136,22 @@ def test_the_vocabulary_must_be_that_of_the_run(runs, tmp_path):
       experiment.vocabulary.fingerprint)
 
 
+def test_one_process_trains_in_a_directory(runs):
+  experiment, _ = runs["text"]
+  with files.lock(experiment.workdir / ".lock"), pytest.raises(
+      tvq.CheckpointError, match="another process trains there"):
+    lib.train(experiment, tensorboard=False)
+
+
+def test_an_encoder_is_refused_at_once(runs):
+  with pytest.raises(ValueError, match="causal=False: an encoder sees"):
+    dataclasses.replace(runs["text"][0], config=CONFIG.replace(causal=False))
+
+
+def test_no_words_no_perplexity():
+  assert tvq.Likelihood(nats=3.0, tokens=1).perplexity_per(0) == math.inf
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"train": {}}'])
 def test_damaged_facts(runs, tmp_path, text):
   experiment, run = runs["text"]
@@ -164,6 +181,8 @@ def test_samples_are_texts_and_grids(runs):
   texts, file = lib.write_samples(experiment, run, [b"Anne ", b""], length=12, temperature=0.8)
   assert texts[0].startswith("Anne ") and len(texts) == 2
   assert all(text in file.read_text() for text in texts) and file.parent.name == "samples"
+  _, other = lib.write_samples(experiment, run, [b""], length=1)
+  assert other != file and other.exists() and file.exists()
   experiment, run = runs["images"]
   with Image.open(lib.draw_samples(experiment, run, 3)) as page:
     assert page.size == (2 * 6 + 2, 2 * 6 + 2)

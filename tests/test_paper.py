@@ -45,7 +45,7 @@ def test_books_from_files_to_figures(books, place):
   commands = re.findall(r"^To .*?: +(python .*)$", out, re.M)
   assert [shlex.split(command)[-1] for command in commands] == ["--command=test", "--command=sample"]
   status, out, err = run(commands[0], place)
-  assert status == 0 and re.search(r"test: word_perplexity [\d.]+, bits_per_byte \d\.\d+, loss_lm", out), err
+  assert status == 0 and re.search(r"test: word_perplexity [\d.e+]+, bits_per_byte \d\.\d+, loss_lm", out), err
   status, out, err = run(commands[1] + " --prompt='It was ' --length=20", place)
   assert status == 0 and out.startswith("It was ") and "samples/step-" in out, err
   status, out, err = run(BOOKS + " --config.d_model=64", place)  # another configuration
@@ -61,6 +61,16 @@ def test_images_are_measured_and_drawn(place):
   assert status == 0 and re.search(r"validation: bits_per_dim \d\.\d{4}, loss_lm", out), err
   status, out, err = run(PIXELS + " --command=sample --images=2", place)
   assert status == 0 and pathlib.Path(place / out.split()[-1]).suffix == ".png", err
+
+
+def test_interrupted_before_it_has_begun(place):
+  process = start(TEXT.replace("=wiki", "=early") + " --config.n_layer=4", place)
+  while "encoding" not in process.stderr.readline():
+    assert process.poll() is None
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=120)
+  assert (process.returncode, err.splitlines()[-1]) == (130, "enwik8: interrupted.") or (
+      process.returncode == 0 and "Stopped after" in out), err
 
 
 def test_interrupted_text_says_how_to_go_on(place):
@@ -90,6 +100,13 @@ def test_info_counts_the_data(place):
   assert re.search(r"lr_max +0.001\n", out)
 
 
+def test_info_before_there_is_a_vocabulary(place):
+  status, out, err = run("python -m experiments.pg19 --smoke --command=info --workdir=fresh "
+                         "--config.n_max_step=30", place)
+  assert status == 0 and not err and re.search(r"validation +20,000 bytes\n", out), err
+  assert "--command=train_vocab" in out and re.search(r"n_warmup_step +3\n", out)
+
+
 BAD = [
     ("enwik8 --config.d_modell=3", 2, "Unknown command line flag 'config.d_modell'"),
     ("enwik8 --config.d_model=big", 2, "config.d_model=big"),
@@ -98,7 +115,7 @@ BAD = [
     ("enwik8 --smoke --config.block_len=0", 2, "block_len=0: must be at least 1"),
     ("enwik8", 1, "--data_dir is missing. Expected: the file enwik8, 100,000,000 bytes"),
     ("enwik8 --data_dir=nowhere", 1, "--data_dir=nowhere does not exist. Expected"),
-    ("enwik8 --data_dir=README.md --workdir=new", 1, "README.md has"),
+    ("enwik8 --size=cpu --data_dir=README.md --workdir=new", 1, "README.md has"),
     ("enwik8 --smoke --data_dir=README.md", 2, "--smoke brings its own data"),
     ("enwik8 --smoke --workdir=README.md/run", 1, "cannot write to the directory"),
     ("enwik8 --command=train_vocab --data_dir=README.md", 2, "tokens are bytes"),

@@ -212,7 +212,7 @@ def check_same_run(directory: str | os.PathLike, config: TransformerConfig,
         differences.append(f"{name}={getattr(saved, name)!r} there, {value!r} now")
   if differences:
     raise CheckpointError(f"{directory} holds a run of another configuration: "
-                          f"{'; '.join(differences)}. Use another directory.")
+                          f"{'; '.join(differences)}. Use another directory, or its settings.")
 
 
 def _to_tree(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -47,12 +47,12 @@ class Likelihood(NamedTuple):
     return self.nats / math.log(2) / units
 
   def perplexity_per(self, units: int) -> float:
-    """exp(nats per unit): the perplexity per word, for `units` words; infinite beyond e^700.
+    """exp(nats per unit): the perplexity per word, for `units` words; infinite beyond e^700, or of none.
 
     >>> round(Likelihood(nats=math.log(20) * 3, tokens=5).perplexity_per(3), 9)
     20.0
     """
-    return math.exp(self.nats / units) if self.nats / units < 700 else math.inf
+    return math.exp(self.nats / units) if self.nats < 700 * units else math.inf
 
 
 EvalStep = Callable[[Any, losses.Batch, transformer.TransformerState],

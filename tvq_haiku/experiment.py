@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -60,7 +61,7 @@ class Experiment:
   workdir: pathlib.Path
   cache_dir: pathlib.Path  # of encoded splits, which runs share
   measures: Sequence[str]  # of MEASURES
-  token_name: str  # such as "byte"
+  token_name: str  # such as "byte", for people
   image_size: int | None = None  # height and width, if every document is an image
   seed: int = 0
   eval_rows: int = 8
@@ -68,6 +69,8 @@ class Experiment:
 
   def __post_init__(self):
     self.vocabulary.check("config.n_vocab", self.config.n_vocab)
+    if not self.config.causal:
+      raise ValueError("causal=False: an encoder sees the tokens that it would predict.")
     if self.train_cfg.sequence_len % self.align:
       raise ValueError(f"sequence_len={self.train_cfg.sequence_len} must be a multiple of the "
                        f"{self.align} tokens of an image.")
@@ -129,8 +132,20 @@ def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 
     CheckpointError: the directory holds a run of another configuration, or on other data.
     ValueError, OSError: something is wrong with the data or a directory.
   """
-  e = experiment
-  workdir = files.prepare_directory(e.workdir)
+  workdir = files.prepare_directory(experiment.workdir)
+  try:
+    with files.lock(workdir / ".lock", wait=False):
+      return _train(experiment, workdir, log_every=log_every, validate_every=validate_every,
+                    validate_tokens=validate_tokens, save_seconds=save_seconds, tensorboard=tensorboard,
+                    wandb=wandb)
+  except BlockingIOError as error:
+    raise checkpoints.CheckpointError(f"{workdir}: another process trains there. Wait for it, or use "
+                                      "another directory.") from error
+
+
+def _train(e: Experiment, workdir: pathlib.Path, *, log_every: int, validate_every: int,
+           validate_tokens: int | None, save_seconds: float, tensorboard: bool,
+           wandb: str | None) -> checkpoints.Checkpoint:
   if checkpoints.exists(workdir):
     checkpoints.check_same_run(workdir, e.config, e.train_cfg)
   splits = {name: e.open_split(name) for name in ("train", "validation")}
@@ -243,4 +258,8 @@ def draw_samples(experiment: Experiment, run: checkpoints.Checkpoint, n: int,
 
 def _sample_file(experiment: Experiment, run: checkpoints.Checkpoint, ending: str) -> pathlib.Path:
   directory = files.prepare_directory(experiment.workdir / _SAMPLES)
-  return directory / f"step-{int(run.train_state.step)}-seed-{experiment.seed}.{ending}"
+  name = f"step-{int(run.train_state.step)}-seed-{experiment.seed}"
+  for i in itertools.count(1):
+    file = directory / (f"{name}.{ending}" if i == 1 else f"{name}-{i}.{ending}")
+    if not file.exists():
+      return file

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -34,6 +37,18 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
     os.replace(draft, file)
   finally:
     draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(file: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
+  """Holds a lock that the system takes back when the process ends, however it ends.
+
+  Raises:
+    BlockingIOError: another process holds it, and this one would not `wait`.
+  """
+  with file.open("w") as handle:
+    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    yield
 
 
 def write_manifest(directory: pathlib.Path, name: str) -> None:

@@ -56,7 +56,7 @@ class Report:
     metrics, use = jax.device_get((metrics, use))
     self._pending = None
     for loss in metrics["loss_lm"]:
-      self._average = loss if self._average is None else 0.98 * self._average + 0.02 * loss
+      self._average = loss if self._average is None else 0.95 * self._average + 0.05 * loss
     self._tick()
     rate = "" if self._rate is None else f"  {self._rate:,.0f} tokens/s"
     self._shown(update, f"{self._average / math.log(2):.3f} bits per {self._token_name}{rate}"

@@ -43,11 +43,12 @@ def chosen_remat(config: TransformerConfig, n_token: int) -> str:
   if config.remat != "auto":
     return config.remat
   device = jax.devices()[0]
-  budget = _SHARE.get(device.platform, _ELSEWHERE) * _memory_bytes(device)
+  budget = _SHARE.get(device.platform, _ELSEWHERE) * memory_bytes(device)
   return "none" if residual_bytes(config, n_token) <= budget else "layer"
 
 
-def _memory_bytes(device: jax.Device) -> int:
+def memory_bytes(device: jax.Device) -> int:
+  """The memory of a device; of a CPU, that of the machine."""
   if device.platform == "cpu":
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   stats = device.memory_stats() or {}

@@ -59,9 +59,9 @@ def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
       f"{flops.training_flops(config, train_cfg.sequence_len):,.0f} in training",
       f"An update:         {tokens:,} tokens; a step: {train_cfg.updates_per_step} updates",
       f"All updates:       {tokens * train_cfg.n_max_step:,} tokens",
-      f"Training memory:   about {_mega(sum(parts.values()))} ("
-      + ", ".join(f"{name} {_mega(size)}" for name, size in parts.items()) + ")",
-      f"State:             {_mega(state_bytes(config))} a row, at any length of context"])
+      f"Training memory:   about {_size(sum(parts.values()))} ("
+      + ", ".join(f"{name} {_size(size)}" for name, size in parts.items()) + ")",
+      f"State:             {_size(state_bytes(config))} a row, at any length of context"])
 
 
 def describe_data(name: str, facts: Facts, *, has_words: bool = True) -> str:
@@ -80,5 +80,5 @@ def _bytes(tree: Any) -> int:
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _mega(n: int) -> str:
-  return f"{n / 1e6:,.1f} MB"
+def _size(n: int) -> str:
+  return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"

@@ -47,7 +47,7 @@ class PackedBatches:
     n_sequence = (len(stream) - (0 if aligned else sequence_len - 1)) // sequence_len
     if n_sequence < batch_size:
       raise ValueError(f"{len(stream)} tokens do not fill one batch of {batch_size} "
-                       f"sequences of {sequence_len} at every offset: take fewer or shorter ones "
+                       f"sequences of {sequence_len}, wherever they begin: take fewer or shorter ones "
                        "(global_batch_size, sequence_len), or more data.")
     if batch_size % n_host or not 0 <= host < n_host:
       raise ValueError(f"host={host} of n_host={n_host} has no share of batch_size={batch_size} "

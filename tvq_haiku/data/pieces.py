@@ -58,7 +58,8 @@ class PieceVocabulary:
   def check(self, caller: str, n_vocab: int) -> None:
     """Raises a ValueError unless a model of `n_vocab` tokens has this vocabulary."""
     if n_vocab != self.size:
-      raise ValueError(f"{caller}: the model has n_vocab={n_vocab}, not the {self.size} of {self.file}.")
+      raise ValueError(f"{caller}: the model has n_vocab={n_vocab}, not the {self.size} of {self.file}: "
+                       "one of them must change.")
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """[n] int32 tokens; bytes must be UTF-8."""

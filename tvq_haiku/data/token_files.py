@@ -9,9 +9,7 @@ The key stands for the source's files and the vocabulary: another one, another d
 from __future__ import annotations
 
 from collections.abc import Iterator
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -77,7 +75,7 @@ def open_split(source: Source, split: str, vocabulary: Vocabulary,
   place = directory / f"{source.name}-{split}-{key}"
   if not _is_whole(place):
     files.prepare_directory(directory)
-    with _lock(directory / f".{place.name}.lock"):
+    with files.lock(directory / f".{place.name}.lock"):
       if not _is_whole(place):  # while this process waited for the lock
         _encode(source, split, vocabulary, place)
   facts = _facts(place)
@@ -135,7 +133,7 @@ def _write(source: Source, split: str, vocabulary: Vocabulary, draft: pathlib.Pa
         begun = False
       shown(n_byte, f"{n_token:,} tokens")
   if not n_token:
-    raise ValueError(f"the split {split!r} of {source.name} is empty: there is nothing to read.")
+    raise ValueError(f"the split {split!r} of {source.name} is empty: there is too little data.")
   if begun:
     ends.append(n_token)
   np.save(draft / "ends.npy", np.array(ends, np.int64))
@@ -176,14 +174,6 @@ def _is_whole(place: pathlib.Path) -> bool:
             len(ends) == facts.n_document and ends[-1] == facts.n_token)
   except (OSError, ValueError, TypeError, EOFError, IndexError):
     return False
-
-
-@contextlib.contextmanager
-def _lock(file: pathlib.Path) -> Iterator[None]:
-  """Waits for, and holds, a lock that the system takes back when the process ends."""
-  with file.open("w") as handle:
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
 
 
 def default_directory() -> pathlib.Path:
