@@ -138,8 +138,9 @@ def _write(source: Source, split: str, vocabulary: Vocabulary, draft: pathlib.Pa
     ends.append(n_token)
   np.save(draft / "ends.npy", np.array(ends, np.int64))
   shares = uses[uses > 0] / n_token
-  facts = Facts(len(ends), n_byte, n_word, n_token, float(-(shares * np.log2(shares)).sum()), checksum,
-                vocabulary.fingerprint, dtype.str, offset)
+  entropy = float((shares * -np.log2(shares)).sum()) + 0.0  # 0, not -0
+  facts = Facts(len(ends), n_byte, n_word, n_token, entropy, checksum, vocabulary.fingerprint, dtype.str,
+                offset)
   files.write_whole(draft / "facts.json", json.dumps(dataclasses.asdict(facts), indent=1))
 
 
