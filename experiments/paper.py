@@ -25,6 +25,7 @@ import tvq_haiku as tvq
 from tvq_haiku import checkpoints
 from tvq_haiku import data
 from tvq_haiku import experiment as lib
+from tvq_haiku import progress
 from tvq_haiku import residuals
 from tvq_haiku import summary
 from tvq_haiku.data import sources
@@ -229,7 +230,7 @@ class _Place:
     if self.vocab_file.exists():
       raise ValueError(f"{self.vocab_file} exists already: remove it, or name another --vocab.")
     lines = self.source.sample(_VOCAB_BYTES.value, seed=_SEED.value)
-    _say(f"training a vocabulary of {size:,} pieces: {self.vocab_file}")
+    progress.say(f"training a vocabulary of {size:,} pieces: {self.vocab_file}")
     data.train_pieces(lines, self.vocab_file, size=size)
 
   def vocabulary(self, config: tvq.TransformerConfig) -> vocabulary.Vocabulary:
@@ -255,10 +256,8 @@ def _train(experiment: lib.Experiment) -> None:
   config, train_cfg = experiment.config, experiment.train_cfg
   need = sum(summary.training_bytes(config, train_cfg).values())
   if need > (have := residuals.memory_bytes(jax.devices()[0])):
-    _say(f"this needs about {need / 1e9:,.0f} GB of memory, and there are {have / 1e9:,.0f}: --size=cpu "
-         "begins with a small model.")
-  if step := checkpoints.latest_step(experiment.workdir):
-    _say(f"{experiment.workdir} has made {step} of {train_cfg.n_max_step} updates.")
+    progress.say(f"this needs about {need / 1e9:,.0f} GB of memory, and there are {have / 1e9:,.0f}: "
+                 "--size=cpu begins with a small model.")
   run = lib.train(
       experiment, log_every=_LOG_EVERY.value, validate_every=_VALIDATE_EVERY.value,
       validate_tokens=_VALIDATE_TOKENS.value, save_seconds=_SAVE_SECONDS.value,
@@ -277,10 +276,6 @@ def _train(experiment: lib.Experiment) -> None:
       f"{found.best_step}.")
   print(f"Trained: {made} updates. {best}\nTo test it: {_this_command('test')}\n"
         f"To sample:  {_this_command('sample')}")
-
-
-def _say(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
 
 
 def _measure(experiment: lib.Experiment, run: tvq.Checkpoint, split: str) -> None:

@@ -110,6 +110,8 @@ def fit(
   def reaches(done: int, every: int) -> bool:
     return done * per_batch // every > (done - 1) * per_batch // every or done == n_batches
 
+  if now.data_step:
+    progress.say(f"going on after {int(now.train_state.step)} of {n_batches * per_batch} updates")
   step = train.make_train_step(config, train_cfg)
   with stop_on_signals() as stop, prefetch.to_device(batches) as ready, progress.show(
       "training", n_batches * per_batch, now.data_step * per_batch) as shown:

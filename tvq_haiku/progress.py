@@ -20,6 +20,11 @@ class Progress(Protocol):
     """Says that `step` steps are done, and something about them."""
 
 
+def say(line: str) -> None:
+  """A line on standard error, for people who wait."""
+  print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def show(name: str, total: int, start: int = 0, *, enabled: bool = True) -> Iterator[Progress]:
   """Shows progress from `start` to `total` on standard error.
