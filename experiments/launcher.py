@@ -11,6 +11,8 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from tvq_haiku import hosts
+
 EXIT_BAD_INPUT = 1
 EXIT_BAD_FLAGS = 2
 
@@ -32,7 +34,10 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
 
   def fail(message: object, status: int) -> None:
     line = " ".join(str(message).split())
-    print(f"{name}: {line}", file=sys.stderr)
+    print(f"{name}: {line}", file=sys.stderr, flush=True)
+    if hosts.is_joined():  # a clean end would wait for processes that wait for this one
+      sys.stdout.flush()
+      os._exit(status)
     sys.exit(status)
 
   def parse(argv: Sequence[str]) -> list[str]:
@@ -60,8 +65,13 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
       sys.exit(128 + signal.SIGPIPE)
     except flags.Error as error:
       fail(error, EXIT_BAD_FLAGS)
-    except (ImportError, OSError, ValueError) as error:
+    except (ArithmeticError, ImportError, OSError, ValueError) as error:
       fail(error, EXIT_BAD_INPUT)
+    except RuntimeError as error:
+      if not hosts.is_joined():
+        raise
+      fail(f"stopped, because another process of this run did, or cannot be reached: {str(error)[:300]} What "
+           "is saved is whole: start all processes again to go on from there.", EXIT_BAD_INPUT)
 
   app.run(guarded, flags_parser=parse)
 

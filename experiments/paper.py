@@ -25,15 +25,21 @@ import tvq_haiku as tvq
 from tvq_haiku import checkpoints
 from tvq_haiku import data
 from tvq_haiku import experiment as lib
+from tvq_haiku import hosts
+from tvq_haiku import inputs
+from tvq_haiku import parameters
 from tvq_haiku import progress
 from tvq_haiku import residuals
+from tvq_haiku import sharding
 from tvq_haiku import summary
+from tvq_haiku import transformer
 from tvq_haiku.data import sources
 from tvq_haiku.data import token_files
 from tvq_haiku.data import vocabulary
 
 _COMMAND = flags.DEFINE_enum(
-    "command", "train", ("train", "validation", "test", "sample", "train_vocab", "info"), "What to do.")
+    "command", "train", ("train", "validation", "test", "sample", "train_vocab", "export", "info"),
+    "What to do.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; default runs/NAME, runs/NAME-cpu or runs/NAME-smoke.")
@@ -63,6 +69,24 @@ _VALIDATE_TOKENS = flags.DEFINE_integer(
 _SAVE_SECONDS = flags.DEFINE_float("save_seconds", 60.0, "Between two checkpoints.", lower_bound=0.0)
 _TENSORBOARD = flags.DEFINE_boolean("tensorboard", True, "Write event files for TensorBoard.")
 _WANDB = flags.DEFINE_string("wandb", None, "A project of Weights & Biases to report to.")
+_KEEP = flags.DEFINE_integer("keep", 2, "So many of the last checkpoints are kept.", lower_bound=1)
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Devices that share the training, as data:8 (rows of the batch), fsdp:8 (parameters, too), "
+    "model:2 (heads or the width of values), sequence:4 (pieces of a sequence), or several: data:4,model:2. "
+    "Default: one device, or data:ALL with --multihost.")
+_MULTIHOST = flags.DEFINE_boolean(
+    "multihost", False, "This is one of several processes of a run, all started with the same flags but "
+    "--process. Without the next three flags, the cluster says which.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
+_N_PROCESS = flags.DEFINE_integer("n_process", None, "How many processes there are.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.", lower_bound=0)
+_MAX_SKIPPED = flags.DEFINE_integer(
+    "max_skipped", 20, "An update whose loss or gradients are not finite is skipped; so many in a row end "
+    "the run.", lower_bound=1)
+_DEBUG_NANS = flags.DEFINE_boolean(
+    "debug_nans", False, "End at the first such update, compute it again without compiling, and name the "
+    "first tensor that is not finite.")
+_INIT = flags.DEFINE_string("init", None, "Begin with the parameters of this .safetensors file.")
 _EVAL_ROWS = flags.DEFINE_integer(
     "eval_rows", 8, "Pieces of a split that are read side by side: more are faster, but each begins "
     "without context.", lower_bound=1)
@@ -76,6 +100,9 @@ _IMAGES = flags.DEFINE_integer("images", 4, "Images to draw.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.", lower_bound=0.0)
 _TOP_P = flags.DEFINE_float(
     "top_p", 0.95, "Nucleus of the likeliest tokens.", lower_bound=1e-9, upper_bound=1.0)
+
+
+_PARAMETERS = "params.safetensors"
 
 
 class Sizes(NamedTuple):
@@ -176,9 +203,15 @@ def launch(paper: Paper) -> None:
 
 
 def _main(paper: Paper) -> None:
-  place = _Place(paper)
   command = _COMMAND.value
-  if command in ("validation", "test", "sample"):
+  if command != "train" and (_MULTIHOST.value or _MESH.value):
+    raise flags.ValidationError(f"--command={command}: --mesh and --multihost are for training.")
+  if _MULTIHOST.value:
+    hosts.start(_COORDINATOR.value, _N_PROCESS.value, _PROCESS.value)
+  elif any(flag.value is not None for flag in (_COORDINATOR, _N_PROCESS, _PROCESS)):
+    raise flags.ValidationError("--coordinator, --n_process and --process need --multihost.")
+  place = _Place(paper)
+  if command in ("validation", "test", "sample", "export"):
     run = lib.load(place.workdir, weights=_WEIGHTS.value, changes=_given(tvq.TransformerConfig))
     config, train_cfg = run.config, run.train_cfg
   else:
@@ -190,6 +223,10 @@ def _main(paper: Paper) -> None:
       _measure(place.experiment(config, train_cfg), run, command)
     case "sample":
       _sample(place.experiment(config, train_cfg), run)
+    case "export":
+      file = place.workdir / _PARAMETERS
+      parameters.export_params(file, config, run.train_state.params)
+      print(f"Written to {file}, after {int(run.train_state.step)} updates")
     case "train_vocab":
       place.train_vocab(config.n_vocab)
     case "info":
@@ -236,14 +273,20 @@ class _Place:
   def vocabulary(self, config: tvq.TransformerConfig) -> vocabulary.Vocabulary:
     if self.vocab_file is None:
       return data.ByteVocabulary
+    if not hosts.is_first():
+      hosts.meet("vocabulary")
     if not self.vocab_file.exists():
       if _VOCAB.value is not None or _COMMAND.value != "train":
         raise ValueError(f"there is no vocabulary {self.vocab_file}: --command=train_vocab trains one.")
       self.train_vocab(config.n_vocab)
+    if hosts.is_first():
+      hosts.meet("vocabulary")
     return data.PieceVocabulary(self.vocab_file)
 
   def experiment(self, config: tvq.TransformerConfig, train_cfg: tvq.TrainConfig) -> lib.Experiment:
+    mesh = _MESH.value or (f"data:{jax.device_count()}" if _MULTIHOST.value else None)
     return lib.Experiment(
+        mesh=sharding.make_mesh(mesh) if mesh else None,
         source=None if _COMMAND.value == "sample" else self.source,
         vocabulary=self.vocabulary(config), config=config, train_cfg=train_cfg, workdir=self.workdir,
         cache_dir=self.cache_dir,
@@ -254,14 +297,25 @@ class _Place:
 
 def _train(experiment: lib.Experiment) -> None:
   config, train_cfg = experiment.config, experiment.train_cfg
-  need = sum(summary.training_bytes(config, train_cfg).values())
+  n_device = experiment.mesh.size if experiment.mesh else 1
+  need = sum(summary.training_bytes(config, train_cfg).values()) / n_device
   if need > (have := residuals.memory_bytes(jax.devices()[0])):
     progress.say(f"this needs about {need / 1e9:,.0f} GB of memory, and there are {have / 1e9:,.0f}: "
                  "--size=cpu begins with a small model.")
+  params = None
+  if _INIT.value is not None:
+    their_config, params = parameters.import_params(_INIT.value)
+    try:
+      inputs.check_params(params, transformer.params_shapes(config))
+    except ValueError as error:
+      raise ValueError(f"--init={_INIT.value}: {error} It is of {their_config}.") from error
   run = lib.train(
-      experiment, log_every=_LOG_EVERY.value, validate_every=_VALIDATE_EVERY.value,
-      validate_tokens=_VALIDATE_TOKENS.value, save_seconds=_SAVE_SECONDS.value,
-      tensorboard=_TENSORBOARD.value, wandb=_WANDB.value)
+      experiment, params=params, log_every=_LOG_EVERY.value, validate_every=_VALIDATE_EVERY.value,
+      validate_tokens=_VALIDATE_TOKENS.value, save_seconds=_SAVE_SECONDS.value, max_to_keep=_KEEP.value,
+      tensorboard=_TENSORBOARD.value, wandb=_WANDB.value, max_skipped=_MAX_SKIPPED.value,
+      debug_nans=_DEBUG_NANS.value)
+  if not hosts.is_first():
+    return
   made, total = int(run.train_state.step), run.train_cfg.n_max_step
   if made < total:
     print(f"Stopped after {made} of {total} updates and saved. To go on: {_this_command()}")

@@ -38,8 +38,8 @@ def test_stopped_and_resumed_equals_never_stopped(finished, tmp_path, monkeypatc
   make_step = train.make_train_step
   for ask in (signal.SIGINT, signal.SIGTERM):
 
-    def interrupted(config, train_cfg, ask=ask):
-      step = make_step(config, train_cfg)
+    def interrupted(config, train_cfg, mesh, ask=ask):
+      step = make_step(config, train_cfg, mesh)
       seen = []
 
       def count(*args):
@@ -48,6 +48,7 @@ def test_stopped_and_resumed_equals_never_stopped(finished, tmp_path, monkeypatc
           os.kill(os.getpid(), ask)
         return step(*args)
 
+      count.n_compiled = step.n_compiled
       return count
 
     monkeypatch.setattr(train, "make_train_step", interrupted)
@@ -99,14 +100,14 @@ def test_speed_is_that_since_the_last_record(monkeypatch):
   monkeypatch.setattr("time.monotonic", lambda: clock[0])
   report = reports.Report(CONFIG, TRAIN, lambda *_: None, lambda _, values: rates.append(
       values.get("tokens_per_second")), token_name="byte", peak_flops=None)
-  metrics, params = {"loss_lm": np.ones(2)}, helpers.random_params(CONFIG)
+  metrics = {"loss_lm": np.ones(2), "skipped": np.zeros(2)}
   for seconds in (100.0, 1.0, 1.0, 4.0):  # the first one compiles
-    report.step(2, metrics, params, log=True)
+    report.step(2, metrics, log=True)
     clock[0] += seconds
     report.flush()
   clock[0] += 50.0  # validation
   report.start_clock()
-  report.step(2, metrics, params, log=True)
+  report.step(2, metrics, log=True)
   clock[0] += 2.0
   report.flush()
   assert rates == [None, 64.0, 64.0, 16.0, 32.0]

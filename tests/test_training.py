@@ -125,8 +125,3 @@ def test_weights_of_padding_and_fractions():
   assert np.isfinite(value) and loss(odd)[0] == value
   for wrong in (-1, 259):  # where it counts, a target out of range is not passed over in silence
     assert np.isnan(loss({**batch, "targets": batch["targets"].at[0, 0].set(wrong)})[0])
-
-
-def test_mesh_is_reserved():
-  with pytest.raises(ValueError, match="mesh='data:8' is reserved"):
-    tvq.make_train_step(CONFIG, TRAIN, mesh="data:8")

@@ -26,6 +26,9 @@ from tvq_haiku.images import image_grid
 from tvq_haiku.images import images_from_tokens
 from tvq_haiku.losses import LossAux
 from tvq_haiku.losses import training_loss
+from tvq_haiku.numerics import NumericalError
+from tvq_haiku.parameters import export_params
+from tvq_haiku.parameters import import_params
 from tvq_haiku.scoring import score
 from tvq_haiku.scoring import Scores
 from tvq_haiku.train import init_train_state

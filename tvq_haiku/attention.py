@@ -12,8 +12,10 @@ from tvq_haiku import block_attention
 from tvq_haiku import full_attention
 from tvq_haiku import layers
 from tvq_haiku import metrics
+from tvq_haiku import parallel_attention
 from tvq_haiku import positions
 from tvq_haiku import quantizer
+from tvq_haiku import sharding
 from tvq_haiku.config import TransformerConfig
 
 Array = jax.Array
@@ -79,13 +81,15 @@ class Attention(hk.Module):
     c = self._config
     B, T, _ = x.shape
     H, G = c.n_head, c.kv_heads
+    heads = sharding.head_axes(G)[sharding.HEADS]
     normed = layers.RMSNorm(name="norm")(x)
-    q = layers.Projection(H * c.d_k, name="q")(normed).reshape(B, T, H, c.d_k)
+    q = layers.Projection(H * c.d_k, columns=(heads,), name="q")(normed).reshape(B, T, H, c.d_k)
     if c.gated:
-      k, v, gate = layers.Projection(G * c.d_k, G * c.d_v, H * c.d_v, name="kvg")(normed)
+      k, v, gate = layers.Projection(G * c.d_k, G * c.d_v, H * c.d_v, columns=(heads, "model", "model"),
+                                     name="kvg")(normed)
       v = _silu(v)
     else:
-      k, v = layers.Projection(G * c.d_k, G * c.d_v, name="kv")(normed)
+      k, v = layers.Projection(G * c.d_k, G * c.d_v, columns=(heads, "model"), name="kv")(normed)
     # K^(-1/4) on both factors of every score makes the K^(-1/2) of a softmax.
     scale = c.d_k**-0.25
     q = (layers.rms_normalize(q) * scale).astype(c.compute_dtype)
@@ -101,20 +105,22 @@ class Attention(hk.Module):
         content_bias=u, position_bias=position_bias, segment_ids=context.doc_ids,
         lengths=context.lengths, block_len=c.block_len, is_causal=c.causal, scale=1.0)
     if c.attn_type == "full":
-      out = full_attention.full_attention(q, k.astype(c.compute_dtype), v, state=state, **settings)
+      out = parallel_attention.attend(
+          full_attention.full_attention, q, k.astype(c.compute_dtype), v, state=state, **settings)
       output = BranchOutput(out.state, jnp.zeros(()), jnp.zeros(()), {})
     else:
       codebook = quantizer.VectorQuantizer(
           n_head=G, n_code=c.n_code, d_k=c.d_k, gamma=c.c_gamma, name="quantizer")
-      out = block_attention.vq_attention(
-          q, k, v, codebook.codebook(), state=state if c.causal else None, mem_len=c.mem_len,
-          reduction=c.reduction, agg_cache=c.agg_cache, grad_thru_cache=c.grad_thru_cache,
+      out = parallel_attention.attend(
+          block_attention.vq_attention, q, k, v, codebook.codebook(),
+          state=state if c.causal else None, mem_len=c.mem_len, reduction=c.reduction,
+          agg_cache=c.agg_cache, grad_thru_cache=c.grad_thru_cache,
           remat=c.remat == "block", **settings)
       output = self._auxiliary(k, out, codebook, context)
     branch = out.values.reshape(B, T, H * c.d_v)
     if c.gated:
       branch = _gate(branch, gate)
-    branch = layers.Projection(c.d_model, name="out")(branch)
+    branch = layers.Projection(c.d_model, rows="model", name="out")(branch)
     x = layers.residual(x, branch, p_dropres=c.p_dropres, p_droplyr=c.p_droplyr, rng=layer_rng,
                         is_training=context.is_training)
     return x, output
@@ -139,7 +145,8 @@ class Attention(hk.Module):
       quantized = quantizer.look_up(out.codes, codebook.codebook())
     if context.is_training:
       commit = quantizer.commit_loss(k, quantized, context.loss_mask)
-      surrogate = codebook.surrogate_loss(k, out.codes, context.loss_mask)
+      surrogate = codebook.surrogate_loss(
+          k, out.codes, context.loss_mask, revive_below=self._config.c_revive)
     if context.with_metrics:
       values = metrics.codebook_metrics(codebook.codebook(), codebook.counts())
       values |= metrics.quantization_metrics(

@@ -3,23 +3,31 @@
   config.json            the model and training configurations
   checkpoints/<step>/    parameters, optimizer, step, rng and data position, by orbax; and a
                          manifest.json of its files, against which they are held before reading
+  damaged/               checkpoints that a run could not go on from
   best/                  such a directory again: the checkpoint that validation liked best
   validation.json        what it found, and when
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
+import itertools
 import json
 import math
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tvq_haiku import extras
 from tvq_haiku import files
+from tvq_haiku import hosts
+from tvq_haiku import progress
+from tvq_haiku import sharding
 from tvq_haiku import train
 from tvq_haiku.config import TrainConfig, TransformerConfig
 
@@ -29,6 +37,8 @@ BEST = "best"
 _CONFIG = "config.json"
 _VALIDATION = "validation.json"
 _STEPS = "checkpoints"
+_ITEM = "default"  # orbax's name for all of a checkpoint
+_DAMAGED = "damaged"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 
@@ -47,37 +57,101 @@ class Checkpoint(NamedTuple):
   data_step: int  # batches read
 
 
+class Writer:
+  """Writes the checkpoints of a run while it goes on; of several hosts, all together.
+
+  What is on disk appears whole or not at all. Leaving the context waits for the last one.
+  """
+
+  def __init__(self, directory: str | os.PathLike, config: TransformerConfig, train_cfg: TrainConfig, *,
+               max_to_keep: int = 2):
+    """Args are the following.
+
+    Args:
+      directory: of the run.
+      config: of the model.
+      train_cfg: of its training.
+      max_to_keep: older ones are removed.
+
+    Raises:
+      CheckpointError: the directory belongs to a run of another configuration.
+      OSError: it cannot be written.
+    """
+    self._path = files.prepare_directory(directory)
+    if exists(self._path):
+      check_same_run(self._path, config, train_cfg)
+    elif hosts.is_first():
+      text = json.dumps({
+          "format": _FORMAT, "model": json.loads(config.to_json()),
+          "train": json.loads(train_cfg.to_json())}, indent=2)
+      files.write_whole(self._path / _CONFIG, text + "\n")
+    hosts.meet("writer")
+    self._pending: int | None = None
+    ocp = _orbax()
+    with self._named(None):
+      self._manager = ocp.CheckpointManager(self._path / _STEPS, options=ocp.CheckpointManagerOptions(
+          max_to_keep=max_to_keep, create=True, enable_async_checkpointing=True))
+
+  def save(self, checkpoint: Checkpoint) -> None:
+    """Takes a checkpoint, and writes it in the background when the one before is done.
+
+    Raises:
+      CheckpointError: the directory holds a checkpoint of this step or a later one.
+      OSError: the one before could not be written.
+    """
+    self.wait()
+    step = int(checkpoint.train_state.step)
+    newest = max(steps(self._path), default=None)
+    if newest is not None and newest >= step:
+      raise CheckpointError(f"{self._path} already holds a checkpoint of step {newest}: one of step {step} "
+                            "is not newer. Use another directory.")
+    tree = _to_tree(checkpoint)
+    if jax.default_backend() == "cpu":  # where training goes on in the very memory that is written
+      tree = jax.tree.map(lambda x: x.copy(), tree)
+    with self._named(step):
+      self._manager.save(step, args=_orbax().args.StandardSave(tree), force=True)
+    self._pending = step
+
+  def wait(self) -> None:
+    """Returns when nothing is left to write.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    if self._pending is None:
+      return
+    step, self._pending = self._pending, None
+    with self._named(step):
+      self._manager.wait_until_finished()
+      if hosts.is_first():
+        files.write_manifest(self._path / _STEPS / str(step), _MANIFEST)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: Any, *_) -> None:
+    try:
+      if kind is None or hosts.is_alone():
+        self.wait()
+    finally:
+      if kind is None or hosts.is_alone():  # it would wait for hosts that may be gone
+        self._manager.close()
+
+  @contextlib.contextmanager
+  def _named(self, step: int | None) -> Iterator[None]:
+    """Errors of orbax and tensorstore, which raise whatever they like, with a name to them."""
+    try:
+      yield
+    except Exception as error:
+      what = "checkpoints" if step is None else f"the checkpoint of step {step}"
+      raise OSError(f"{what} cannot be written to {self._path / _STEPS}: {_first_line(error)}") from error
+
+
 def save_checkpoint(directory: str | os.PathLike, checkpoint: Checkpoint, *,
                     max_to_keep: int = 2) -> None:
-  """Writes a checkpoint; what is there appears whole or not at all.
-
-  Args:
-    directory: of the run.
-    checkpoint: what to keep.
-    max_to_keep: older ones are removed.
-
-  Raises:
-    CheckpointError: the directory belongs to a run of another configuration, or holds a
-      checkpoint of this step or a later one.
-    OSError: it cannot be written.
-  """
-  path = files.prepare_directory(directory)
-  if exists(path):
-    check_same_run(path, checkpoint.config, checkpoint.train_cfg)
-  else:
-    text = json.dumps({
-        "format": _FORMAT, "model": json.loads(checkpoint.config.to_json()),
-        "train": json.loads(checkpoint.train_cfg.to_json())}, indent=2)
-    files.write_whole(path / _CONFIG, text + "\n")
-  step = int(checkpoint.train_state.step)
-  with _manager(path, max_to_keep) as manager:
-    newest = manager.latest_step()
-    if newest is not None and newest >= step:
-      raise CheckpointError(f"{path} already holds a checkpoint of step {newest}: one of step {step} "
-                            "is not newer. Use another directory.")
-    manager.save(step, args=_orbax().args.StandardSave(_to_tree(checkpoint)), force=True)
-    manager.wait_until_finished()
-  files.write_manifest(path / _STEPS / str(step), _MANIFEST)
+  """Writes one checkpoint, and returns when it is there: see `Writer`."""
+  with Writer(directory, checkpoint.config, checkpoint.train_cfg, max_to_keep=max_to_keep) as writer:
+    writer.save(checkpoint)
 
 
 class Validated(NamedTuple):
@@ -113,14 +187,15 @@ def keep_best(directory: str | os.PathLike, checkpoint: Checkpoint, loss: float)
   """
   path, step = pathlib.Path(directory), int(checkpoint.train_state.step)
   before = validated(path)
-  better = loss < before.best_loss
+  better = bool(hosts.told(loss < before.best_loss))
   if better:
     newest = latest_step(path / BEST)
     # It is there already if the process died before it was noted.
     if newest is None or newest < step:
       save_checkpoint(path / BEST, checkpoint, max_to_keep=1)
   now = Validated(step, step, loss) if better else before._replace(step=step)
-  files.write_whole(path / _VALIDATION, json.dumps(now._asdict()))
+  if hosts.is_first():
+    files.write_whole(path / _VALIDATION, json.dumps(now._asdict()))
   return better
 
 
@@ -156,48 +231,96 @@ def load_config(directory: str | os.PathLike) -> tuple[TransformerConfig, TrainC
                           f"{_first_line(error)}") from error
 
 
+def steps(directory: str | os.PathLike) -> list[int]:
+  """The numbers of updates of all checkpoints, the newest last."""
+  path = pathlib.Path(directory).absolute() / _STEPS
+  # Orbax gives a checkpoint its name when it is whole.
+  return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
+
+
 def latest_step(directory: str | os.PathLike) -> int | None:
   """The number of updates of the newest checkpoint, or None."""
-  path = pathlib.Path(directory).absolute()
-  if not (path / _CONFIG).is_file() or not (path / _STEPS).is_dir():
+  if not (pathlib.Path(directory).absolute() / _CONFIG).is_file():
     return None
-  with _manager(path) as manager:
-    return manager.latest_step()
+  return max(steps(directory), default=None)
 
 
-def load_checkpoint(directory: str | os.PathLike, step: int | None = None) -> Checkpoint:
+def load_checkpoint(directory: str | os.PathLike, step: int | None = None, *,
+                    mesh: jax.sharding.Mesh | None = None) -> Checkpoint:
   """Reads a checkpoint; the directory alone says what it is of.
 
   Args:
     directory: of the run.
-    step: which one; None: the newest.
+    step: which one; None: the newest that is not damaged, with a line on standard error that names
+      those that are.
+    mesh: where to put it, whatever mesh it was written on; None: one device.
 
   Raises:
-    CheckpointError: there is none, or it cannot be read.
+    CheckpointError: there is none, or none that can be read.
   """
   path = pathlib.Path(directory).absolute()
   config, train_cfg = load_config(path)
-  newest = latest_step(path)
-  if newest is None:
+  there = steps(path)
+  if not there:
     raise CheckpointError(f"{path} holds no checkpoint yet: {_STEPS}/ is empty or missing.")
-  step = newest if step is None else step
-  target = jax.eval_shape(lambda: _to_tree(Checkpoint(
-      config, train_cfg, train.init_train_state(config, train_cfg, jax.random.key(0)),
-      jax.random.key(0), 0)))
-  with _manager(path) as manager:
-    if step not in manager.all_steps():
-      raise CheckpointError(f"{path} holds no checkpoint of step {step}; it has "
-                            f"{sorted(manager.all_steps())}.")
+  if step is not None:
+    if step not in there:
+      raise CheckpointError(f"{path} holds no checkpoint of step {step}; it has {there}.")
+    return _read(path, step, config, train_cfg, mesh)
+  damage: list[str] = []
+  for step in reversed(there):
     try:
-      files.check_manifest(path / _STEPS / str(step), _MANIFEST)
-      tree = manager.restore(step, args=_orbax().args.StandardRestore(target))
-    except Exception as error:  # orbax and tensorstore raise whatever they like
-      older = [other for other in sorted(manager.all_steps()) if other < step]
-      advice = f" Remove it to go on from step {older[-1]}." if older else ""
-      raise CheckpointError(f"{path / _STEPS / str(step)} is damaged or incomplete: "
-                            f"{_first_line(error)}{advice}") from error
+      found = _read(path, step, config, train_cfg, mesh)
+    except CheckpointError as error:
+      damage.append(str(error))
+      continue
+    if hosts.is_first():
+      for line in damage:
+        progress.say(f"warning: {line} Step {step} is used instead.")
+    return found
+  raise CheckpointError(f"{damage[0]} No older one can be read either." if len(damage) > 1 else damage[0])
+
+
+def set_aside(directory: str | os.PathLike, *, after: int) -> None:
+  """Moves the checkpoints of later steps, which could not be read, to damaged/."""
+  path = pathlib.Path(directory).absolute()
+  if hosts.is_first():
+    for step in steps(path):
+      if step > after:
+        (path / _DAMAGED).mkdir(exist_ok=True)
+        for i in itertools.count(1):
+          place = path / _DAMAGED / (str(step) if i == 1 else f"{step}-{i}")
+          if not place.exists():
+            (path / _STEPS / str(step)).rename(place)
+            break
+  hosts.meet("set aside")
+
+
+def _read(path: pathlib.Path, step: int, config: TransformerConfig, train_cfg: TrainConfig,
+          mesh: jax.sharding.Mesh | None) -> Checkpoint:
+  place, ocp = path / _STEPS / str(step), _orbax()
+  shapes = train.train_state_shapes(config, train_cfg)
+  if mesh is None:
+    shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+  else:
+    shardings = sharding.train_state_shardings(shapes, mesh)
+  state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  target = _to_tree(Checkpoint(config, train_cfg, state, jax.random.key(0), 0))
+  problem = ""
+  if hosts.is_first():
+    try:
+      files.check_manifest(place, _MANIFEST)
+    except (OSError, ValueError) as error:
+      problem = _first_line(error)
+  if hosts.told(bool(problem)):
+    raise CheckpointError(f"{place} is damaged or incomplete: {problem}")
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.restore(place / _ITEM, target)
+  except Exception as error:  # orbax and tensorstore raise whatever they like
+    raise CheckpointError(f"{place} is damaged or incomplete: {_first_line(error)}") from error
   state = train.TrainState(tree["params"], tree["opt_state"], tree["step"])
-  return Checkpoint(config, train_cfg, state, jax.random.wrap_key_data(tree["rng"]),
+  return Checkpoint(config, train_cfg, state, jax.random.wrap_key_data(jnp.asarray(tree["rng"])),
                     int(tree["data_step"]))
 
 
@@ -218,19 +341,12 @@ def check_same_run(directory: str | os.PathLike, config: TransformerConfig,
 def _to_tree(checkpoint: Checkpoint) -> dict[str, Any]:
   state = checkpoint.train_state
   return {"params": state.params, "opt_state": state.opt_state, "step": state.step,
-          "rng": jax.random.key_data(checkpoint.rng),
-          "data_step": jnp.asarray(checkpoint.data_step, jnp.int32)}
+          "rng": np.asarray(jax.random.key_data(checkpoint.rng)),
+          "data_step": np.asarray(checkpoint.data_step, np.int32)}
 
 
 def _orbax() -> Any:
   return extras.load("orbax.checkpoint", extra="train", purpose="checkpoints")
-
-
-def _manager(path: pathlib.Path, max_to_keep: int | None = None) -> Any:
-  ocp = _orbax()
-  options = ocp.CheckpointManagerOptions(
-      max_to_keep=max_to_keep, enable_async_checkpointing=False, create=max_to_keep is not None)
-  return ocp.CheckpointManager(path / _STEPS, options=options)
 
 
 def _first_line(error: Exception) -> str:

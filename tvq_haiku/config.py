@@ -110,6 +110,7 @@ class TransformerConfig(_JsonMixin):
   p_droplyr: float = 0.0
   c_beta: float = 1e-4
   c_gamma: float = 0.99
+  c_revive: float = 0.0  # codes used less than this per update, on average, become recent keys
   e_tie: bool = False
   e_preln: bool = False
   e_scale: float = 1.0
@@ -129,6 +130,8 @@ class TransformerConfig(_JsonMixin):
       _require(self, 0.0 <= getattr(self, name) < 1.0, name, "a dropout rate must lie in [0, 1)")
     _require(self, self.c_beta >= 0.0, "c_beta", "must not be negative")
     _require(self, 0.0 <= self.c_gamma < 1.0, "c_gamma", "must lie in [0, 1)")
+    _require(self, 0.0 <= self.c_revive < 1.0, "c_revive",
+             "must lie in [0, 1): a revived code counts as used once")
     _require(self, self.pe_lam > 0.0, "pe_lam", "must be positive")
     _require(self, self.e_scale > 0.0, "e_scale", "must be positive")
     for name, values in (("head_type", _HEAD_TYPES), ("attn_type", _ATTN_TYPES),
@@ -221,6 +224,7 @@ class TrainConfig(_JsonMixin):
   sequence_len: int = 512
   update_len: int = 512
   global_batch_size: int = 8
+  n_accumulate: int = 1  # parts of a batch whose gradients are computed in turn, in less memory
 
   def __post_init__(self):
     _check_types(self)
@@ -228,13 +232,15 @@ class TrainConfig(_JsonMixin):
     _require(self, self.lr_schedule in _LR_SCHEDULES, "lr_schedule", f"must be one of {_LR_SCHEDULES}")
     for name in ("lr_max", "wd_lam", "n_warmup_step"):
       _require(self, getattr(self, name) >= 0, name, "must not be negative")
-    for name in ("n_max_step", "sequence_len", "update_len", "global_batch_size"):
+    for name in ("n_max_step", "sequence_len", "update_len", "global_batch_size", "n_accumulate"):
       _require(self, getattr(self, name) >= 1, name, "must be at least 1")
     _require(self, self.grad_clip is None or self.grad_clip > 0, "grad_clip", "must be positive, or None")
     _require(self, self.n_warmup_step < self.n_max_step, "n_warmup_step n_max_step",
              "the warm-up must end before the last update")
     _require(self, self.sequence_len % self.update_len == 0, "sequence_len update_len",
              "update_len must divide sequence_len")
+    _require(self, self.global_batch_size % self.n_accumulate == 0, "global_batch_size n_accumulate",
+             "n_accumulate must divide global_batch_size")
 
   @property
   def updates_per_step(self) -> int:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from tvq_haiku import inputs
 from tvq_haiku import losses
 from tvq_haiku import progress
+from tvq_haiku import sharding
 from tvq_haiku import transformer
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing
@@ -59,12 +60,15 @@ EvalStep = Callable[[Any, losses.Batch, transformer.TransformerState],
                     tuple[EvalSums, transformer.TransformerState]]
 
 
-def make_eval_step(config: TransformerConfig, train_cfg: TrainConfig | None = None) -> EvalStep:
+def make_eval_step(config: TransformerConfig, train_cfg: TrainConfig | None = None,
+                   mesh: jax.sharding.Mesh | None = None) -> EvalStep:
   """A function `(params, batch, state) -> (EvalSums, state)`, compiled once for each shape.
 
   Args:
     config: the model.
     train_cfg: if given, batches must have `global_batch_size` rows.
+    mesh: devices that share the work; parameters and state must be on it, and every host gives the
+      whole batch.
   """
 
   def checked(params, batch, state):
@@ -72,23 +76,40 @@ def make_eval_step(config: TransformerConfig, train_cfg: TrainConfig | None = No
     if train_cfg is not None:
       rows = train_cfg.global_batch_size
     inputs.check_batch(batch, (rows, window_len), config.n_vocab)
-    return _eval_step(config, params, batch, state)
+    if mesh is not None:
+      batch = sharding.place(batch, mesh, rows)
+    return _eval_step(config, mesh, params, batch, state)
 
   return checked
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _eval_step(config: TransformerConfig, params: Any, batch: losses.Batch,
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _eval_step(config: TransformerConfig, mesh: jax.sharding.Mesh | None, params: Any, batch: losses.Batch,
                state: transformer.TransformerState) -> tuple[EvalSums, transformer.TransformerState]:
-  out = transformer.make_transformer(config).apply(
-      params, None, batch["inputs"], state, doc_ids=batch.get("doc_ids"))
+  with sharding.use(mesh):
+    out = transformer.make_transformer(config).apply(
+        params, None, batch["inputs"], state, doc_ids=batch.get("doc_ids"))
   mask = losses.loss_weights(batch)
-  return EvalSums(losses.weighted_nll(out.logits, batch["targets"], mask), jnp.sum(mask)), out.state
+  sums, state = EvalSums(losses.weighted_nll(out.logits, batch["targets"], mask), jnp.sum(mask)), out.state
+  if mesh is not None:
+    state = jax.lax.with_sharding_constraint(state, sharding.state_shardings(state, mesh, config.kv_heads))
+    sums = jax.lax.with_sharding_constraint(sums, sharding.replicated(mesh))
+  return sums, state
+
+
+def _initial_state(config: TransformerConfig, batch_size: int,
+                   mesh: jax.sharding.Mesh | None) -> transformer.TransformerState:
+  if mesh is None:
+    return transformer.initial_state(config, batch_size)
+  shapes = jax.eval_shape(lambda: transformer.initial_state(config, batch_size))
+  shardings = sharding.state_shardings(shapes, mesh, config.kv_heads)
+  return jax.jit(lambda: transformer.initial_state(config, batch_size), out_shardings=shardings)()
 
 
 def evaluate(config: TransformerConfig, params: Any, stream: TokenStream, *,
              batch_size: int = 8, window_len: int = 512, align: int = 1,
-             show_progress: bool = False, stop: object = False) -> Likelihood | None:
+             show_progress: bool = False, stop: object = False,
+             mesh: jax.sharding.Mesh | None = None) -> Likelihood | None:
   """Reads a whole stream, every token once, and adds up its likelihood.
 
   The stream is read as `batch_size` rows side by side, each with its own carried state: one row
@@ -103,6 +124,7 @@ def evaluate(config: TransformerConfig, params: Any, stream: TokenStream, *,
     align: rows begin at multiples of it, so that no document of this length is cut in two.
     show_progress: on standard error.
     stop: when it becomes true, reading ends.
+    mesh: where the parameters are; None: one device.
 
   Returns:
     The likelihood; None if it was stopped.
@@ -112,8 +134,8 @@ def evaluate(config: TransformerConfig, params: Any, stream: TokenStream, *,
   for name, value in (("batch_size", batch_size), ("window_len", window_len), ("align", align)):
     if value < 1:
       raise ValueError(f"evaluate: {name}={value!r} must be at least 1.")
-  eval_step = make_eval_step(config)
-  state = transformer.initial_state(config, batch_size)
+  eval_step = make_eval_step(config, mesh=mesh)
+  state = _initial_state(config, batch_size, mesh)
   layout = dict(batch_size=batch_size, window_len=window_len, align=align)
   sums: list[EvalSums] = []
   with progress.show("evaluating", packing.count_windows(stream, **layout), enabled=show_progress) as shown:

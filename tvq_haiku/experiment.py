@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -26,10 +27,12 @@ from tvq_haiku import evaluation
 from tvq_haiku import files
 from tvq_haiku import flops
 from tvq_haiku import generation
+from tvq_haiku import hosts
 from tvq_haiku import images
 from tvq_haiku import inputs
 from tvq_haiku import loop
 from tvq_haiku import records
+from tvq_haiku import sharding
 from tvq_haiku import transformer
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing
@@ -66,6 +69,7 @@ class Experiment:
   seed: int = 0
   eval_rows: int = 8
   eval_window: int = 512
+  mesh: jax.sharding.Mesh | None = None  # devices that share training and its validation
 
   def __post_init__(self):
     self.vocabulary.check("config.n_vocab", self.config.n_vocab)
@@ -85,7 +89,8 @@ class Experiment:
     return token_files.open_split(self.source, split, self.vocabulary, self.cache_dir)
 
   def likelihood(self, config: TransformerConfig, params: Any, split: token_files.Split, *,
-                 max_tokens: int | None = None, stop: object = False) -> dict[str, float] | None:
+                 max_tokens: int | None = None, stop: object = False,
+                 mesh: jax.sharding.Mesh | None = None) -> dict[str, float] | None:
     """What a split costs: `loss_lm` in nats per token, and the measures.
 
     Args:
@@ -95,13 +100,14 @@ class Experiment:
       max_tokens: read the first so many, in whole images; of less than the whole split, there is
         `loss_lm` alone, since its words were not counted.
       stop: when it becomes true, the result is None.
+      mesh: where the parameters are; None: one device.
     """
     n = split.facts.n_token
     if max_tokens is not None and max_tokens < n:
       n = max(max_tokens // self.align, 1) * self.align
     found = evaluation.evaluate(
         config, params, split.stream.head(n), batch_size=self.eval_rows, window_len=self.eval_window,
-        align=self.align, show_progress=True, stop=stop)
+        align=self.align, show_progress=hosts.is_first(), stop=stop, mesh=mesh)
     if found is None:
       return None
     if found.tokens != n:
@@ -111,19 +117,17 @@ class Experiment:
         name: MEASURES[name](found, split.facts) for name in measures}
 
 
-def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 1000,
-          validate_tokens: int | None = None, save_seconds: float = 60.0, tensorboard: bool = True,
-          wandb: str | None = None) -> checkpoints.Checkpoint:
+def train(experiment: Experiment, *, params: Any = None, validate_tokens: int | None = None,
+          tensorboard: bool = True, wandb: str | None = None, **settings: Any) -> checkpoints.Checkpoint:
   """Trains, or goes on, with records, validation, and the last and the best checkpoint kept.
 
   Args:
     experiment: what, and where.
-    log_every: updates between two records.
-    validate_every: updates between two validations.
-    validate_tokens: how much of the split they read, at most; None: all of it.
-    save_seconds: time between two checkpoints.
+    params: to begin with, instead of fresh ones.
+    validate_tokens: how much of the split validations read, at most; None: all of it.
     tensorboard: write event files.
     wandb: a project of Weights & Biases to report to.
+    **settings: of `loop.fit`, such as `save_seconds`.
 
   Returns:
     The last checkpoint; its step is short of `n_max_step` if the run was asked to end.
@@ -134,23 +138,23 @@ def train(experiment: Experiment, *, log_every: int = 10, validate_every: int = 
   """
   workdir = files.prepare_directory(experiment.workdir)
   try:
-    with files.lock(workdir / ".lock", wait=False):
-      return _train(experiment, workdir, log_every=log_every, validate_every=validate_every,
-                    validate_tokens=validate_tokens, save_seconds=save_seconds, tensorboard=tensorboard,
-                    wandb=wandb)
+    lock = files.lock(workdir / ".lock", wait=False) if hosts.is_first() else contextlib.nullcontext()
+    with lock:
+      return _train(experiment, workdir, params=params, validate_tokens=validate_tokens,
+                    tensorboard=tensorboard, wandb=wandb, **settings)
   except BlockingIOError as error:
     raise checkpoints.CheckpointError(f"{workdir}: another process trains there. Wait for it, or use "
                                       "another directory.") from error
 
 
-def _train(e: Experiment, workdir: pathlib.Path, *, log_every: int, validate_every: int,
-           validate_tokens: int | None, save_seconds: float, tensorboard: bool,
-           wandb: str | None) -> checkpoints.Checkpoint:
+def _train(e: Experiment, workdir: pathlib.Path, *, params: Any, validate_tokens: int | None,
+           tensorboard: bool, wandb: str | None, **settings: Any) -> checkpoints.Checkpoint:
   if checkpoints.exists(workdir):
     checkpoints.check_same_run(workdir, e.config, e.train_cfg)
   splits = {name: e.open_split(name) for name in ("train", "validation")}
+  host, n_host = sharding.host_share(e.mesh, e.train_cfg.global_batch_size)
   batches = packing.PackedBatches(
-      splits["train"].stream, batch_size=e.train_cfg.global_batch_size,
+      splits["train"].stream, batch_size=e.train_cfg.global_batch_size, host=host, n_host=n_host,
       sequence_len=e.train_cfg.sequence_len, seed=e.seed, aligned=e.image_size is not None)
   facts = {name: dataclasses.asdict(split.facts) for name, split in splits.items()}
   before = _trained_on(workdir) if checkpoints.exists(workdir) else {}
@@ -159,19 +163,30 @@ def _train(e: Experiment, workdir: pathlib.Path, *, log_every: int, validate_eve
       for split in before for name in _IDENTITY if before[split][name] != facts[split][name]]:
     raise checkpoints.CheckpointError(f"{workdir} holds a run on other data: {'; '.join(differences)}. "
                                       "Use another directory.")
-  if isinstance(e.vocabulary, PieceVocabulary):  # so that the run can be used without it
-    files.write_whole(workdir / VOCABULARY, e.vocabulary.file.read_bytes())
-  files.write_whole(workdir / _DATA, json.dumps(facts, indent=1))
-  with records.open_records(
-      workdir, step=checkpoints.latest_step(workdir) or 0, tensorboard=tensorboard, wandb=wandb,
-      settings=dataclasses.asdict(e.config) | dataclasses.asdict(e.train_cfg)) as record:
+  begin = loop.start(e.config, e.train_cfg, workdir, seed=e.seed, mesh=e.mesh, params=params)
+  with contextlib.ExitStack() as stack:
+    record = None
+    if hosts.is_first():
+      if isinstance(e.vocabulary, PieceVocabulary):  # so that the run can be used without it
+        files.write_whole(workdir / VOCABULARY, e.vocabulary.file.read_bytes())
+      files.write_whole(workdir / _DATA, json.dumps(facts, indent=1))
+      record = stack.enter_context(records.open_records(
+          workdir, step=int(begin.train_state.step), tensorboard=tensorboard, wandb=wandb,
+          settings=dataclasses.asdict(e.config) | dataclasses.asdict(e.train_cfg)))
     return loop.fit(
-        e.config, e.train_cfg, batches, workdir, seed=e.seed, save_seconds=save_seconds,
-        token_name=e.token_name, record=record, log_every=log_every,
-        peak_flops=flops.measured_peak(e.config.compute_dtype),
+        e.config, e.train_cfg, batches, workdir, seed=e.seed, mesh=e.mesh, begin=begin,
+        token_name=e.token_name, record=record,
+        peak_flops=flops.measured_peak(e.config.compute_dtype) * _n_machine(e.mesh),
         validate=lambda params, stop: e.likelihood(
-            e.config, params, splits["validation"], max_tokens=validate_tokens, stop=stop),
-        validate_every=validate_every)
+            e.config, params, splits["validation"], max_tokens=validate_tokens, stop=stop, mesh=e.mesh),
+        **settings)
+
+
+def _n_machine(mesh: jax.sharding.Mesh | None) -> int:
+  """How many times the peak of one device there is; the CPU devices of a host are one machine."""
+  if mesh is None:
+    return 1
+  return jax.process_count() if jax.default_backend() == "cpu" else mesh.size
 
 
 def _trained_on(workdir: pathlib.Path) -> dict[str, Any]:

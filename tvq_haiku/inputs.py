@@ -32,8 +32,11 @@ def check_tokens(tokens: Array, n_vocab: int) -> None:
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise TypeError(f"tokens must be integers, got {tokens.dtype}.")
   if not isinstance(tokens, jax.core.Tracer) and _is_at_hand(tokens):
-    values = np.asarray(tokens)  # jnp would trace a constant, too, inside of a transformation
-    least, greatest = int(values.min()), int(values.max())
+    # Not by jnp, which would trace a constant, too, inside of a transformation; and of several
+    # hosts each has its own part.
+    parts = [s.data for s in tokens.addressable_shards] if isinstance(tokens, jax.Array) else [tokens]
+    values = [np.asarray(part) for part in parts]
+    least, greatest = min(int(x.min()) for x in values), max(int(x.max()) for x in values)
     if least < 0 or greatest >= n_vocab:
       raise ValueError(f"tokens must lie in [0, {n_vocab}), got {least}...{greatest}.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import itertools
 
@@ -13,6 +13,7 @@ import jmp
 
 from tvq_haiku import positions
 from tvq_haiku import products
+from tvq_haiku import sharding
 
 Array = jax.Array
 
@@ -29,19 +30,24 @@ class Projection(hk.Module):
 
   Several widths share one kernel, side by side, but are computed apart: cutting up W is cheaper
   than cutting up x W, whose gradient would have to be put together again.
+
+  On a mesh, its axis `rows` cuts the inputs, or `columns` the outputs of each width.
   """
 
-  def __init__(self, *widths: int, name: str = "projection"):
+  def __init__(self, *widths: int, rows: sharding.Axes = None, columns: Sequence[sharding.Axes] = (),
+               name: str = "projection"):
     super().__init__(name=name)
     self._widths = widths
+    self._cuts = [(rows, column) for column in columns or (None,) * len(widths)]
 
   def __call__(self, x: Array) -> Array | tuple[Array, ...]:
     """[..., D] -> [..., width], or a tuple of them for several widths."""
     kernel = _kernel(x.shape[-1], sum(self._widths))
-    if len(self._widths) == 1:
-      return products.project(x, kernel)
-    cuts = list(itertools.accumulate(self._widths[:-1]))
-    return tuple(products.project(x, part) for part in jnp.split(kernel, cuts, axis=1))
+    ends = list(itertools.accumulate(self._widths[:-1]))
+    # Put together before it is cut up: the pieces of its parts are not those of the whole.
+    parts = jnp.split(sharding.constrain(kernel), ends, axis=1) if ends else [kernel]
+    out = tuple(products.project(x, sharding.constrain(part, *cut)) for part, cut in zip(parts, self._cuts))
+    return out if ends else out[0]
 
 
 @contextlib.contextmanager
@@ -84,8 +90,8 @@ class MLP(hk.Module):
 
   def __call__(self, x: Array) -> Array:
     """[..., D] -> [..., D], without the residual."""
-    hidden = Projection(self._width, name="up")(RMSNorm(name="norm")(x))
-    return Projection(x.shape[-1], name="down")(jax.nn.relu(hidden) ** 2)
+    hidden = Projection(self._width, columns=("model",), name="up")(RMSNorm(name="norm")(x))
+    return Projection(x.shape[-1], rows="model", name="down")(jax.nn.relu(hidden) ** 2)
 
 
 class TokenEmbedding(hk.Module):
@@ -98,6 +104,7 @@ class TokenEmbedding(hk.Module):
   def _parameters(self) -> tuple[Array, Array]:
     embeddings = hk.get_parameter("embeddings", self._shape, jnp.float32,
                                   init=hk.initializers.RandomNormal(1.0))
+    embeddings = sharding.constrain(embeddings, "model")
     # Part of the model whether tied or not, like the paper's: parameter totals count it.
     bias = hk.get_parameter("output_bias", self._shape[:1], jnp.float32, init=jnp.zeros)
     return embeddings, bias
@@ -125,7 +132,7 @@ class Unembedding(hk.Module):
 
   def __call__(self, x: Array) -> Array:
     """[B, T, D] -> [B, T, X] float32."""
-    kernel = _kernel(x.shape[-1], self._n_vocab).astype(x.dtype)
+    kernel = sharding.constrain(_kernel(x.shape[-1], self._n_vocab), None, "model").astype(x.dtype)
     bias = hk.get_parameter("bias", (self._n_vocab,), jnp.float32, init=jnp.zeros)
     return products.project(x, kernel, preferred_element_type=jnp.float32) + bias
 

@@ -65,6 +65,13 @@ def _map_named(function, params: Any) -> Any:
           for module, leaves in params.items()}
 
 
+def map_codebook(function, gradients: Any, params: Any) -> Any:
+  """`gradients` with `function(gradient, parameter)` for those of the codebook."""
+  return _map_named(
+      lambda module, name, value: function(value, params[module][name]) if is_codebook(module, name)
+      else value, gradients)
+
+
 def _decay_mask(params: Any) -> Any:
   """True where weights decay: everything but vectors (a scalar does decay)."""
   def decays(module: str, name: str, value: Any) -> bool:
@@ -114,6 +121,12 @@ def make_optimizer(train_cfg: TrainConfig) -> optax.GradientTransformation:
       {"codebook": optax.sgd(1.0), "weights": optax.chain(*steps)},
       lambda params: _map_named(
           lambda module, name, value: "codebook" if is_codebook(module, name) else "weights", params))
+
+
+def codebook_is_finite(gradients: Any) -> jax.Array:
+  """Whether all of the codebook's gradients are."""
+  return jnp.isfinite(sum(jnp.sum(value) for module, leaves in gradients.items()
+                          for name, value in leaves.items() if is_codebook(module, name)) + 0.0)
 
 
 def weights_norm(gradients: Any) -> jax.Array:

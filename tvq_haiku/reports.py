@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from tvq_haiku import flops
-from tvq_haiku import metrics as metrics_lib
 from tvq_haiku import progress
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.records import Record
@@ -21,30 +20,30 @@ class Report:
   """Takes the metrics of every step, and reads them one step late: no device waits for it."""
 
   def __init__(self, config: TransformerConfig, train_cfg: TrainConfig, shown: progress.Progress,
-               record: Record | None, *, token_name: str, peak_flops: float | None):
+               record: Record | None, *, token_name: str, peak_flops: float | None, is_shown: bool = True):
     self._shown, self._record, self._token_name = shown, record, token_name
+    self._is_shown = is_shown
     self._tokens_per_step = train_cfg.global_batch_size * train_cfg.sequence_len
     self._flops_per_token = flops.training_flops(config, train_cfg.sequence_len)
     self._peak = peak_flops
-    self._pending: tuple[int, Any, Any, bool] | None = None
+    self._pending: tuple[int, Any, bool] | None = None
+    self.skipped = self.skipped_in_a_row = 0  # updates
     self._average: float | None = None
     self._validated = ""
     self._rate: float | None = None  # tokens per second
     self._begin: float | None = None  # when the clock started
     self._steps = 0  # since then
 
-  def step(self, update: int, metrics: Mapping[str, jax.Array], params: Any, *, log: bool) -> None:
+  def step(self, update: int, metrics: Mapping[str, jax.Array], *, log: bool) -> None:
     """Takes what a step gave, and says what the one before it gave.
 
     Args:
       update: how many were made, this step's included.
       metrics: of the step, one value per update.
-      params: after it, for the use of codes.
       log: whether to record it.
     """
-    use = metrics_lib.codebook_use(params) if log and self._record else {}
     self.flush()
-    self._pending = (update, metrics, use, log)
+    self._pending = (update, metrics, log)
     if self._average is None:
       self._shown(update, "compiled")
 
@@ -52,24 +51,37 @@ class Report:
     """Says what the last step gave, even if the device must be waited for."""
     if self._pending is None:
       return
-    update, metrics, use, log = self._pending
-    metrics, use = jax.device_get((metrics, use))
+    update, metrics, log = self._pending
+    metrics = jax.device_get(metrics)
     self._pending = None
-    for loss in metrics["loss_lm"]:
+    self._count_skipped(update, metrics)
+    for loss in metrics["loss_lm"][metrics["skipped"] == 0.0]:
       self._average = loss if self._average is None else 0.95 * self._average + 0.05 * loss
     self._tick()
     rate = "" if self._rate is None else f"  {self._rate:,.0f} tokens/s"
-    self._shown(update, f"{self._average / math.log(2):.3f} bits per {self._token_name}{rate}"
-                        f"{self._validated}")
+    bits = math.nan if self._average is None else self._average / math.log(2)
+    skipped = f"  {self.skipped} updates skipped" if self.skipped else ""
+    self._shown(update, f"{bits:.3f} bits per {self._token_name}{rate}{self._validated}{skipped}")
     if log and self._record:
       values = {name: float(np.mean(value)) for name, value in metrics.items()}
-      values |= {name: float(value) for name, value in use.items()}
       if self._rate is not None:
         values["tokens_per_second"] = self._rate
         if self._peak:
           values["of_peak"] = self._rate * self._flops_per_token / self._peak
       self._record(update, values)
       self.start_clock()  # speed is that since the last record
+
+  def _count_skipped(self, update: int, metrics: Mapping[str, np.ndarray]) -> None:
+    n = len(metrics["skipped"])
+    for i in range(n):
+      if not metrics["skipped"][i]:
+        self.skipped_in_a_row = 0
+        continue
+      self.skipped += 1
+      self.skipped_in_a_row += 1
+      values = ", ".join(f"{name} {metrics[name][i]:.4g}" for name in ("loss", "grad_norm"))
+      if self._is_shown:
+        progress.say(f"warning: update {update - n + i + 1} is skipped: {values}")
 
   def validation(self, update: int, found: Mapping[str, float]) -> None:
     """Says and records what validation found."""

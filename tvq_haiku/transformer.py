@@ -5,8 +5,9 @@ Letters: B batch, T tokens, D model width, X vocabulary, N layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -16,6 +17,7 @@ from tvq_haiku import attention
 from tvq_haiku import inputs
 from tvq_haiku import layers
 from tvq_haiku import residuals
+from tvq_haiku import sharding
 from tvq_haiku.config import TransformerConfig
 
 Array = jax.Array
@@ -66,6 +68,15 @@ def _initial_state(config: TransformerConfig, batch_size: int) -> TransformerSta
       document=jnp.full((batch_size,), -1, jnp.int32),
       position=jnp.zeros((batch_size,), jnp.int32),
       attention_1=stack(), attention_2=stack() if config.gated else None)
+
+
+def map_rows(function: Callable[[Array, int], Array], state: TransformerState, *,
+             first: int = 0) -> TransformerState:
+  """`function(field, axis of its rows)` of every field; axes count from `first`."""
+  def fields(axis: int, part: Any) -> Any:
+    return jax.tree.map(lambda x: function(x, axis), part)
+  return TransformerState(*(fields(first, part) for part in state[:2]),
+                          *(fields(first + 1, part) for part in state[2:]))
 
 
 class Transformer(hk.Module):
@@ -125,7 +136,7 @@ class Transformer(hk.Module):
       x += layers.AbsolutePositions(width=c.d_model, lam=c.pe_lam, name="position")(index)
     if is_training and c.p_dropemb:
       x = layers.dropout(hk.next_rng_key(), c.p_dropemb, x)
-    x = x.astype(c.policy.output_dtype)
+    x = sharding.constrain(x.astype(c.policy.output_dtype), sharding.ROWS, "sequence")
     with layers.mixed_precision(c.policy):
       x, branches = self._layers(x, state, context, sequence_rng)
     x = inputs.restore(x, row)
@@ -151,7 +162,8 @@ class Transformer(hk.Module):
       sequence_rng = hk.next_rng_key() if sequence_rng is None else sequence_rng
       keys = jax.random.split(sequence_rng, (c.n_layer, 2))
 
-    c = c.replace(remat=residuals.chosen_remat(c, x.shape[0] * x.shape[1]))
+    n_token = sharding.rows_per_device(x.shape[0] * x.shape[1])
+    c = c.replace(remat=residuals.chosen_remat(c, n_token))
 
     def layer(x: Array, states, keys):
       first, second = (None, None) if keys is None else keys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import queue
 import threading
@@ -12,8 +12,9 @@ import jax
 
 
 @contextlib.contextmanager
-def to_device(batches: Iterator[Any], *, ahead: int = 2) -> Iterator[Iterator[Any]]:
-  """Reads `batches` in a thread of its own, `ahead` of them in advance, onto the default device.
+def to_device(batches: Iterator[Any], *, ahead: int = 2,
+              place: Callable[[Any], Any] = jax.device_put) -> Iterator[Iterator[Any]]:
+  """Reads `batches` in a thread of its own, `ahead` of them in advance, and has `place` put them on devices.
 
   What the iterator raises is raised where its batch would have come; leaving the context ends the
   thread.
@@ -37,7 +38,7 @@ def to_device(batches: Iterator[Any], *, ahead: int = 2) -> Iterator[Iterator[An
   def read() -> None:
     try:
       for batch in batches:
-        if not put(("batch", jax.device_put(batch))):
+        if not put(("batch", place(batch))):
           return
       put(("end", None))
     except BaseException as error:  # handed over, not lost with the thread
