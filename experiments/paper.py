@@ -103,6 +103,7 @@ _TOP_P = flags.DEFINE_float(
 
 
 _PARAMETERS = "params.safetensors"
+_OF_TRAINING_ALONE = ("command", "mesh", "multihost", "coordinator", "n_process", "process")
 
 
 class Sizes(NamedTuple):
@@ -368,7 +369,8 @@ def _describe_data(place: _Place, config: tvq.TransformerConfig, train_cfg: tvq.
 
 
 def _this_command(command: str | None = None) -> str:
-  """How to start this program again, with another --command if one is given."""
-  arguments = [a for a in sys.argv[1:] if command is None or not a.lstrip("-").startswith("command=")]
+  """How to start this program again; or one process of it, with another --command."""
+  arguments = [a for a in sys.argv[1:]
+               if command is None or a.lstrip("-").partition("=")[0] not in _OF_TRAINING_ALONE]
   arguments += [] if command is None else [f"--command={command}"]
   return shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *arguments])

@@ -21,6 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 # Tiny programs cost more to compile than to run.
 jax.config.update("jax_disable_most_optimizations", True)
+# For tests of meshes.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(autouse=True, scope="module")

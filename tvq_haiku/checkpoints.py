@@ -130,18 +130,20 @@ class Writer:
     return self
 
   def __exit__(self, kind: Any, *_) -> None:
-    try:
-      if kind is None or hosts.is_alone():
-        self.wait()
-    finally:
-      if kind is None or hosts.is_alone():  # it would wait for hosts that may be gone
-        self._manager.close()
+    if kind is not None and not hosts.is_alone():
+      return  # the others may be gone: nobody waits for them
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(self._named(self._pending))
+      stack.callback(self._manager.close)
+      self.wait()
 
   @contextlib.contextmanager
   def _named(self, step: int | None) -> Iterator[None]:
     """Errors of orbax and tensorstore, which raise whatever they like, with a name to them."""
     try:
       yield
+    except OSError:
+      raise
     except Exception as error:
       what = "checkpoints" if step is None else f"the checkpoint of step {step}"
       raise OSError(f"{what} cannot be written to {self._path / _STEPS}: {_first_line(error)}") from error
@@ -311,14 +313,14 @@ def _read(path: pathlib.Path, step: int, config: TransformerConfig, train_cfg: T
     try:
       files.check_manifest(place, _MANIFEST)
     except (OSError, ValueError) as error:
-      problem = _first_line(error)
+      problem = _first_line(error).rstrip(".")
   if hosts.told(bool(problem)):
-    raise CheckpointError(f"{place} is damaged or incomplete: {problem}")
+    raise CheckpointError(f"{place} is damaged or incomplete: {problem}.")
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.restore(place / _ITEM, target)
   except Exception as error:  # orbax and tensorstore raise whatever they like
-    raise CheckpointError(f"{place} is damaged or incomplete: {_first_line(error)}") from error
+    raise CheckpointError(f"{place} is damaged or incomplete: {_first_line(error)}.") from error
   state = train.TrainState(tree["params"], tree["opt_state"], tree["step"])
   return Checkpoint(config, train_cfg, state, jax.random.wrap_key_data(jnp.asarray(tree["rng"])),
                     int(tree["data_step"]))

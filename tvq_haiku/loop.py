@@ -237,7 +237,8 @@ def _numerical_error(config: TransformerConfig, train_cfg: TrainConfig, workdir:
   n, last = report.skipped_in_a_row, checkpoints.latest_step(workdir)
   return numerics.NumericalError(
       f"{n} update{'s' if n > 1 else ''} in a row had a loss or gradients that are not finite, to update "
-      f"{int(state.step)}: {first}. {workdir} is as of step {last}.")
+      f"{int(state.step)}: {first}. " + ("Nothing was saved yet." if last is None else
+                                         f"{workdir} is as of step {last}."))
 
 
 def _was_validated(workdir: os.PathLike, now: checkpoints.Checkpoint) -> bool:
