@@ -95,3 +95,25 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
                           (dict(tensorboard=False, wandb="x"), r"wandb.*tvq_haiku\[wandb\]")):
     with pytest.raises(ImportError, match=message):
       write(tmp_path, [1], **kwargs)
+
+
+def test_files_stay_bounded(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, "_MAX_BYTES", 3000)
+  with records.open_records(tmp_path) as record:
+    for step in range(1, 400):
+      record(step, {"loss_lm": 1.0, "validation_loss_lm": 2.0})
+  lines = [record["step"] for record in records.read_records(tmp_path)]
+  assert lines == list(range(lines[0], 400)) and 40 < len(lines) < 140
+  assert sum(f.stat().st_size for f in tmp_path.glob("metrics*")) < 6200
+  assert sum(f.stat().st_size for f in (tmp_path / "tensorboard").iterdir()) < 12_000
+  with records.open_records(tmp_path, step=lines[-20]) as record:  # what came later is forgotten
+    record(1000, {"loss_lm": 1.0})
+  assert [record["step"] for record in records.read_records(tmp_path)] == [*lines[:-19], 1000]
+
+
+def test_a_validation_is_recorded_once(tmp_path):
+  for _ in range(2):  # the process died before it noted that there was one
+    with records.open_records(tmp_path, step=4, tensorboard=False) as record:
+      record(4, {"validation_loss_lm": 2.0})
+  record_of = [r for r in records.read_records(tmp_path) if r["step"] == 4]
+  assert record_of == [{"step": 4, "validation_loss_lm": 2.0}]

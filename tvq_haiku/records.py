@@ -1,7 +1,8 @@
 """What a run measured, step by step: JSON lines, TensorBoard, and Weights & Biases when asked for.
 
-  metrics.jsonl    one JSON object a line, with its `step`
-  tensorboard/     event files
+  metrics.jsonl    one JSON object a line, with its `step`; after 64 MB, which are some 100,000 lines,
+                   it becomes metrics-older.jsonl, and what bore that name is gone
+  tensorboard/     event files, of 128 MB at most
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from tvq_haiku import extras
 from tvq_haiku import files
 
 _LINES = "metrics.jsonl"
+_OLDER_LINES = "metrics-older.jsonl"
+_MAX_BYTES = 64 * 2**20  # of a file, before another one is begun; of two, the older one goes
+_EVENT_BYTES = 64  # of one value in an event file, about
 _EVENTS = "tensorboard"
 _WANDB_ID = "wandb_id"
 
@@ -53,28 +57,31 @@ def open_records(workdir: str | os.PathLike, *, step: int = 0, tensorboard: bool
   """
   workdir = files.prepare_directory(workdir)
   with contextlib.ExitStack() as stack:
-    sinks = [_json_lines(workdir / _LINES, step, stack)]
+    sinks = [_json_lines(workdir, step, stack)]
+    # A process may die after it recorded a validation, and before it noted that there was one.
+    known = {_kind(record) for record in read_records(workdir) if record["step"] == step}
     if tensorboard:
       sinks.append(_tensorboard(workdir / _EVENTS, step, stack))
     if wandb:
       sinks.append(_wandb(workdir, wandb, settings, stack))
 
     def record(step: int, values: Mapping[str, float]) -> None:
-      for sink in sinks:
-        sink(step, {name: float(value) for name, value in values.items()})
+      if _kind({"step": step, **values}) not in known:
+        for sink in sinks:
+          sink(step, {name: float(value) for name, value in values.items()})
 
     yield record
 
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
   """All lines of metrics.jsonl; one that a dying process broke off is left out."""
-  file = pathlib.Path(workdir) / _LINES
   records = []
-  for line in file.read_text().splitlines() if file.exists() else []:
-    with contextlib.suppress(ValueError):
-      record = json.loads(line)
-      if isinstance(record, dict):  # the beginning of a line may be a number
-        records.append(record)
+  for file in _line_files(pathlib.Path(workdir)):
+    for line in file.read_text(errors="replace").splitlines():
+      with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        if isinstance(record, dict) and "step" in record:  # the beginning of a line may be a number
+          records.append(record)
   return records
 
 
@@ -87,30 +94,73 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
   return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _json_lines(file: pathlib.Path, step: int, stack: contextlib.ExitStack) -> Record:
-  if file.exists():
-    kept = [record for record in read_records(file.parent) if record["step"] <= step]
-    files.write_whole(file, "".join(json.dumps(record) + "\n" for record in kept))
-  stream = stack.enter_context(file.open("a"))
+def _kind(record: Mapping[str, Any]) -> tuple[int, bool]:
+  """Its step, and whether it is of a validation."""
+  return record["step"], any(name.startswith("validation_") for name in record)
+
+
+def _line_files(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Those there are, the oldest first."""
+  return [file for file in (workdir / _OLDER_LINES, workdir / _LINES) if file.exists()]
+
+
+def _json_lines(workdir: pathlib.Path, step: int, stack: contextlib.ExitStack) -> Record:
+  for file in _line_files(workdir):
+    kept = [line for line in file.read_text(errors="replace").splitlines(keepends=True)
+            if line.endswith("\n") and _step(line) <= step]
+    files.write_whole(file, "".join(kept))
+  stream = (workdir / _LINES).open("a")
+  stack.callback(lambda: stream.close())
 
   def record(step: int, values: Mapping[str, float]) -> None:
+    nonlocal stream
     print(json.dumps({"step": step, **finite(values)}), file=stream, flush=True)
+    if stream.tell() > _MAX_BYTES:
+      stream.close()
+      os.replace(workdir / _LINES, workdir / _OLDER_LINES)
+      stream = (workdir / _LINES).open("a")
 
   return record
+
+
+def _step(line: str) -> float:
+  """Of a line; infinite if it is none."""
+  try:
+    return json.loads(line)["step"]
+  except (KeyError, TypeError, ValueError):
+    return math.inf
 
 
 def _tensorboard(directory: pathlib.Path, step: int, stack: contextlib.ExitStack) -> Record:
   module = extras.load("tensorboardX", extra="train", purpose="TensorBoard's event files")
   # Of an earlier process, what comes after `step` is forgotten.
   writer = module.SummaryWriter(str(directory), purge_step=step + 1 if directory.exists() else None)
-  stack.callback(writer.close)
+  stack.callback(lambda: writer.close())
+  written = 0
 
   def record(step: int, values: Mapping[str, float]) -> None:
+    nonlocal writer, written
     for name, value in values.items():
       writer.add_scalar(name, value, step)
     writer.flush()
+    written += len(values) * _EVENT_BYTES
+    if written > _MAX_BYTES:
+      writer.close()
+      writer, written = module.SummaryWriter(str(directory)), 0
+    _remove_oldest(directory)
 
   return record
+
+
+def _remove_oldest(directory: pathlib.Path) -> None:
+  """Event files of more than twice what one may hold, all together, lose the oldest."""
+  events = sorted(directory.glob("events*"), key=lambda file: (file.stat().st_mtime, file.name))
+  total = sum(file.stat().st_size for file in events)
+  for file in events[:-1]:
+    if total <= 2 * _MAX_BYTES:
+      return
+    total -= file.stat().st_size
+    file.unlink()
 
 
 def _wandb(workdir: pathlib.Path, project: str, settings: Mapping[str, Any] | None,
