@@ -70,8 +70,8 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
     except RuntimeError as error:
       if not hosts.is_joined():
         raise
-      fail(f"stopped, because another process of this run did, or cannot be reached: {str(error)[:300]} What "
-           "is saved is whole: start all processes again to go on from there.", EXIT_BAD_INPUT)
+      fail(f"stopped, because another process of this run did, or cannot be reached ({str(error)[:300]}). "
+           "What is saved is whole: start all processes again to go on from there.", EXIT_BAD_INPUT)
 
   app.run(guarded, flags_parser=parse)
 
