@@ -145,6 +145,8 @@ class Writer:
     except OSError:
       raise
     except Exception as error:
+      if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.is_alone():
+        raise  # another host is gone
       what = "checkpoints" if step is None else f"the checkpoint of step {step}"
       raise OSError(f"{what} cannot be written to {self._path / _STEPS}: {_first_line(error)}") from error
 
@@ -320,6 +322,8 @@ def _read(path: pathlib.Path, step: int, config: TransformerConfig, train_cfg: T
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.restore(place / _ITEM, target)
   except Exception as error:  # orbax and tensorstore raise whatever they like
+    if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.is_alone():
+      raise  # another host is gone
     raise CheckpointError(f"{place} is damaged or incomplete: {_first_line(error)}.") from error
   state = train.TrainState(tree["params"], tree["opt_state"], tree["step"])
   return Checkpoint(config, train_cfg, state, jax.random.wrap_key_data(jnp.asarray(tree["rng"])),
