@@ -28,6 +28,7 @@ from tvq_haiku import experiment as lib
 from tvq_haiku import hosts
 from tvq_haiku import inputs
 from tvq_haiku import parameters
+from tvq_haiku import plans
 from tvq_haiku import progress
 from tvq_haiku import residuals
 from tvq_haiku import sharding
@@ -205,7 +206,7 @@ def launch(paper: Paper) -> None:
 
 def _main(paper: Paper) -> None:
   command = _COMMAND.value
-  if command != "train" and (_MULTIHOST.value or _MESH.value):
+  if (command != "train" and _MULTIHOST.value) or (command not in ("train", "info") and _MESH.value):
     raise flags.ValidationError(f"--command={command}: --mesh and --multihost are for training.")
   if _MULTIHOST.value:
     hosts.start(_COORDINATOR.value, _N_PROCESS.value, _PROCESS.value)
@@ -232,6 +233,8 @@ def _main(paper: Paper) -> None:
       place.train_vocab(config.n_vocab)
     case "info":
       print(summary.describe_model(config, train_cfg))
+      if _MESH.value:
+        print("\n" + plans.describe(config, train_cfg, sharding.parse_mesh(_MESH.value)))
       _describe_data(place, config, train_cfg)
 
 

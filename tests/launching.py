@@ -25,7 +25,7 @@ def start(command, place, **kwargs):
                           stderr=subprocess.PIPE, **kwargs)
 
 
-def run(command, place):
-  process = start(command, place)
+def run(command, place, **kwargs):
+  process = start(command, place, **kwargs)
   out, err = process.communicate(timeout=300)
   return process.returncode, out, err

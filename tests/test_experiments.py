@@ -75,6 +75,7 @@ def test_readme_commands_run(quickstart, place):
     if command.startswith("pip install -e '.[train]'"):
       assert "train =" in (ROOT / "setup.cfg").read_text()
       continue
+    settings, command = re.match(r"((?:[A-Z_]+=\S+ )*)(.*)", command).groups()
     assert command.startswith("python -m experiments."), command
     if "quickstart" in command.split("--")[0]:
       command += " --smoke --workdir=runs/quickstart"
@@ -82,7 +83,8 @@ def test_readme_commands_run(quickstart, place):
       command += " --cache_dir=cache"
       if "--command" not in command:
         command += " --config.n_max_step=8 --config.n_warmup_step=2 --config.d_model=32 --config.d_v=32"
-    status, out, err = run(command, place)
+    environment = os.environ | dict(setting.split("=") for setting in settings.split())
+    status, out, err = run(command, place, env=environment)
     assert status == 0 and out.strip(), (command, err)
   assert (place / "copy.md").read_bytes() == (ROOT / "README.md").read_bytes()
 

@@ -117,8 +117,8 @@ def state_shardings(state: Any, mesh: Mesh, n_kv_head: int) -> Any:
 def fitting(axes: Sequence[Axes], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
   """A spec of those axes that the mesh has and that divide their dimensions.
 
-  >>> fitting((("data", "fsdp"), "model"), (8, 3), {"fsdp": 4, "model": 2})
-  PartitionSpec('fsdp', None)
+  >>> tuple(fitting((("data", "fsdp"), "model"), (8, 3), {"fsdp": 4, "model": 2}))
+  ('fsdp', None)
   """
   spec = []
   for n, names in zip(shape, [*axes, *(None,) * (len(shape) - len(axes))]):
@@ -138,8 +138,8 @@ def constrain(x: Array, *axes: Axes) -> Array:
 def param_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
   """How a parameter is cut.
 
-  >>> param_spec("transformer/layers/attention_1/out/kernel", (2, 8, 6), {"model": 2})
-  PartitionSpec(None, 'model', None)
+  >>> tuple(param_spec("transformer/layers/attention_1/out/kernel", (2, 8, 6), {"model": 2}))
+  (None, 'model', None)
   """
   axes = next(axes for pattern, axes in RULES if re.search(pattern, path))
   return fitting((None, *axes) if "/layers/" in path else axes, shape, sizes)

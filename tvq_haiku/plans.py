@@ -1,0 +1,103 @@
+"""What a mesh of devices would hold and say to each other, on paper: no device is needed.
+
+Per device, of one update with n = data·fsdp devices for the rows, P parameters and their bytes:
+  parameters, optimizer   exactly, by the rules of `sharding`
+  gradients               of the same pieces
+  one layer               put together where it is used, in the dtype of matrix products
+  activations             kept for the backward pass of its rows
+  fsdp sends and gets     2 (n-1)/n P to put parameters together, forward and backward, in that dtype,
+                          and (n-1)/n P of gradients in float32
+  data sends and gets     2 (n-1)/n P of gradients in float32
+  model sends and gets    for each of the 2N branches, 2 (m-1)/m of its rows' [tokens, D], forward and
+                          backward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh
+
+from tvq_haiku import residuals
+from tvq_haiku import sharding
+from tvq_haiku import train
+from tvq_haiku import transformer
+from tvq_haiku.config import TrainConfig, TransformerConfig
+
+
+class Plan(NamedTuple):
+  """What one device of a mesh has to do for an update; memory and traffic in bytes."""
+
+  memory: dict[str, int]
+  traffic: dict[str, int]  # sent, and as many received
+  n_token: int  # of the window, on this device
+
+
+def plan(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int]) -> Plan:
+  """The plan for a mesh of `sizes`.
+
+  >>> found = plan(TransformerConfig.pg19(remat="layer"), TrainConfig.pg19(), {"fsdp": 64})
+  >>> found.n_token, found.memory["parameters"] // 10**6, found.traffic["fsdp"] // 10**8
+  (4096, 95, 103)
+  """
+  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  state = train.train_state_shapes(config, train_cfg)
+  shardings = sharding.train_state_shardings(state, mesh)
+  parameters = _local_bytes(state.params, shardings.params)
+  rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
+  model, pieces = sizes.get("model", 1), sizes.get("sequence", 1)
+  n_token = train_cfg.global_batch_size * train_cfg.update_len // (rows * pieces * train_cfg.n_accumulate)
+  size, item = config.compute_dtype.itemsize, n_param_bytes(state.params)
+  kept = residuals.residual_bytes(config, n_token) // model
+  if config.remat == "layer":
+    kept = kept // config.n_layer + config.n_layer * n_token * config.d_model * size
+  states = jax.eval_shape(lambda: transformer.initial_state(config, train_cfg.global_batch_size))
+  memory = dict(
+      parameters=parameters, gradients=parameters,
+      optimizer=_local_bytes(state.opt_state, shardings.opt_state),
+      layer=item // 4 * size // config.n_layer if sizes.get("fsdp", 1) > 1 else 0,
+      activations=kept, logits=3 * n_token * config.n_vocab * 4 // model,
+      states=_local_bytes(states, sharding.state_shardings(states, mesh, config.kv_heads)))
+  traffic = {}
+  fsdp, data = sizes.get("fsdp", 1), sizes.get("data", 1)
+  if fsdp > 1:
+    gathered = 2 * train_cfg.n_accumulate * item // 4 * size + item
+    traffic["fsdp"] = gathered // model * (fsdp - 1) // fsdp
+  if data > 1:
+    traffic["data"] = 2 * item // (model * fsdp) * (data - 1) // data
+  if model > 1:
+    traffic["model"] = (2 * config.n_layer * 2 * 2 * train_cfg.n_accumulate * n_token * config.d_model * size
+                        * (model - 1) // model)
+  if pieces > 1:
+    one = _local_bytes(states, sharding.state_shardings(states, mesh, config.kv_heads))
+    traffic["sequence"] = 2 * one * (math.ceil(math.log2(pieces)) + 1)
+  return Plan(memory, traffic, n_token)
+
+
+def n_param_bytes(params: Any) -> int:
+  """Of all parameters, whole."""
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+
+def _local_bytes(shapes: Any, shardings: Any) -> int:
+  return sum(jax.tree.leaves(jax.tree.map(
+      lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)))
+
+
+def describe(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int]) -> str:
+  """The plan in lines for people to read."""
+  found = plan(config, train_cfg, sizes)
+
+  def line(parts: Mapping[str, int]) -> str:
+    total = sum(parts.values())
+    return f"{total / 1e9:,.2f} GB ({', '.join(f'{name} {n / 1e9:,.2f}' for name, n in parts.items())})"
+
+  mesh = ",".join(f"{name}:{n}" for name, n in sizes.items())
+  return "\n".join([
+      f"On {mesh}, each of {math.prod(sizes.values())} devices:",
+      f"  holds               about {line(found.memory)}",
+      f"  sends and receives  about {line(found.traffic)} for an update",
+      f"  reads               {found.n_token:,} tokens at a time"])
