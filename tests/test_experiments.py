@@ -1,6 +1,7 @@
 """The launchers and the README, as a user meets them: in processes of their own."""
 
 import json
+import os
 import re
 import shutil
 import signal
