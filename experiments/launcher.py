@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import os
 import signal
 import sys
+import threading
 
 from absl import app
 from absl import flags
@@ -52,7 +53,9 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
     if len(argv) < 1 + len(expected):
       fail(f"{argument} is missing; see --help.", EXIT_BAD_FLAGS)
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # orbax narrates every save at level INFO
+      # Orbax narrates every save, and what fails in its threads is raised here again.
+      logging.set_verbosity(logging.FATAL)
+      threading.excepthook = sys.unraisablehook = lambda _: None
     try:
       main(*argv[1:])
       sys.stdout.flush()

@@ -1,9 +1,13 @@
 """Records: every line, none twice, whatever happened in between."""
 
+import gc
+import os
+import pathlib
 import sys
 import types
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from tvq_haiku import records
 
@@ -39,19 +43,40 @@ def test_half_a_line_that_is_a_number_and_what_is_no_number(tmp_path):
       {"step": 1, "loss_lm": None, "word_perplexity": None, "grad_norm": 1.0}, {"step": 2, "loss_lm": 0.2}]
 
 
-def test_event_files_forget_too(tmp_path, monkeypatch):
-  import tensorboardX
-  asked = []
+def events(workdir):
+  """(step, name, value) of scalars, and (step, None, None) where a session starts, by file and time."""
+  found = []
+  for file in sorted((workdir / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns):
+    content = file.read_bytes()
+    while content:  # length, its checksum, the event, its checksum
+      n = int.from_bytes(content[:8], "little")
+      event = event_pb2.Event.FromString(content[12 : 12 + n])
+      content = content[16 + n :]
+      found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+      if event.session_log.status == event_pb2.SessionLog.START:
+        found.append((event.step, None, None))
+  return found
 
-  class Writer(tensorboardX.SummaryWriter):
-    def __init__(self, *args, purge_step=None, **kwargs):
-      asked.append(purge_step)
-      super().__init__(*args, purge_step=purge_step, **kwargs)
 
-  monkeypatch.setattr(tensorboardX, "SummaryWriter", Writer)
+def test_event_files_forget_too(tmp_path):
   for step in (0, 0, 20):
     write(tmp_path, [step + 10], step=step)
-  assert asked == [None, 1, 21]
+  assert events(tmp_path) == [(10, "loss_lm", 1.0), (1, None, None), (10, "loss_lm", 1.0), (21, None, None),
+                              (30, "loss_lm", 3.0)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_a_full_disk_is_an_error_not_a_wait(tmp_path):
+  with pytest.raises(OSError, match="No space left"):
+    with records.open_records(tmp_path) as record:
+      full = os.open("/dev/full", os.O_WRONLY)
+      for name in os.listdir("/proc/self/fd"):
+        if "events.out" in os.path.realpath(f"/proc/self/fd/{name}"):
+          os.dup2(full, int(name))
+      os.close(full)
+      record(1, {"loss_lm": 1.0})
+  gc.collect()  # the file that cannot be closed
 
 
 def test_nothing_noted_yet(tmp_path):

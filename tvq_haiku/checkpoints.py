@@ -357,4 +357,6 @@ def _orbax() -> Any:
 
 def _first_line(error: Exception) -> str:
   text = str(error).strip()
+  if "No space left" in text:
+    return "no space left on the device"
   return text.splitlines()[0][:200] if text else type(error).__name__

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from typing import Any, Protocol
 import uuid
 
@@ -22,7 +23,6 @@ from tvq_haiku import files
 _LINES = "metrics.jsonl"
 _OLDER_LINES = "metrics-older.jsonl"
 _MAX_BYTES = 64 * 2**20  # of a file, before another one is begun; of two, the older one goes
-_EVENT_BYTES = 64  # of one value in an event file, about
 _EVENTS = "tensorboard"
 _WANDB_ID = "wandb_id"
 
@@ -132,22 +132,33 @@ def _step(line: str) -> float:
 
 
 def _tensorboard(directory: pathlib.Path, step: int, stack: contextlib.ExitStack) -> Record:
-  module = extras.load("tensorboardX", extra="train", purpose="TensorBoard's event files")
-  # Of an earlier process, what comes after `step` is forgotten.
-  writer = module.SummaryWriter(str(directory), purge_step=step + 1 if directory.exists() else None)
+  # Its SummaryWriter writes in a thread, and waits for it for ever if the disk is full.
+  files_of = extras.load("tensorboardX.event_file_writer", extra="train", purpose="TensorBoard's event files")
+  event_of = extras.load("tensorboardX.proto.event_pb2", extra="train", purpose="TensorBoard's event files")
+  scalar = extras.load("tensorboardX.summary", extra="train", purpose="TensorBoard's event files").scalar
+  goes_on = directory.exists()
+  directory.mkdir(exist_ok=True)
+
+  def opened() -> Any:
+    return files_of.EventsWriter(str(directory / "events"), f".{uuid.uuid4().hex[:8]}")
+
+  writer, written = opened(), 0
+  if goes_on:  # of an earlier process, what comes after `step` is forgotten
+    session = event_of.SessionLog(status=event_of.SessionLog.START)
+    writer.write_event(event_of.Event(wall_time=time.time(), step=step + 1, session_log=session))
   stack.callback(lambda: writer.close())
-  written = 0
 
   def record(step: int, values: Mapping[str, float]) -> None:
     nonlocal writer, written
     for name, value in values.items():
-      writer.add_scalar(name, value, step)
+      event = event_of.Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+      writer.write_event(event)
+      written += event.ByteSize() + 16
     writer.flush()
-    written += len(values) * _EVENT_BYTES
     if written > _MAX_BYTES:
       writer.close()
-      writer, written = module.SummaryWriter(str(directory)), 0
-    _remove_oldest(directory)
+      writer, written = opened(), 0
+      _remove_oldest(directory)
 
   return record
 
