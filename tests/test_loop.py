@@ -1,11 +1,13 @@
 """The loop and its checkpoints: what is saved is what goes on."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +149,32 @@ def test_best_that_was_saved_but_not_noted_is_noted(tmp_path):
   (tmp_path / "validation.json").write_text("{")
   with pytest.raises(tvq.CheckpointError, match=r"validation\.json is damaged"):
     checkpoints.validated(tmp_path)
+
+
+def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
+  jumps = itertools.cycle([0.0, 86_400.0, -86_400.0, 1e9])
+  real = time.time
+  monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+  end = loop.fit(CONFIG, TRAIN, make_batches(), tmp_path, save_seconds=0.0)
+  assert_same(end.train_state, finished[1].train_state)
+  assert_same(tvq.load_checkpoint(tmp_path).train_state, finished[1].train_state)
+
+
+def test_a_second_compilation_is_an_error(tmp_path, monkeypatch):
+  make_step = train.make_train_step
+
+  def careless(*args):
+    step = make_step(*args)
+
+    def call(*args):
+      return step(*args)
+
+    call.n_compiled = lambda: 2
+    return call
+
+  monkeypatch.setattr(train, "make_train_step", careless)
+  with pytest.raises(RuntimeError, match="the training step was compiled again at update 2"):
+    loop.fit(CONFIG, TRAIN, make_batches(), tmp_path)
 
 
 def test_a_finished_run_is_left_as_it_is(finished):

@@ -55,6 +55,35 @@ def test_books_from_files_to_figures(books, place):
   assert len(err.splitlines()) == 1, err
 
 
+def test_parameters_are_exported_and_begun_with(books, place):
+  status, out, err = run(BOOKS + " --command=export", place)
+  assert status == 0 and "Written to books/params.safetensors, after " in out, err
+  short = BOOKS.replace("=books", "=again") + " --vocab=books/vocab.model --init=books/params.safetensors"
+  status, out, err = run(short + " --config.n_max_step=4 --config.n_warmup_step=0", place)
+  assert status == 0, err
+  lines = [json.loads(line) for line in (place / "again" / "metrics.jsonl").read_text().splitlines()]
+  before = [json.loads(line) for line in (place / "books" / "metrics.jsonl").read_text().splitlines()]
+  assert lines[-1]["validation_loss_lm"] < 0.9 * before[0]["loss_lm"]  # it does not begin anew
+  status, out, err = run(short.replace("=again", "=other") + " --config.d_model=64", place)
+  assert status == 1 and len(err.splitlines()) == 1, err
+  assert "--init=books/params.safetensors: params are not of this config" in err
+  status, out, err = run(short.replace("params.safetensors", "vocab.model") + " --workdir=third", place)
+  assert status == 1 and len(err.splitlines()) == 1 and "does not hold the parameters of a model" in err
+
+
+def test_a_number_that_is_none_ends_the_run_in_one_line(place):
+  command = TEXT.replace("=wiki", "=nan") + " --config.lr_max=1e30 --config.grad_clip=none"
+  status, _, err = run(command + " --config.n_warmup_step=0 --debug_nans", place)
+  assert status == 1 and "Traceback" not in err, err
+  assert "is skipped: loss" in err and "the first that is not finite is the " in err.splitlines()[-1]
+
+
+def test_info_of_a_mesh(place):
+  status, out, err = run("python -m experiments.pg19 --command=info --config.remat=layer --mesh=fsdp:64",
+                         place)
+  assert status == 0 and "On fsdp:64, each of 64 devices:" in out and "fsdp 10.35" in out, err
+
+
 def test_images_are_measured_and_drawn(place):
   status, out, err = run(PIXELS, place)
   assert status == 0 and "Best on validation" in out, err

@@ -39,6 +39,7 @@ _VALIDATION = "validation.json"
 _STEPS = "checkpoints"
 _ITEM = "default"  # orbax's name for all of a checkpoint
 _DAMAGED = "damaged"
+_FOR_EVER = 10**10  # seconds: orbax reads them off the clock of the day, which may jump
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 
@@ -90,7 +91,8 @@ class Writer:
     ocp = _orbax()
     with self._named(None):
       self._manager = ocp.CheckpointManager(self._path / _STEPS, options=ocp.CheckpointManagerOptions(
-          max_to_keep=max_to_keep, create=True, enable_async_checkpointing=True))
+          max_to_keep=max_to_keep, create=True, enable_async_checkpointing=True,
+          async_options=ocp.AsyncOptions(timeout_secs=_FOR_EVER)))
 
   def save(self, checkpoint: Checkpoint) -> None:
     """Takes a checkpoint, and writes it in the background when the one before is done.
