@@ -13,14 +13,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Tiny programs cost more to compile than to run.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+
 import jax
 import pytest
 
 # Tests import their helpers by name; the package itself is the installed one.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-# Tiny programs cost more to compile than to run.
-jax.config.update("jax_disable_most_optimizations", True)
 # For tests of meshes.
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -214,7 +214,13 @@ def load(workdir: pathlib.Path, *, weights: str = "best",
     ValueError: the changes need other parameters.
   """
   best = workdir / checkpoints.BEST
-  run = checkpoints.load_checkpoint(best if weights == "best" and checkpoints.exists(best) else workdir)
+  if weights == "best" and checkpoints.exists(best):
+    try:
+      run = checkpoints.load_checkpoint(best)
+    except checkpoints.CheckpointError as error:
+      raise checkpoints.CheckpointError(f"{error} --weights=last takes the newest instead.") from error
+  else:
+    run = checkpoints.load_checkpoint(workdir)
   config = run.config.replace(**(changes or {}))
   inputs.check_params(run.train_state.params, transformer.params_shapes(config))
   return run._replace(config=config)

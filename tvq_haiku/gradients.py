@@ -63,8 +63,9 @@ def of_loss(config: TransformerConfig, params: Any, rng: Array, batch: losses.Ba
   loss, commit, metrics, gradients = jax.tree.map(lambda x: x / n_part, means)
   loss_lm = nats / jnp.where(weight > 0.0, weight, 1.0)
   state = transformer.map_rows(_collect, state, first=1)
+  # Each part pulled the averages all the way to its own share of the sums.
   gradients = optimizers.map_codebook(
-      lambda total, p: n_part * total - (n_part - 1) * (1.0 - config.c_gamma) * p, gradients, params)
+      lambda mean, p: n_part * mean - (n_part - 1) * (1.0 - config.c_gamma) * p, gradients, params)
   return loss, losses.LossAux(state, loss_lm, commit, metrics), gradients
 
 

@@ -64,7 +64,7 @@ class Report:
     self._shown(update, f"{bits:.3f} bits per {self._token_name}{rate}{self._validated}{skipped}")
     if log and self._record:
       values = {name: float(np.mean(value)) for name, value in metrics.items()}
-      values["skipped_in_all"] = self.skipped
+      values["skipped_since_start"] = self.skipped
       if self._rate is not None:
         values["tokens_per_second"] = self._rate
         if self._peak:

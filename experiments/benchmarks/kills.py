@@ -33,7 +33,7 @@ _KILLS = flags.DEFINE_integer("kills", 30, "How often.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
 _UPDATES = flags.DEFINE_integer("updates", 1500, "Of the run.", lower_bound=1)
 
-_SPEED = ("tokens_per_second", "of_peak", "skipped_in_all")
+_SPEED = ("tokens_per_second", "of_peak", "skipped_since_start")
 _SECONDS = 300
 
 
