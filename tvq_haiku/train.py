@@ -34,7 +34,7 @@ TrainStep = Callable[[TrainState, losses.Batch, Array], tuple[TrainState, dict[s
 
 
 def init_train_state(config: TransformerConfig, train_cfg: TrainConfig, rng: Array,
-                     params: Any = None, *, mesh: jax.sharding.Mesh | None = None) -> TrainState:
+                     params: Any = None, *, mesh: jax.sharding.Mesh | str | None = None) -> TrainState:
   """Parameters and optimizer before the first update.
 
   Args:
@@ -42,9 +42,11 @@ def init_train_state(config: TransformerConfig, train_cfg: TrainConfig, rng: Arr
     train_cfg: the optimizer.
     rng: seeds the parameters.
     params: used instead of fresh ones; copied, because training steps donate their buffers.
-    mesh: where all of it is born, already cut up by the rules of `sharding`; None: one device.
+    mesh: where all of it is born, already cut up by the rules of `sharding`, or a text for
+      `sharding.make_mesh`; None: one device.
   """
   optimizer = optimizers.make_optimizer(train_cfg)
+  mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
   if params is not None:
     inputs.check_params(params, transformer.params_shapes(config))
 
