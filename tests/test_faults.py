@@ -229,7 +229,7 @@ class TestOtherMeshes:
   def test_a_run_goes_on_with_another_number_of_devices(self, tmp_path):
     config = CONFIG.replace(p_dropres=0.0, p_droplyr=0.0)
     whole = loop.fit(config, TRAIN, helpers.run_batches(), tmp_path / "whole")
-    for mesh, stop_at in (("fsdp:2", 2), ("data:2,model:2", 4), (None, 6)):
+    for mesh, stop_at in (("fsdp:2,model:2", 2), (None, 6)):
       mesh = sharding.make_mesh(mesh) if mesh else None
       monkey = train.make_train_step
 
