@@ -104,7 +104,7 @@ _TOP_P = flags.DEFINE_float(
 
 
 _PARAMETERS = "params.safetensors"
-_OF_TRAINING_ALONE = ("command", "mesh", "multihost", "coordinator", "n_process", "process")
+_OF_TRAINING_ALONE = ("command", "init", "mesh", "multihost", "coordinator", "n_process", "process")
 
 
 class Sizes(NamedTuple):
@@ -313,6 +313,9 @@ def _train(experiment: lib.Experiment) -> None:
       inputs.check_params(params, transformer.params_shapes(config))
     except ValueError as error:
       raise ValueError(f"--init={_INIT.value}: {error} It is of {their_config}.") from error
+    if checkpoints.latest_step(experiment.workdir) is not None:
+      progress.say(f"{experiment.workdir} holds a run already: it goes on with its own parameters, not with "
+                   f"those of --init={_INIT.value}")
   run = lib.train(
       experiment, params=params, log_every=_LOG_EVERY.value, validate_every=_VALIDATE_EVERY.value,
       validate_tokens=_VALIDATE_TOKENS.value, save_seconds=_SAVE_SECONDS.value, max_to_keep=_KEEP.value,
@@ -373,7 +376,13 @@ def _describe_data(place: _Place, config: tvq.TransformerConfig, train_cfg: tvq.
 
 def _this_command(command: str | None = None) -> str:
   """How to start this program again; or one process of it, with another --command."""
-  arguments = [a for a in sys.argv[1:]
-               if command is None or a.lstrip("-").partition("=")[0] not in _OF_TRAINING_ALONE]
+  arguments, given = [], list(sys.argv[1:])
+  while given:
+    words = [given.pop(0)]
+    name, _, value = words[0].lstrip("-").partition("=")
+    if not value and name in flags.FLAGS and not flags.FLAGS[name].boolean and given:
+      words.append(given.pop(0))  # --flag value
+    if command is None or name not in _OF_TRAINING_ALONE:
+      arguments += words
   arguments += [] if command is None else [f"--command={command}"]
   return shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *arguments])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,34 @@ class TestSkippedUpdates:
       loop.fit(CONFIG, TRAIN, helpers.run_batches(), tmp_path, begin=begin, max_skipped=4)
     lines = capsys.readouterr().err
     assert "warning: update 1 is skipped: loss nan, grad_norm nan" in lines and "update 4 is" in lines
+
+  @pytest.mark.parametrize("first, limit, update", [(3, 2, 4), (11, 1, 12)])
+  def test_the_batch_that_is_to_blame_is_named(self, tmp_path, monkeypatch, first, limit, update):
+    """In the middle of a run, when the next batch was computed already, and in the last batch."""
+    loss = losses.training_loss
+
+    def strange(config, params, rng, batch, state, **settings):
+      value, aux = loss(config, params, rng, batch, state, **settings)
+      return jnp.where(batch["targets"][0, 0] == 250, jnp.nan, 1.0) * value, aux
+
+    class Batches:
+      step = 0
+
+      def __iter__(self):
+        return self
+
+      def __next__(self):
+        self.step += 1
+        batch = next(made)
+        if self.step == (first + 1) // 2:
+          batch["targets"][0, [0, 16]] = 250
+        return batch
+
+    made = helpers.run_batches()
+    monkeypatch.setattr(losses, "training_loss", strange)
+    jax.clear_caches()  # of programs without it
+    with pytest.raises(tvq.NumericalError, match=rf"to update {update}: the first .* is the loss: nan"):
+      loop.fit(CONFIG, TRAIN, Batches(), tmp_path, max_skipped=limit)
 
   def test_debug_nans_ends_at_the_first(self, tmp_path):
     begin = loop.start(CONFIG, TRAIN, tmp_path, params=poisoned(helpers.random_params(CONFIG)))
@@ -218,10 +247,34 @@ class TestDamage:
       raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
     state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
-    with pytest.raises(OSError, match=r"checkpoint of step 0 cannot be written to .*No space left"):
+    with pytest.raises(OSError, match=r"checkpoint of step 0 cannot be written to .*: no space left"):
       with writer:
-        writer.save(tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
         monkeypatch.setattr(writer._manager, "wait_until_finished", full)
+        writer.save(tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
+
+
+  def test_the_manifest_does_not_wait_for_the_next_checkpoint(self, tmp_path):
+    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
+    with checkpoints.Writer(tmp_path, CONFIG, TRAIN) as writer:
+      writer.save(tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
+      deadline = time.monotonic() + 30
+      while not (tmp_path / "checkpoints" / "0" / "manifest.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+  def test_best_is_what_is_noted_even_if_a_later_one_is_there(self, tmp_path):
+    """The process died before it noted its best, and went on from an older checkpoint."""
+    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
+    for step, loss in ((8, 2.0), (4, 1.0)):
+      now = tvq.Checkpoint(CONFIG, TRAIN, state._replace(step=jnp.int32(step)), jax.random.key(1), 1)
+      assert checkpoints.keep_best(tmp_path, now, loss)
+      assert checkpoints.steps(tmp_path / "best") == [step]
+
+  def test_how_it_is_computed_may_change(self, saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "run")
+    changed = CONFIG.replace(remat="layer", reduction="scan"), TRAIN.replace(n_accumulate=2)
+    end = loop.fit(*changed, helpers.run_batches(), tmp_path / "run")
+    assert_same(end.train_state, saved[1].train_state)
 
 
 class TestOtherMeshes:

@@ -96,7 +96,8 @@ def test_every_head_type_equals_one_device(heads, mesh):
 
 
 @pytest.mark.parametrize("change", [
-    dict(reduction="scan"), dict(agg_cache=False), dict(grad_thru_cache=False), dict(remat="layer", n_layer=2)],
+    dict(reduction="scan"), dict(agg_cache=False), dict(grad_thru_cache=False),
+    dict(remat="layer", n_layer=2)],
     ids=lambda change: "-".join(map(str, next(iter(change.items())))))
 def test_model_and_sequence_parallel_with_any_setting(change):
   config = HEADS["mqa"].replace(**change)
@@ -215,7 +216,8 @@ def test_parts_of_a_batch_in_turn_are_the_batch():
 @pytest.mark.parametrize("text, message", [
     ("data:16", "for 16 devices, and there are 8"), ("data", r"'data' must be AXIS:SIZE"),
     ("rows:2", r"'rows:2' must be AXIS:SIZE with an axis of data, fsdp, model, sequence"),
-    ("data:2,data:2", "each at most once"), ("data:0", "AXIS:SIZE"), ("", "AXIS:SIZE")])
+    ("data:2,data:2", "each at most once"), ("data:0", "AXIS:SIZE"), ("data:²", "AXIS:SIZE"),
+    ("", "AXIS:SIZE")])
 def test_meshes_that_cannot_be(text, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(text)

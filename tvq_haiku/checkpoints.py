@@ -17,6 +17,8 @@ import json
 import math
 import os
 import pathlib
+import shutil
+import threading
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -42,6 +44,7 @@ _DAMAGED = "damaged"
 _FOR_EVER = 10**10  # seconds: orbax reads them off the clock of the day, which may jump
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+_HOW = ("remat", "reduction", "n_accumulate")
 
 
 class CheckpointError(ValueError):
@@ -88,6 +91,8 @@ class Writer:
       files.write_whole(self._path / _CONFIG, text + "\n")
     hosts.meet("writer")
     self._pending: int | None = None
+    self._error: Exception | None = None
+    self._thread: threading.Thread | None = None
     ocp = _orbax()
     with self._named(None):
       self._manager = ocp.CheckpointManager(self._path / _STEPS, options=ocp.CheckpointManagerOptions(
@@ -113,6 +118,9 @@ class Writer:
     with self._named(step):
       self._manager.save(step, args=_orbax().args.StandardSave(tree), force=True)
     self._pending = step
+    # The manifest must not wait for the next call: the process may not live to see it.
+    self._thread = threading.Thread(target=self._complete, args=(step,), name="checkpoint", daemon=True)
+    self._thread.start()
 
   def wait(self) -> None:
     """Returns when nothing is left to write.
@@ -122,11 +130,22 @@ class Writer:
     """
     if self._pending is None:
       return
+    self._thread.join()
     step, self._pending = self._pending, None
-    with self._named(step):
+    error, self._error = self._error, None
+    if error is not None:
+      for draft in (self._path / _STEPS).glob(f"{step}.*tmp*"):
+        shutil.rmtree(draft, ignore_errors=True)
+      with self._named(step):
+        raise error
+
+  def _complete(self, step: int) -> None:
+    try:
       self._manager.wait_until_finished()
       if hosts.is_first():
         files.write_manifest(self._path / _STEPS / str(step), _MANIFEST)
+    except Exception as error:  # raised by `wait`
+      self._error = error
 
   def __enter__(self) -> Self:
     return self
@@ -135,17 +154,18 @@ class Writer:
     if kind is not None and not hosts.is_alone():
       return  # the others may be gone: nobody waits for them
     with contextlib.ExitStack() as stack:
-      stack.enter_context(self._named(self._pending))
-      stack.callback(self._manager.close)
+      stack.callback(self._close)
       self.wait()
+
+  def _close(self) -> None:
+    with contextlib.suppress(Exception):  # what it has to say was said by `wait`
+      self._manager.close()
 
   @contextlib.contextmanager
   def _named(self, step: int | None) -> Iterator[None]:
     """Errors of orbax and tensorstore, which raise whatever they like, with a name to them."""
     try:
       yield
-    except OSError:
-      raise
     except Exception as error:
       if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.is_alone():
         raise  # another host is gone
@@ -195,9 +215,10 @@ def keep_best(directory: str | os.PathLike, checkpoint: Checkpoint, loss: float)
   before = validated(path)
   better = bool(hosts.told(loss < before.best_loss))
   if better:
-    newest = latest_step(path / BEST)
-    # It is there already if the process died before it was noted.
-    if newest is None or newest < step:
+    # Later ones are from before the run went back to an older checkpoint. And it is there already if
+    # the process died before it was noted.
+    set_aside(path / BEST, after=step)
+    if step not in steps(path / BEST):
       save_checkpoint(path / BEST, checkpoint, max_to_keep=1)
   now = Validated(step, step, loss) if better else before._replace(step=step)
   if hosts.is_first():
@@ -297,7 +318,13 @@ def set_aside(directory: str | os.PathLike, *, after: int) -> None:
         for i in itertools.count(1):
           place = path / _DAMAGED / (str(step) if i == 1 else f"{step}-{i}")
           if not place.exists():
-            (path / _STEPS / str(step)).rename(place)
+            with contextlib.suppress(OSError):
+              (path / _STEPS / str(step)).chmod(0o755)  # or it cannot be moved
+            try:
+              (path / _STEPS / str(step)).rename(place)
+            except OSError as error:
+              raise CheckpointError(f"{path / _STEPS / str(step)} cannot be read, nor moved to {place} "
+                                    f"({error.strerror}). Remove it to go on from step {after}.") from error
             break
   hosts.meet("set aside")
 
@@ -315,6 +342,8 @@ def _read(path: pathlib.Path, step: int, config: TransformerConfig, train_cfg: T
   problem = ""
   if hosts.is_first():
     try:
+      if not (place / _MANIFEST).exists():
+        progress.say(f"warning: {place} has no {_MANIFEST}: it is read without being checked.")
       files.check_manifest(place, _MANIFEST)
     except (OSError, ValueError) as error:
       problem = _first_line(error).rstrip(".")
@@ -334,12 +363,15 @@ def _read(path: pathlib.Path, step: int, config: TransformerConfig, train_cfg: T
 
 def check_same_run(directory: str | os.PathLike, config: TransformerConfig,
                    train_cfg: TrainConfig) -> None:
-  """Raises, naming the fields that differ, unless the directory is of this configuration."""
+  """Raises, naming the fields that differ, unless the directory is of this configuration.
+
+  Fields that say how it is computed, and not what, may differ.
+  """
   theirs = load_config(directory)
   differences = []
   for ours, saved in zip((config, train_cfg), theirs):
     for name, value in json.loads(ours.to_json()).items():
-      if getattr(saved, name) != value:
+      if name not in _HOW and getattr(saved, name) != value:
         differences.append(f"{name}={getattr(saved, name)!r} there, {value!r} now")
   if differences:
     raise CheckpointError(f"{directory} holds a run of another configuration: "

@@ -35,6 +35,8 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
   try:
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(draft, file)
+  except OSError as error:
+    raise OSError(f"cannot write {file}: {error.strerror}.") from error
   finally:
     draft.unlink(missing_ok=True)
 

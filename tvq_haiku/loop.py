@@ -180,40 +180,47 @@ def fit(
     report = reports.Report(config, train_cfg, shown, record, token_name=token_name,
                             peak_flops=peak_flops, is_shown=hosts.is_first())
 
-    def check() -> None:
+    def check() -> bool:
+      """Whether validation came to its end; if not, none of the hosts' did."""
       writer.wait()
       found = validate(now.train_state.params, hosts.SharedRequest(request))
       if found is not None:
         report.validation(int(now.train_state.step), found)
         checkpoints.keep_best(workdir, now, found["loss_lm"])
+      return found is not None
+
+    def judge(batch: Any, before: train.TrainState | None = None) -> None:
+      """Ends the run if too many updates were skipped, of which `batch` had the last."""
+      if report.skipped_in_a_row >= (1 if debug_nans else max_skipped):
+        writer.wait()
+        raise _numerical_error(config, train_cfg, workdir, before, state, batch, now.rng, report)
 
     # The process may have died, or been asked to end, after the checkpoint and before this.
     if validate and now.data_step and reaches(now.data_step, validate_every) and not _was_validated(
-        workdir, now):
-      check()
-    state, saved = now.train_state, time.monotonic()
+        workdir, now) and not check():
+      return now
+    state, saved, last_batch = now.train_state, time.monotonic(), None
     for done in range(now.data_step + 1, n_batches + 1):
-      if hosts.is_alone() and request and now.data_step == done - 1:
-        break  # while it was validated
       batch = next(ready)
       before = jax.tree.map(jnp.copy, state) if debug_nans else None
       state, metrics = step(state, batch, now.rng)
       report.step(done * per_batch, metrics, log=reaches(done, log_every))
+      judge(last_batch)  # what is known now is of the step before
+      last_batch = batch
       if debug_nans:
         report.flush()
-      if report.skipped_in_a_row >= (1 if debug_nans else max_skipped):
-        writer.wait()
-        raise _numerical_error(config, train_cfg, workdir, before, state, batch, now.rng, report)
+        judge(batch, before)
       if step.n_compiled() > 1:
         raise RuntimeError(f"the training step was compiled again at update {done * per_batch}.")
       checks = validate is not None and reaches(done, validate_every)
       stop, due = votes(request, time.monotonic() - saved > save_seconds)
       if stop or checks or done == n_batches or due:
         report.flush()
+        judge(batch)
         now = now._replace(train_state=state, data_step=done)
         writer.save(now)
-        if checks and not stop:
-          check()
+        if checks and not stop and not check():
+          break
         votes.forget()
         report.start_clock()
         saved = time.monotonic()
@@ -226,19 +233,21 @@ def _numerical_error(config: TransformerConfig, train_cfg: TrainConfig, workdir:
                      before: train.TrainState | None, state: train.TrainState, batch: Any, rng: jax.Array,
                      report: reports.Report) -> numerics.NumericalError:
   """What to say when updates were skipped; names the first tensor that is to blame, if it can."""
-  if before is None:  # skipped updates changed nothing else
-    before = state._replace(step=state.step - train_cfg.updates_per_step)
+  last = report.last_skipped
+  if before is None:  # skipped updates changed nothing else, and at most one batch came after them
+    n = train_cfg.updates_per_step
+    before = state._replace(step=jnp.full_like(state.step, (last - 1) // n * n))
   first = "what it comes from can only be looked for on one host"
   if jax.process_count() == 1:
     given = train.first_skipped(config, train_cfg, before, batch, rng)
     found = numerics.first_non_finite(config, **given) if given else None
     first = (f"the first that is not finite is the {found}" if found else
-             "the last one is finite when computed again")
-  n, last = report.skipped_in_a_row, checkpoints.latest_step(workdir)
+             "computed again with the parameters of now, the last of them is finite")
+  n, saved = report.skipped_in_a_row, checkpoints.latest_step(workdir)
   return numerics.NumericalError(
       f"{n} update{'s' if n > 1 else ''} in a row had a loss or gradients that are not finite, to update "
-      f"{int(state.step)}: {first}. " + ("Nothing was saved yet." if last is None else
-                                         f"{workdir} is as of step {last}."))
+      f"{last}: {first}. " + ("Nothing was saved yet." if saved is None else
+                              f"{workdir} is as of step {saved}."))
 
 
 def _was_validated(workdir: os.PathLike, now: checkpoints.Checkpoint) -> bool:

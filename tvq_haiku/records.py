@@ -67,8 +67,11 @@ def open_records(workdir: str | os.PathLike, *, step: int = 0, tensorboard: bool
 
     def record(step: int, values: Mapping[str, float]) -> None:
       if _kind({"step": step, **values}) not in known:
-        for sink in sinks:
-          sink(step, {name: float(value) for name, value in values.items()})
+        try:
+          for sink in sinks:
+            sink(step, {name: float(value) for name, value in values.items()})
+        except OSError as error:
+          raise OSError(f"cannot write the records in {workdir}: {error.strerror}.") from error
 
     yield record
 

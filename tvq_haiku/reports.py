@@ -27,7 +27,8 @@ class Report:
     self._flops_per_token = flops.training_flops(config, train_cfg.sequence_len)
     self._peak = peak_flops
     self._pending: tuple[int, Any, bool] | None = None
-    self.skipped = self.skipped_in_a_row = 0  # updates
+    self.skipped = self.skipped_in_a_row = 0  # updates, since the start
+    self.last_skipped: int | None = None  # its number, from 1
     self._average: float | None = None
     self._validated = ""
     self._rate: float | None = None  # tokens per second
@@ -80,9 +81,10 @@ class Report:
         continue
       self.skipped += 1
       self.skipped_in_a_row += 1
+      self.last_skipped = update - n + i + 1
       values = ", ".join(f"{name} {metrics[name][i]:.4g}" for name in ("loss", "grad_norm"))
       if self._is_shown:
-        progress.say(f"warning: update {update - n + i + 1} is skipped: {values}")
+        progress.say(f"warning: update {self.last_skipped} is skipped: {values}")
 
   def validation(self, update: int, found: Mapping[str, float]) -> None:
     """Says and records what validation found."""

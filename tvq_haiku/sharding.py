@@ -57,7 +57,7 @@ def parse_mesh(text: str) -> dict[str, int]:
   sizes: dict[str, int] = {}
   for part in text.split(","):
     name, _, size = part.strip().partition(":")
-    if name not in AXES or name in sizes or not size.isdigit() or int(size) < 1:
+    if name not in AXES or name in sizes or not re.fullmatch("[1-9][0-9]*", size):
       raise ValueError(f"mesh={text!r}: {part!r} must be AXIS:SIZE with an axis of {', '.join(AXES)}, "
                        "each at most once.")
     sizes[name] = int(size)
