@@ -307,15 +307,15 @@ def _train(experiment: lib.Experiment) -> None:
     progress.say(f"this needs about {need / 1e9:,.0f} GB of memory, and there are {have / 1e9:,.0f}: "
                  "--size=cpu begins with a small model.")
   params = None
-  if _INIT.value is not None:
-    their_config, params = parameters.import_params(_INIT.value)
+  if _INIT.value is not None and checkpoints.latest_step(experiment.workdir) is not None:
+    progress.say(f"{experiment.workdir} holds a run already: it goes on with its own parameters, not with "
+                 f"those of --init={_INIT.value}")
+  elif _INIT.value is not None:
     try:
+      params = parameters.import_params(_INIT.value)[1]
       inputs.check_params(params, transformer.params_shapes(config))
-    except ValueError as error:
-      raise ValueError(f"--init={_INIT.value}: {error} It is of {their_config}.") from error
-    if checkpoints.latest_step(experiment.workdir) is not None:
-      progress.say(f"{experiment.workdir} holds a run already: it goes on with its own parameters, not with "
-                   f"those of --init={_INIT.value}")
+    except (OSError, ValueError) as error:
+      raise ValueError(f"--init={_INIT.value}: {error}") from error
   run = lib.train(
       experiment, params=params, log_every=_LOG_EVERY.value, validate_every=_VALIDATE_EVERY.value,
       validate_tokens=_VALIDATE_TOKENS.value, save_seconds=_SAVE_SECONDS.value, max_to_keep=_KEEP.value,
@@ -385,4 +385,7 @@ def _this_command(command: str | None = None) -> str:
     if command is None or name not in _OF_TRAINING_ALONE:
       arguments += words
   arguments += [] if command is None else [f"--command={command}"]
-  return shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *arguments])
+  line = shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *arguments])
+  devices = os.environ.get("JAX_NUM_CPU_DEVICES")
+  line = f"JAX_NUM_CPU_DEVICES={devices} {line}" if devices and command is None else line
+  return f"{line} (and the other processes)" if _MULTIHOST.value and command is None else line

@@ -227,14 +227,14 @@ def keep_best(directory: str | os.PathLike, checkpoint: Checkpoint, loss: float)
 
 
 def exists(directory: str | os.PathLike) -> bool:
-  """Whether the directory is that of a run.
+  """Whether the directory is that of a run: a configuration of which nothing was saved is not one.
 
   Raises:
     CheckpointError: it holds checkpoints whose configuration is lost.
   """
   path = pathlib.Path(directory).absolute()
   if (path / _CONFIG).is_file():
-    return True
+    return bool(steps(path))
   if (path / _STEPS).is_dir() and any((path / _STEPS).iterdir()):
     raise CheckpointError(f"{path} holds checkpoints but no {_CONFIG}, without which they cannot be "
                           "read. Put it back, or use another directory.")
@@ -299,13 +299,20 @@ def load_checkpoint(directory: str | os.PathLike, step: int | None = None, *,
     try:
       found = _read(path, step, config, train_cfg, mesh)
     except CheckpointError as error:
-      damage.append(str(error))
+      if (path / _STEPS / str(step)).exists():  # else the run that goes on has removed it meanwhile
+        damage.append(str(error))
       continue
     if hosts.is_first():
       for line in damage:
         progress.say(f"warning: {line} Step {step} is used instead.")
     return found
-  raise CheckpointError(f"{damage[0]} No older one can be read either." if len(damage) > 1 else damage[0])
+  if not damage:
+    return load_checkpoint(path, mesh=mesh)  # what replaced them
+  problem = f"{damage[0]} No older one can be read either." if len(damage) > 1 else damage[0]
+  if exists(path / BEST):
+    problem += (f" {path / BEST} may still be whole: its parameters can be exported, and another run begun "
+                "with them.")
+  raise CheckpointError(problem)
 
 
 def set_aside(directory: str | os.PathLike, *, after: int) -> None:
@@ -355,7 +362,8 @@ def _read(path: pathlib.Path, step: int, config: TransformerConfig, train_cfg: T
   except Exception as error:  # orbax and tensorstore raise whatever they like
     if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.is_alone():
       raise  # another host is gone
-    raise CheckpointError(f"{place} is damaged or incomplete: {_first_line(error)}.") from error
+    reason = _first_line(error).rstrip(".")
+    raise CheckpointError(f"{place} is damaged or incomplete: {reason}.") from error
   state = train.TrainState(tree["params"], tree["opt_state"], tree["step"])
   return Checkpoint(config, train_cfg, state, jax.random.wrap_key_data(jnp.asarray(tree["rng"])),
                     int(tree["data_step"]))

@@ -33,6 +33,7 @@ from tvq_haiku import inputs
 from tvq_haiku import loop
 from tvq_haiku import records
 from tvq_haiku import sharding
+from tvq_haiku import train as train_lib
 from tvq_haiku import transformer
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing
@@ -72,6 +73,7 @@ class Experiment:
   mesh: jax.sharding.Mesh | None = None  # devices that share training and its validation
 
   def __post_init__(self):
+    train_lib.check_sizes(self.config, self.train_cfg, self.mesh)
     self.vocabulary.check("config.n_vocab", self.config.n_vocab)
     if not self.config.causal:
       raise ValueError("causal=False: an encoder sees the tokens that it would predict.")

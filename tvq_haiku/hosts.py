@@ -38,13 +38,14 @@ def start(coordinator: str | None = None, n_process: int | None = None, process:
                      f"{', '.join(missing)} is missing.")
   if n_process is not None and not 0 <= process < n_process:
     raise ValueError(f"process={process} must be at least 0 and less than n_process={n_process}.")
+  where = "" if coordinator else " No cluster says where: give coordinator, n_process and process."
   try:
     jax.distributed.initialize(coordinator, n_process, process, initialization_timeout=seconds,
                                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
   except (RuntimeError, ValueError) as error:
     raise ValueError(f"the processes did not find together (coordinator={coordinator}, "
                      f"n_process={n_process}, process={process}, within {seconds} s): "
-                     f"{str(error).splitlines()[0]}") from error
+                     f"{str(error).splitlines()[0]}{where}") from error
 
 
 def is_joined() -> bool:

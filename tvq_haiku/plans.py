@@ -39,11 +39,14 @@ class Plan(NamedTuple):
 def plan(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int]) -> Plan:
   """The plan for a mesh of `sizes`.
 
+  `remat='auto'` stands for what it would be on a device like this one.
+
   >>> found = plan(TransformerConfig.pg19(remat="layer"), TrainConfig.pg19(), {"fsdp": 64})
   >>> found.n_token, found.memory["parameters"] // 10**6, found.traffic["fsdp"] // 10**8
   (4096, 95, 103)
   """
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  train.check_sizes(config, train_cfg, mesh)
   state = train.train_state_shapes(config, train_cfg)
   shardings = sharding.train_state_shardings(state, mesh)
   parameters = _local_bytes(state.params, shardings.params)
@@ -52,7 +55,7 @@ def plan(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, 
   n_token = train_cfg.global_batch_size * train_cfg.update_len // (rows * pieces * train_cfg.n_accumulate)
   size, item = config.compute_dtype.itemsize, n_param_bytes(state.params)
   kept = residuals.residual_bytes(config, n_token) // model
-  if config.remat == "layer":
+  if residuals.chosen_remat(config, n_token) == "layer":
     kept = kept // config.n_layer + config.n_layer * n_token * config.d_model * size
   states = jax.eval_shape(lambda: transformer.initial_state(config, train_cfg.global_batch_size))
   memory = dict(
@@ -100,4 +103,5 @@ def describe(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[s
       f"On {mesh}, each of {math.prod(sizes.values())} devices:",
       f"  holds               about {line(found.memory)}",
       f"  sends and receives  about {line(found.traffic)} for an update",
-      f"  reads               {found.n_token:,} tokens at a time"])
+      f"  reads               {found.n_token:,} tokens at a time, with "
+      f"remat={residuals.chosen_remat(config, found.n_token)}"])

@@ -73,7 +73,8 @@ def make_mesh(text: str) -> Mesh:
   sizes = parse_mesh(text)
   need, devices = math.prod(sizes.values()), jax.devices()
   if need > len(devices) or (jax.process_count() > 1 and need < len(devices)):
-    raise ValueError(f"mesh={text!r} is for {need} devices, and there are {len(devices)}.")
+    hint = f" JAX_NUM_CPU_DEVICES={need} makes a CPU so many." if devices[0].platform == "cpu" else ""
+    raise ValueError(f"mesh={text!r} is for {need} devices, and there are {len(devices)}.{hint}")
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes),
                        devices=devices[:need])
 

@@ -97,7 +97,7 @@ def make_train_step(config: TransformerConfig, train_cfg: TrainConfig,
     ValueError: sizes do not go together; the message names them.
   """
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
-  _check(config, train_cfg, mesh)
+  check_sizes(config, train_cfg, mesh)
   n_updates = train_cfg.updates_per_step
 
   def train_step(train_state: TrainState, batch: losses.Batch, rng: Array):
@@ -188,7 +188,9 @@ def _update(config: TransformerConfig, train_cfg: TrainConfig, carry: Any, windo
   return (TrainState(params, opt_state, step + 1), state), metrics
 
 
-def _check(config: TransformerConfig, train_cfg: TrainConfig, mesh: jax.sharding.Mesh | None) -> None:
+def check_sizes(config: TransformerConfig, train_cfg: TrainConfig,
+                mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None) -> None:
+  """Raises a ValueError that names them if sizes of model, batch and mesh do not go together."""
   if config.c_revive and train_cfg.n_accumulate > 1:
     raise ValueError(f"c_revive={config.c_revive} and n_accumulate={train_cfg.n_accumulate}: codes cannot "
                      "be revived from parts of a batch. Use more devices, or leave one of them out.")
