@@ -206,6 +206,18 @@ def test_evaluation_on_a_mesh():
   assert got.tokens == want.tokens and abs(got.nats - want.nats) < 1e-3
 
 
+def test_writing_with_parameters_in_pieces():
+  config = HEADS["mha"]
+  params, prompts = helpers.random_params(config), helpers.random_tokens(config, 2, 13)
+  shapes = train.train_state_shapes(config, TRAIN)
+  shardings = sharding.train_state_shardings(shapes, sharding.make_mesh("fsdp:2,model:2")).params
+  want, got = (
+      tvq.generate(p, config, prompts, max_new_tokens=9, rng=jax.random.key(0), temperature=0.8)
+      for p in (params, jax.device_put(params, shardings)))
+  helpers.assert_same(got.tokens, want.tokens)
+  np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+
+
 def test_parts_of_a_batch_in_turn_are_the_batch():
   config = HEADS["mqa"].replace(p_dropres=0.0, p_dropsin=0.0, p_droplyr=0.0, p_dropemb=0.0)
   want = one_device(config)
