@@ -133,8 +133,9 @@ class TestAttention:
                   position_bias=normal(H, K), lengths=None if lengths is None else jnp.asarray(lengths))
     return arrays, others, (normal(B, T, H, V), normal(B, G, S, V))
 
-  @pytest.mark.parametrize("mesh", ["sequence:8", "data:2,sequence:2,model:2"])
-  @pytest.mark.parametrize("lengths, documents", [(None, None), ((0, 40), None), (None, 3), ((50, 8), 3)])
+  @pytest.mark.parametrize("mesh, lengths, documents", [
+      ("sequence:8", None, None), ("sequence:8", (0, 43), None), ("sequence:8", (50, 8), 3),
+      ("data:2,sequence:2,model:2", (50, 8), 3)])
   def test_equals_one_device(self, mesh, lengths, documents):
     arrays, others, (d_values, d_means) = self.inputs(lengths)
     if documents:
