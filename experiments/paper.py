@@ -6,21 +6,19 @@ Every setting of the model and of its training is a flag: --config.d_model=512 -
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import dataclasses
 import functools
 import math
 import os
 import pathlib
 import shlex
 import sys
-import types
-import typing
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import flags
 import jax
 
 from experiments import launcher
+from experiments import settings
 import tvq_haiku as tvq
 from tvq_haiku import checkpoints
 from tvq_haiku import data
@@ -34,9 +32,12 @@ from tvq_haiku import residuals
 from tvq_haiku import sharding
 from tvq_haiku import summary
 from tvq_haiku import transformer
+from tvq_haiku import validations
 from tvq_haiku.data import sources
 from tvq_haiku.data import token_files
 from tvq_haiku.data import vocabulary
+
+flags.adopt_module_key_flags(settings)  # so that --help lists them
 
 _COMMAND = flags.DEFINE_enum(
     "command", "train", ("train", "validation", "test", "sample", "train_vocab", "export", "info"),
@@ -54,7 +55,6 @@ _SMOKE = flags.DEFINE_boolean(
     "smoke", False, "A tiny model on little embedded data: the path, not the result.")
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seeds parameters, the order of the data and samples.", lower_bound=0, upper_bound=2**32 - 1)
-_PRECISION = flags.DEFINE_string("precision", None, "Short for --config.precision.")
 _VOCAB = flags.DEFINE_string(
     "vocab", None, "A SentencePiece .model, or 'bytes'; default: what suits the data. Books: "
     "WORKDIR/vocab.model, which is trained if it is missing.")
@@ -139,64 +139,13 @@ TEXT_SMOKE = Sizes(
                     global_batch_size=4))
 
 
-class _Setting(flags.ArgumentParser):
-  """Reads one field of a configuration."""
-
-  def __init__(self, hint: Any):
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    self._is_optional = types.NoneType in kinds
-    self._kind = kinds[0]
-
-  def parse(self, argument: str) -> Any:
-    if self._is_optional and argument.lower() == "none":
-      return None
-    if self._kind is bool:
-      if argument.lower() not in ("true", "false"):
-        raise ValueError("must be true or false")
-      return argument.lower() == "true"
-    try:
-      return self._kind(argument)
-    except ValueError:
-      raise ValueError({int: "must be an integer", float: "must be a number"}[self._kind]) from None
-
-  def flag_type(self) -> str:
-    return self._kind.__name__
-
-
-def _define_settings() -> None:
-  for cls in (tvq.TransformerConfig, tvq.TrainConfig):
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-      flags.DEFINE(_Setting(hints[field.name]), f"config.{field.name}", None,
-                   f"{cls.__name__}.{field.name}; default: of the chosen size.",
-                   serializer=flags.ArgumentSerializer())
-
-
-_define_settings()
-
-
-def _given(cls: type) -> dict[str, Any]:
-  """The fields of `cls` that flags set."""
-  settings = {field.name: flags.FLAGS[f"config.{field.name}"] for field in dataclasses.fields(cls)}
-  given = {name: flag.value for name, flag in settings.items() if flag.present}
-  if cls is tvq.TransformerConfig and _PRECISION.value is not None:
-    given["precision"] = _PRECISION.value
-  return given
-
-
 def _sized(sizes: Sizes) -> tuple[tvq.TransformerConfig, tvq.TrainConfig]:
   """The configurations with what flags set; a shorter training gets a shorter warm-up."""
-  given = _given(tvq.TrainConfig)
-  if "n_max_step" in given:
-    given.setdefault("n_warmup_step", min(sizes.train_cfg.n_warmup_step, given["n_max_step"] // 10))
-  return _changed(sizes.config, _given(tvq.TransformerConfig)), _changed(sizes.train_cfg, given)
-
-
-def _changed(config: Any, given: Mapping[str, Any]) -> Any:
-  try:
-    return config.replace(**given)
-  except ValueError as error:
-    raise flags.IllegalFlagValueError(f"--config: {error}") from error
+  training = settings.given(tvq.TrainConfig)
+  if "n_max_step" in training:
+    training.setdefault("n_warmup_step", min(sizes.train_cfg.n_warmup_step, training["n_max_step"] // 10))
+  return (settings.changed(sizes.config, settings.given(tvq.TransformerConfig)),
+          settings.changed(sizes.train_cfg, training))
 
 
 def launch(paper: Paper) -> None:
@@ -214,7 +163,7 @@ def _main(paper: Paper) -> None:
     raise flags.ValidationError("--coordinator, --n_process and --process need --multihost.")
   place = _Place(paper)
   if command in ("validation", "test", "sample", "export"):
-    run = lib.load(place.workdir, weights=_WEIGHTS.value, changes=_given(tvq.TransformerConfig))
+    run = lib.load(place.workdir, weights=_WEIGHTS.value, changes=settings.given(tvq.TransformerConfig))
     config, train_cfg = run.config, run.train_cfg
   else:
     config, train_cfg = _sized(place.sizes)
@@ -327,7 +276,7 @@ def _train(experiment: lib.Experiment) -> None:
   if made < total:
     print(f"Stopped after {made} of {total} updates and saved. To go on: {_this_command()}")
     return
-  found = checkpoints.validated(experiment.workdir)
+  found = validations.validated(experiment.workdir)
   if found.step < made:
     print(f"Trained: {made} updates; the last validation was broken off. To make up for it: "
           f"{_this_command()}")
@@ -348,12 +297,12 @@ def _measure(experiment: lib.Experiment, run: tvq.Checkpoint, split: str) -> Non
 
 
 def _sample(experiment: lib.Experiment, run: tvq.Checkpoint) -> None:
-  settings = dict(temperature=_TEMPERATURE.value, top_p=_TOP_P.value)
+  drawing = dict(temperature=_TEMPERATURE.value, top_p=_TOP_P.value)
   if experiment.image_size:
-    file = lib.draw_samples(experiment, run, _IMAGES.value, **settings)
+    file = lib.draw_samples(experiment, run, _IMAGES.value, **drawing)
   else:
     prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
-    texts, file = lib.write_samples(experiment, run, prompts, length=_LENGTH.value, **settings)
+    texts, file = lib.write_samples(experiment, run, prompts, length=_LENGTH.value, **drawing)
     print("\n\n".join(texts))
   print(f"Written to {file}")
 

@@ -13,6 +13,7 @@ import tvq_haiku as tvq
 from tvq_haiku import checkpoints
 from tvq_haiku import hosts
 from tvq_haiku import records
+from tvq_haiku import validations
 
 assert place  # a fixture
 
@@ -49,7 +50,7 @@ def assert_same_run(workdir, want):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=f"{name}, {ours['step']}")
   params = [tvq.load_checkpoint(directory).train_state.params for directory in (workdir, want)]
   helpers.assert_trees_close(*params, atol=2e-4)
-  assert checkpoints.validated(workdir)[:2] == checkpoints.validated(want)[:2]
+  assert validations.validated(workdir)[:2] == validations.validated(want)[:2]
 
 
 @pytest.mark.parametrize("n, mesh", [(2, ""), (4, "--mesh=fsdp:2,model:2")])

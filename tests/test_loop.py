@@ -22,6 +22,7 @@ from tvq_haiku import evaluation
 from tvq_haiku import loop
 from tvq_haiku import reports
 from tvq_haiku import train
+from tvq_haiku import validations
 
 CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
 make_batches = helpers.run_batches
@@ -79,7 +80,7 @@ def test_the_last_batch_is_finished_and_validation_keeps_the_best(finished, tmp_
                  validate_every=4, log_every=4,
                  record=lambda step, values: lines.append((step, dict(values))))
   assert int(end.train_state.step) == 12
-  assert checkpoints.validated(tmp_path) == (12, 8, 2.0)
+  assert validations.validated(tmp_path) == (12, 8, 2.0)
   assert int(tvq.load_checkpoint(tmp_path / "best").train_state.step) == 8
   assert [line for line in lines if "validation_loss_lm" in line[1]] == [
       (step, {"validation_loss_lm": loss}) for step, loss in ((4, 3.0), (8, 2.0), (12, 2.5))]
@@ -133,21 +134,21 @@ def test_validation_that_was_broken_off_is_made_up_for(tmp_path):
   validate = validator(found, asked=[0, 2, 9, 9])  # the second one is asked to stop
   for step, best in ((8, 3.0), (12, 1.0)):
     now = loop.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=validate, validate_every=4)
-    assert int(now.train_state.step) == step and checkpoints.validated(tmp_path).best_loss == best
+    assert int(now.train_state.step) == step and validations.validated(tmp_path).best_loss == best
   assert not found  # one for each of 4, 8 and 12
 
 
 def test_best_that_was_saved_but_not_noted_is_noted(tmp_path):
   state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))._replace(step=jnp.int32(4))
   now = tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 2)
-  assert checkpoints.keep_best(tmp_path, now, 2.0)
+  assert validations.keep_best(tmp_path, now, 2.0)
   (tmp_path / "validation.json").unlink()  # as if the process had died before writing it
-  assert checkpoints.keep_best(tmp_path, now, 2.0)
-  assert not checkpoints.keep_best(tmp_path, now, float("nan"))
-  assert checkpoints.validated(tmp_path) == (4, 4, 2.0)
+  assert validations.keep_best(tmp_path, now, 2.0)
+  assert not validations.keep_best(tmp_path, now, float("nan"))
+  assert validations.validated(tmp_path) == (4, 4, 2.0)
   (tmp_path / "validation.json").write_text("{")
   with pytest.raises(tvq.CheckpointError, match=r"validation\.json is damaged"):
-    checkpoints.validated(tmp_path)
+    validations.validated(tmp_path)
 
 
 def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import signal
+import time
 
 import pytest
 
@@ -112,6 +113,21 @@ def test_interrupted_text_says_how_to_go_on(place):
   out, _ = process.communicate(timeout=120)
   assert process.returncode == 0
   assert re.search(r"Stopped after \d+ of 2000 updates and saved. To go on: " + re.escape(command), out)
+
+
+def test_a_second_interrupt_ends_at_once_and_leaves_what_was_saved(place):
+  command = TEXT.replace("=wiki", "=twice") + " --config.n_max_step=40000 --save_seconds=0"
+  process = start(command, place)
+  saved = place / "twice" / "checkpoints"
+  while not (saved.exists() and any(path.name.isdigit() for path in saved.iterdir())):
+    assert process.poll() is None
+    time.sleep(0.01)
+  while process.poll() is None:  # the first asks, the next ends it, wherever it is
+    process.send_signal(signal.SIGINT)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == -signal.SIGINT or "Stopped after" in out
+  status, out, err = run(command.replace("n_max_step=40000", "n_max_step=40000 --command=validation"), place)
+  assert status == 0 and "is damaged" not in err, err
 
 
 @pytest.mark.parametrize("name, count", [("enwik8", "187,679,750"), ("pg19", "1,314,659,584"),

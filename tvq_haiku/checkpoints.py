@@ -4,17 +4,14 @@
   checkpoints/<step>/    parameters, optimizer, step, rng and data position, by orbax; and a
                          manifest.json of its files, against which they are held before reading
   damaged/               checkpoints that a run could not go on from
-  best/                  such a directory again: the checkpoint that validation liked best
-  validation.json        what it found, and when
+  best/                  such a directory again: see `validations`
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
-import itertools
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -37,7 +34,6 @@ Array = jax.Array
 
 BEST = "best"
 _CONFIG = "config.json"
-_VALIDATION = "validation.json"
 _STEPS = "checkpoints"
 _ITEM = "default"  # orbax's name for all of a checkpoint
 _DAMAGED = "damaged"
@@ -170,7 +166,7 @@ class Writer:
       if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.is_alone():
         raise  # another host is gone
       what = "checkpoints" if step is None else f"the checkpoint of step {step}"
-      raise OSError(f"{what} cannot be written to {self._path / _STEPS}: {_first_line(error)}") from error
+      raise OSError(f"{what} cannot be written to {self._path / _STEPS}: {first_line(error)}") from error
 
 
 def save_checkpoint(directory: str | os.PathLike, checkpoint: Checkpoint, *,
@@ -178,52 +174,6 @@ def save_checkpoint(directory: str | os.PathLike, checkpoint: Checkpoint, *,
   """Writes one checkpoint, and returns when it is there: see `Writer`."""
   with Writer(directory, checkpoint.config, checkpoint.train_cfg, max_to_keep=max_to_keep) as writer:
     writer.save(checkpoint)
-
-
-class Validated(NamedTuple):
-  """What validation found so far."""
-
-  step: int = -1  # of the last one
-  best_step: int = -1
-  best_loss: float = math.inf
-
-
-def validated(directory: str | os.PathLike) -> Validated:
-  """What `keep_best` noted in the directory of a run."""
-  file = pathlib.Path(directory) / _VALIDATION
-  if not file.exists():
-    return Validated()
-  try:
-    return Validated(**json.loads(file.read_text()))
-  except (TypeError, ValueError) as error:
-    raise CheckpointError(f"{file} is damaged: {_first_line(error)}. Remove it, and {BEST}/ beside "
-                          "it, to begin validation anew.") from error
-
-
-def keep_best(directory: str | os.PathLike, checkpoint: Checkpoint, loss: float) -> bool:
-  """Notes what validation found, and saves the checkpoint under `best` if it is the best so far.
-
-  Args:
-    directory: of the run.
-    checkpoint: what was validated.
-    loss: on the validation split; less is better.
-
-  Returns:
-    Whether it is.
-  """
-  path, step = pathlib.Path(directory), int(checkpoint.train_state.step)
-  before = validated(path)
-  better = bool(hosts.told(loss < before.best_loss))
-  if better:
-    # Later ones are from before the run went back to an older checkpoint. And it is there already if
-    # the process died before it was noted.
-    set_aside(path / BEST, after=step)
-    if step not in steps(path / BEST):
-      save_checkpoint(path / BEST, checkpoint, max_to_keep=1)
-  now = Validated(step, step, loss) if better else before._replace(step=step)
-  if hosts.is_first():
-    files.write_whole(path / _VALIDATION, json.dumps(now._asdict()))
-  return better
 
 
 def exists(directory: str | os.PathLike) -> bool:
@@ -255,7 +205,7 @@ def load_config(directory: str | os.PathLike) -> tuple[TransformerConfig, TrainC
             TrainConfig.from_json(json.dumps(both["train"])))
   except (KeyError, TypeError, ValueError) as error:
     raise CheckpointError(f"{file} is not a configuration that this version reads: "
-                          f"{_first_line(error)}") from error
+                          f"{first_line(error)}") from error
 
 
 def steps(directory: str | os.PathLike) -> list[int]:
@@ -316,23 +266,19 @@ def load_checkpoint(directory: str | os.PathLike, step: int | None = None, *,
 
 
 def set_aside(directory: str | os.PathLike, *, after: int) -> None:
-  """Moves the checkpoints of later steps, which could not be read, to damaged/."""
+  """Moves the checkpoints of later steps, from which the run does not go on, to damaged/."""
   path = pathlib.Path(directory).absolute()
-  if hosts.is_first():
-    for step in steps(path):
-      if step > after:
-        (path / _DAMAGED).mkdir(exist_ok=True)
-        for i in itertools.count(1):
-          place = path / _DAMAGED / (str(step) if i == 1 else f"{step}-{i}")
-          if not place.exists():
-            with contextlib.suppress(OSError):
-              (path / _STEPS / str(step)).chmod(0o755)  # or it cannot be moved
-            try:
-              (path / _STEPS / str(step)).rename(place)
-            except OSError as error:
-              raise CheckpointError(f"{path / _STEPS / str(step)} cannot be read, nor moved to {place} "
-                                    f"({error.strerror}). Remove it to go on from step {after}.") from error
-            break
+  later = [step for step in steps(path) if step > after] if hosts.is_first() else []
+  for step in later:
+    (path / _DAMAGED).mkdir(exist_ok=True)
+    place, aside = path / _STEPS / str(step), files.unused(path / _DAMAGED / str(step))
+    try:
+      with contextlib.suppress(OSError):
+        place.chmod(0o755)  # or it cannot be moved
+      place.rename(aside)
+    except OSError as error:
+      raise CheckpointError(f"{place} cannot be used, nor moved to {aside} ({error.strerror}). Remove it to "
+                            f"go on from step {after}.") from error
   hosts.meet("set aside")
 
 
@@ -353,7 +299,7 @@ def _read(path: pathlib.Path, step: int, config: TransformerConfig, train_cfg: T
         progress.say(f"warning: {place} has no {_MANIFEST}: it is read without being checked.")
       files.check_manifest(place, _MANIFEST)
     except (OSError, ValueError) as error:
-      problem = _first_line(error).rstrip(".")
+      problem = first_line(error).rstrip(".")
   if hosts.told(bool(problem)):
     raise CheckpointError(f"{place} is damaged or incomplete: {problem}.")
   try:
@@ -362,7 +308,7 @@ def _read(path: pathlib.Path, step: int, config: TransformerConfig, train_cfg: T
   except Exception as error:  # orbax and tensorstore raise whatever they like
     if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.is_alone():
       raise  # another host is gone
-    reason = _first_line(error).rstrip(".")
+    reason = first_line(error).rstrip(".")
     raise CheckpointError(f"{place} is damaged or incomplete: {reason}.") from error
   state = train.TrainState(tree["params"], tree["opt_state"], tree["step"])
   return Checkpoint(config, train_cfg, state, jax.random.wrap_key_data(jnp.asarray(tree["rng"])),
@@ -397,7 +343,8 @@ def _orbax() -> Any:
   return extras.load("orbax.checkpoint", extra="train", purpose="checkpoints")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+  """What an error says, in short."""
   text = str(error).strip()
   if "No space left" in text:
     return "no space left on the device"

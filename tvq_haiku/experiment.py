@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import pathlib
 from typing import Any
@@ -281,8 +280,4 @@ def draw_samples(experiment: Experiment, run: checkpoints.Checkpoint, n: int,
 
 def _sample_file(experiment: Experiment, run: checkpoints.Checkpoint, ending: str) -> pathlib.Path:
   directory = files.prepare_directory(experiment.workdir / _SAMPLES)
-  name = f"step-{int(run.train_state.step)}-seed-{experiment.seed}"
-  for i in itertools.count(1):
-    file = directory / (f"{name}.{ending}" if i == 1 else f"{name}-{i}.{ending}")
-    if not file.exists():
-      return file
+  return files.unused(directory / f"step-{int(run.train_state.step)}-seed-{experiment.seed}.{ending}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -39,6 +40,14 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
     raise OSError(f"cannot write {file}: {error.strerror}.") from error
   finally:
     draft.unlink(missing_ok=True)
+
+
+def unused(path: pathlib.Path) -> pathlib.Path:
+  """`path`, or, if it is there already, the first of path-2, path-3, ... that is not."""
+  for i in itertools.count(1):
+    place = path if i == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
+    if not place.exists():
+      return place
 
 
 @contextlib.contextmanager

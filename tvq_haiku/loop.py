@@ -22,6 +22,7 @@ from tvq_haiku import progress
 from tvq_haiku import reports
 from tvq_haiku import sharding
 from tvq_haiku import train
+from tvq_haiku import validations
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing
 from tvq_haiku.data import prefetch
@@ -83,13 +84,12 @@ def start(config: TransformerConfig, train_cfg: TrainConfig, workdir: str | os.P
   init_rng, rng = jax.random.split(jax.random.key(seed))
   if checkpoints.exists(workdir):
     checkpoints.check_same_run(workdir, config, train_cfg)
-    if checkpoints.latest_step(workdir) is not None:
-      saved = checkpoints.load_checkpoint(workdir, mesh=mesh)
-      if (jax.random.key_data(saved.rng) != jax.random.key_data(rng)).any():
-        raise checkpoints.CheckpointError(
-            f"{workdir} holds a run of another seed than {seed}. Use its seed, or another directory.")
-      checkpoints.set_aside(workdir, after=int(saved.train_state.step))
-      return saved
+    saved = checkpoints.load_checkpoint(workdir, mesh=mesh)
+    if (jax.random.key_data(saved.rng) != jax.random.key_data(rng)).any():
+      raise checkpoints.CheckpointError(
+          f"{workdir} holds a run of another seed than {seed}. Use its seed, or another directory.")
+    checkpoints.set_aside(workdir, after=int(saved.train_state.step))
+    return saved
   hosts.meet("start")  # before anyone writes
   state = train.init_train_state(config, train_cfg, init_rng, params, mesh=mesh)
   return checkpoints.Checkpoint(config, train_cfg, state, rng, 0)
@@ -176,7 +176,7 @@ def fit(
         prefetch.to_device(batches, place=place) as ready,
         progress.show("training", n_batches * per_batch, now.data_step * per_batch,
                       enabled=hosts.is_first()) as shown):
-    votes, stop = hosts.Votes(), False
+    votes = hosts.Votes()
     report = reports.Report(config, train_cfg, shown, record, token_name=token_name,
                             peak_flops=peak_flops, is_shown=hosts.is_first())
 
@@ -186,7 +186,7 @@ def fit(
       found = validate(now.train_state.params, hosts.SharedRequest(request))
       if found is not None:
         report.validation(int(now.train_state.step), found)
-        checkpoints.keep_best(workdir, now, found["loss_lm"])
+        validations.keep_best(workdir, now, found["loss_lm"])
       return found is not None
 
     def judge(batch: Any, before: train.TrainState | None = None) -> None:
@@ -251,4 +251,4 @@ def _numerical_error(config: TransformerConfig, train_cfg: TrainConfig, workdir:
 
 
 def _was_validated(workdir: os.PathLike, now: checkpoints.Checkpoint) -> bool:
-  return checkpoints.validated(workdir).step >= int(now.train_state.step)
+  return validations.validated(workdir).step >= int(now.train_state.step)

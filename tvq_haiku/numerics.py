@@ -29,12 +29,12 @@ def first_non_finite(config: TransformerConfig, params: Any, rng: Array, batch: 
   computation and without compiling, then at the losses, and last at the gradients.
 
   Args:
-    config: the model.
-    params: its parameters.
-    rng: seeds dropout.
-    batch: [B, T].
-    state: before it.
-    sequence_rng: see `Transformer`.
+    config: as in `gradients.of_loss`, like all that follow.
+    params: of the model.
+    rng: of dropout.
+    batch: of the window.
+    state: before the window.
+    sequence_rng: of the sequence's own masks.
 
   Returns:
     Such as "output of transformer/layers/attention_1/q in layer 2: 3 of 4096 values"; None if all is

@@ -28,6 +28,7 @@ from experiments import launcher
 import tvq_haiku as tvq
 from tvq_haiku import checkpoints
 from tvq_haiku import records
+from tvq_haiku import validations
 
 _KILLS = flags.DEFINE_integer("kills", 30, "How often.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
@@ -106,7 +107,7 @@ def _in_checkpoint(workdir: pathlib.Path, rng: random.Random) -> Callable[[], bo
 
 def _in_evaluation(workdir: pathlib.Path, rng: random.Random) -> Callable[[], bool]:
   """Between the checkpoint that precedes a validation and what it finds."""
-  known = checkpoints.validated(workdir).step
+  known = validations.validated(workdir).step
   delay = rng.uniform(0.0, 0.15)
   due = (max(known, 0) // 200 + 1) * 200
   since: list[float] = []
@@ -148,7 +149,7 @@ def _compare(peaceful: pathlib.Path, killed: pathlib.Path) -> None:
             for record in records.read_records(workdir)] for workdir in (peaceful, killed)]
   if lines[0] != lines[1]:
     raise ValueError("the records are other ones.")
-  if checkpoints.validated(peaceful) != checkpoints.validated(killed):
+  if validations.validated(peaceful) != validations.validated(killed):
     raise ValueError("another checkpoint is the best.")
 
 
