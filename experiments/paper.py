@@ -250,8 +250,8 @@ class _Place:
 
 def _train(experiment: lib.Experiment) -> None:
   config, train_cfg = experiment.config, experiment.train_cfg
-  n_device = experiment.mesh.size if experiment.mesh else 1
-  need = sum(summary.training_bytes(config, train_cfg).values()) / n_device
+  sizes = dict(experiment.mesh.shape) if experiment.mesh else None
+  need = sum(plans.plan(config, train_cfg, sizes).memory.values())
   if need > (have := residuals.memory_bytes(jax.devices()[0])):
     progress.say(f"this needs about {need / 1e9:,.0f} GB of memory, and there are {have / 1e9:,.0f}: "
                  "--size=cpu begins with a small model.")

@@ -14,6 +14,7 @@ from tvq_haiku import data
 from tvq_haiku import experiment as lib
 from tvq_haiku import files
 from tvq_haiku import records
+from tvq_haiku import plans
 from tvq_haiku import summary
 from tvq_haiku.data import miniature
 
@@ -233,7 +234,7 @@ def test_a_summary_counts_what_there_is(runs):
   assert summary.n_params(CONFIG) == sum(x.size for x in jax.tree.leaves(run.train_state.params))
   assert summary.state_bytes(CONFIG) == sum(
       x.size * x.dtype.itemsize for x in jax.tree.leaves(tvq.initial_state(CONFIG, 1)))
-  parts = summary.training_bytes(CONFIG, TRAIN)
+  parts = plans.plan(CONFIG, TRAIN).memory
   assert parts["parameters"] == 4 * summary.n_params(CONFIG) and min(parts.values()) > 0
   text = summary.describe_model(CONFIG, TRAIN)
   assert f"{summary.n_params(CONFIG):,}" in text and "d_model           16" in text
@@ -252,4 +253,4 @@ def test_training_memory_is_about_what_is_compiled():
   program = step.lower(state, {"inputs": tokens, "targets": tokens}, jax.random.key(0)).compile()
   memory = program.memory_analysis()
   compiled = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  assert 0.5 < sum(summary.training_bytes(config, train_cfg).values()) / compiled < 2.0
+  assert 0.5 < sum(plans.plan(config, train_cfg).memory.values()) / compiled < 2.0

@@ -10,6 +10,7 @@ Per device, of one update with n = data·fsdp devices for the rows, P parameters
   data sends and gets     2 (n-1)/n P of gradients in float32
   model sends and gets    for each of the 2N branches, 2 (m-1)/m of its rows' [tokens, D], forward and
                           backward
+  sequence sends and gets log2(n) + 1 times a state, forward and backward
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Plan(NamedTuple):
   n_token: int  # of the window, on this device
 
 
-def plan(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int]) -> Plan:
-  """The plan for a mesh of `sizes`.
+def plan(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int] | None = None) -> Plan:
+  """The plan for a mesh of `sizes`; None: one device.
 
   `remat='auto'` stands for what it would be on a device like this one.
 
@@ -45,44 +46,38 @@ def plan(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, 
   >>> found.n_token, found.memory["parameters"] // 10**6, found.traffic["fsdp"] // 10**8
   (4096, 95, 103)
   """
+  sizes = sizes or {"data": 1}
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
   train.check_sizes(config, train_cfg, mesh)
   state = train.train_state_shapes(config, train_cfg)
   shardings = sharding.train_state_shardings(state, mesh)
-  parameters = _local_bytes(state.params, shardings.params)
-  rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
-  model, pieces = sizes.get("model", 1), sizes.get("sequence", 1)
-  n_token = train_cfg.global_batch_size * train_cfg.update_len // (rows * pieces * train_cfg.n_accumulate)
-  size, item = config.compute_dtype.itemsize, n_param_bytes(state.params)
+  parameters, whole = _local_bytes(state.params, shardings.params), n_bytes(state.params)  # of float32
+  data, fsdp, model, pieces = (sizes.get(axis, 1) for axis in sharding.AXES)
+  n_part = train_cfg.n_accumulate
+  n_token = train_cfg.global_batch_size * train_cfg.update_len // (data * fsdp * pieces * n_part)
+  size = config.compute_dtype.itemsize
   kept = residuals.residual_bytes(config, n_token) // model
   if residuals.chosen_remat(config, n_token) == "layer":
     kept = kept // config.n_layer + config.n_layer * n_token * config.d_model * size
   states = jax.eval_shape(lambda: transformer.initial_state(config, train_cfg.global_batch_size))
+  remembered = _local_bytes(states, sharding.state_shardings(states, mesh, config.kv_heads))
   memory = dict(
       parameters=parameters, gradients=parameters,
       optimizer=_local_bytes(state.opt_state, shardings.opt_state),
-      layer=item // 4 * size // config.n_layer if sizes.get("fsdp", 1) > 1 else 0,
+      layer=whole // 4 * size // config.n_layer if fsdp > 1 else 0,
       activations=kept, logits=3 * n_token * config.n_vocab * 4 // model,
-      states=_local_bytes(states, sharding.state_shardings(states, mesh, config.kv_heads)))
-  traffic = {}
-  fsdp, data = sizes.get("fsdp", 1), sizes.get("data", 1)
-  if fsdp > 1:
-    gathered = 2 * train_cfg.n_accumulate * item // 4 * size + item
-    traffic["fsdp"] = gathered // model * (fsdp - 1) // fsdp
-  if data > 1:
-    traffic["data"] = 2 * item // (model * fsdp) * (data - 1) // data
-  if model > 1:
-    traffic["model"] = (2 * config.n_layer * 2 * 2 * train_cfg.n_accumulate * n_token * config.d_model * size
-                        * (model - 1) // model)
-  if pieces > 1:
-    one = _local_bytes(states, sharding.state_shardings(states, mesh, config.kv_heads))
-    traffic["sequence"] = 2 * one * (math.ceil(math.log2(pieces)) + 1)
-  return Plan(memory, traffic, n_token)
+      states=remembered)
+  traffic = dict(
+      fsdp=(2 * n_part * whole // 4 * size + whole) // model * (fsdp - 1) // fsdp,
+      data=2 * whole // (model * fsdp) * (data - 1) // data,
+      model=2 * config.n_layer * 4 * n_part * n_token * config.d_model * size * (model - 1) // model,
+      sequence=2 * remembered * (math.ceil(math.log2(pieces)) + 1) if pieces > 1 else 0)
+  return Plan(*({name: n for name, n in parts.items() if n} for parts in (memory, traffic)), n_token)
 
 
-def n_param_bytes(params: Any) -> int:
-  """Of all parameters, whole."""
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
+def n_bytes(tree: Any) -> int:
+  """Of all arrays, or shapes, whole."""
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _local_bytes(shapes: Any, shardings: Any) -> int:

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 
 from tvq_haiku import flops
-from tvq_haiku import residuals
-from tvq_haiku import train
+from tvq_haiku import plans
 from tvq_haiku import transformer
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data.token_files import Facts
@@ -27,29 +26,12 @@ def n_params(config: TransformerConfig) -> int:
 
 def state_bytes(config: TransformerConfig) -> int:
   """What the model remembers of one row, at any length of context."""
-  return _bytes(jax.eval_shape(lambda: transformer.initial_state(config, 1)))
-
-
-def training_bytes(config: TransformerConfig, train_cfg: TrainConfig) -> dict[str, int]:
-  """About what a training step needs, by what it is for.
-
-  >>> sorted(training_bytes(TransformerConfig.tiny(), TrainConfig()))
-  ['activations', 'gradients', 'logits', 'optimizer', 'parameters', 'states']
-  """
-  state = jax.eval_shape(lambda: train.init_train_state(config, train_cfg, jax.random.key(0)))
-  parameters = _bytes(state.params)
-  n_token = train_cfg.global_batch_size * train_cfg.update_len
-  kept = residuals.residual_bytes(config, n_token)
-  if residuals.chosen_remat(config, n_token) == "layer":
-    kept = kept // config.n_layer + config.n_layer * n_token * config.d_model * config.compute_dtype.itemsize
-  return dict(
-      parameters=parameters, gradients=parameters, optimizer=_bytes(state.opt_state), activations=kept,
-      logits=3 * n_token * config.n_vocab * 4, states=train_cfg.global_batch_size * state_bytes(config))
+  return plans.n_bytes(jax.eval_shape(lambda: transformer.initial_state(config, 1)))
 
 
 def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
   """The resolved configuration, and what it amounts to."""
-  parts = training_bytes(config, train_cfg)
+  parts = plans.plan(config, train_cfg).memory
   forward = 2 * flops.forward_multiply_adds(config, train_cfg.sequence_len) / train_cfg.sequence_len
   tokens = train_cfg.global_batch_size * train_cfg.update_len
   return "\n".join([
@@ -74,10 +56,6 @@ def describe_data(name: str, facts: Facts, *, has_words: bool = True) -> str:
 
 def _settings(config: Any) -> list[str]:
   return [f"  {field.name:<18}{getattr(config, field.name)}" for field in dataclasses.fields(config)]
-
-
-def _bytes(tree: Any) -> int:
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _size(n: int) -> str:
