@@ -146,6 +146,7 @@ def _tensorboard(directory: pathlib.Path, step: int, stack: contextlib.ExitStack
     return files_of.EventsWriter(str(directory / "events"), f".{uuid.uuid4().hex[:8]}")
 
   writer, written = opened(), 0
+  _remove_oldest(directory)
   if goes_on:  # of an earlier process, what comes after `step` is forgotten
     session = event_of.SessionLog(status=event_of.SessionLog.START)
     writer.write_event(event_of.Event(wall_time=time.time(), step=step + 1, session_log=session))
