@@ -2,6 +2,7 @@ import atexit
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -21,6 +22,10 @@ import pytest
 
 # Tests import their helpers by name; the package itself is the installed one.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+# Whoever starts the tests in the background may have it ignored, and so would commands that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # For tests of meshes.
 jax.config.update("jax_num_cpu_devices", 8)
