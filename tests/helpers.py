@@ -55,7 +55,7 @@ def assert_trees_close(got, want, atol=2e-5, rtol=1e-5):
 
 
 VARIANTS = {
-    "plain": dict(),
+    "plain": dict(n_layer=2),
     "heads": dict(n_head=2, d_v=32),
     "absolute": dict(pe_abs=True, e_tie=True, e_preln=True, e_scale=0.3),
     "long memory": dict(block_len=4, mem_len=24),
@@ -66,7 +66,7 @@ VARIANTS = {
     "scan": dict(reduction="scan", block_len=4),
     "matmul": dict(reduction="matmul", block_len=5),
     "assoc_scan": dict(reduction="assoc_scan", block_len=4, mem_len=6),
-    "mha": dict(head_type="mha", n_head=2, d_v=8, reduction="serial"),
+    "mha": dict(head_type="mha", n_head=2, d_v=8, reduction="serial", n_layer=2),
     "mqa": dict(head_type="mqa", n_head=2, d_v=8, reduction="matmul", block_len=4),
     "grouped": dict(head_type="mha", n_head=4, n_kv_head=2, d_v=4, reduction="scan"),
     "full": dict(attn_type="full", mem_len=64),
@@ -75,8 +75,9 @@ VARIANTS = {
 
 
 def tiny(**changes):
+  """One layer, for two take twice as long to compile; where depth matters, tests ask for it."""
   return tvq.TransformerConfig.tiny(**{
-      **dict(n_vocab=11, d_model=16, d_k=8, d_v=16, n_code=6, block_len=8, mem_len=8), **changes})
+      **dict(n_vocab=11, d_model=16, d_k=8, d_v=16, n_code=6, n_layer=1, block_len=8, mem_len=8), **changes})
 
 
 # A run of seconds: six batches of two updates.

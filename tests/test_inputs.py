@@ -35,7 +35,7 @@ class TestBadInput:
 
   @pytest.mark.parametrize("other, batch, field", [
       (tiny(n_code=7), 2, "cache_counts"), (tiny(mem_len=4), 2, "memory_codes"),
-      (tiny(n_layer=1), 2, "position"), (tiny(), 3, "document"),
+      (tiny(n_layer=2), 2, "position"), (tiny(), 3, "document"),
       (tiny(precision="bfloat16"), 2, "memory_values")])
   def test_state_of_another_config_or_batch(self, other, batch, field):
     with pytest.raises(ValueError, match=field):

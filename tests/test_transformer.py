@@ -98,7 +98,7 @@ def test_every_parameter_gets_a_gradient_and_state_changes_the_output():
 
 
 def test_dropout_is_reproducible_and_windows_share_their_sequence_masks():
-  config = tiny(p_droplyr=0.5, p_dropsin=0.3)
+  config = tiny(n_layer=2, p_droplyr=0.5, p_dropsin=0.3)
   params = helpers.random_params(config)
   tokens = helpers.random_tokens(config, 4, 40)
   model = tvq.make_transformer(config)
@@ -228,8 +228,9 @@ NAMES = helpers.GOLDEN / "parameters.json"
 
 
 def parameter_names():
-  configs = {"untied": tiny(), "tied": tiny(**VARIANTS["absolute"]), "mqa": tiny(**VARIANTS["mqa"]),
-             "full": tiny(**VARIANTS["full"])}
+  configs = {"untied": tiny(n_layer=2), "tied": tiny(n_layer=2, **VARIANTS["absolute"]),
+             "mqa": tiny(n_layer=2, **VARIANTS["mqa"]),
+             "full": tiny(n_layer=2, **VARIANTS["full"])}
   return {key: {f"{module}:{name}": list(leaf.shape) for module, leaves in
                 sorted(tvq.params_shapes(config).items()) for name, leaf in
                 sorted(leaves.items())} for key, config in configs.items()}
