@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
@@ -30,10 +30,21 @@ from tvq_haiku.block_attention import AttentionState
 from tvq_haiku.block_attention import vq_attention
 from tvq_haiku.blocks import Tokens
 from tvq_haiku.cache import Cache
+from tvq_haiku.full_attention import full_attention
+from tvq_haiku.full_attention import FullOutput
 
 Array = jax.Array
 
 SEQUENCE = "sequence"
+
+
+class _Operands(NamedTuple):
+  """What attentions take by position."""
+
+  q: Array
+  k: Array
+  v: Array
+  codebook: Array | None = None
 
 
 def attend(attention: Callable[..., Any], q: Array, k: Array, v: Array, *codebook: Array,
@@ -48,7 +59,7 @@ def attend(attention: Callable[..., Any], q: Array, k: Array, v: Array, *codeboo
     k: [B, T, G, K].
     v: [B, T, G, V].
     *codebook: [G, S, K], for `vq_attention`.
-    state: as the attention takes it.
+    state: as the attention takes it; None only of an encoder.
     segment_ids: [B, T].
     lengths: [B].
     content_bias: [H, K].
@@ -64,15 +75,17 @@ def attend(attention: Callable[..., Any], q: Array, k: Array, v: Array, *codeboo
                 position_bias=position_bias, relative_keys=relative_keys)
   if not sizes:
     return attention(q, k, v, *codebook, **arrays, **settings)
-  n_piece = sizes.get(SEQUENCE, 1)
-  if attention is vq_attention and settings.get("is_causal", True):
-    attention = functools.partial(_attend_piece, n_piece=n_piece)
-    M = state.memory_docs.shape[1]
-    cut = SEQUENCE if q.shape[1] % n_piece == 0 and q.shape[1] // n_piece >= M else None
-    if cut is None:
-      attention = vq_attention
+  is_causal, n_piece = settings.get("is_causal", True), sizes.get(SEQUENCE, 1)
+  state_after = state if is_causal else None
+  values = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype)
+  cut = None
+  if attention is full_attention:
+    out = FullOutput(values, state_after)
   else:
-    cut = None
+    out = AttentionOutput(values, jax.ShapeDtypeStruct(k.shape[:3], jnp.int32), state_after)
+    # Windows come from one neighbour; shorter pieces, as of an evaluation's last window, stay whole.
+    if is_causal and q.shape[1] % n_piece == 0 and q.shape[1] // n_piece >= state.memory_docs.shape[1]:
+      cut, attention = SEQUENCE, functools.partial(_attend_piece, n_piece=n_piece)
   heads, width = sharding.HEADS, sharding.WIDTH
   tokens = (sharding.ROWS, cut)
   rules = sharding.STATE_RULES | {
@@ -89,16 +102,13 @@ def attend(attention: Callable[..., Any], q: Array, k: Array, v: Array, *codeboo
 
   specs = functools.partial(jax.tree_util.tree_map_with_path, spec)
 
-  def call(attention: Callable[..., Any], arrays: dict[str, Any]) -> Any:
-    arrays = dict(arrays)
-    positional = [arrays.pop(name) for name in ("q", "k", "v", "codebook") if name in arrays]
-    return attention(*positional, **arrays, **settings)
+  def local(operands: _Operands, arrays: dict[str, Any]) -> Any:
+    return attention(*(x for x in operands if x is not None), **arrays, **settings)
 
-  arrays |= dict(zip(("q", "k", "v", "codebook"), (q, k, v, *codebook)))
-  out = jax.eval_shape(functools.partial(call, vq_attention if cut else attention), arrays)
+  operands = _Operands(q, k, v, *codebook)
   # The derivatives of our own in it do not say along which axes they vary.
-  return jax.shard_map(functools.partial(call, attention), in_specs=(specs(arrays),), out_specs=specs(out),
-                       check_vma=False)(arrays)
+  return jax.shard_map(local, in_specs=(specs(operands), specs(arrays)), out_specs=specs(out),
+                       check_vma=False)(operands, arrays)
 
 
 def _attend_piece(q: Array, k: Array, v: Array, codebook: Array, *, n_piece: int, state: AttentionState,
