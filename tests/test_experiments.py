@@ -103,6 +103,8 @@ def test_compile_time_benchmark_prints_a_table(place):
 
 
 SAMPLE = "python -m experiments.sample --checkpoint=runs/quickstart"
+# A model that has learned little may draw a document's end at any byte, but never finds it likeliest.
+ENDLESS = SAMPLE + " --temperature=0 --length=1000000"
 
 
 def test_a_stream_is_the_text(quickstart, place):
@@ -113,7 +115,7 @@ def test_a_stream_is_the_text(quickstart, place):
 
 
 def test_a_reader_that_goes_away_ends_a_stream_quietly(quickstart, place):
-  process = start(SAMPLE + " --stream --length=100000", place)
+  process = start(ENDLESS + " --stream", place)
   process.stdout.read(1)
   process.stdout.close()
   assert process.wait(timeout=120) == 128 + signal.SIGPIPE
@@ -122,19 +124,19 @@ def test_a_reader_that_goes_away_ends_a_stream_quietly(quickstart, place):
 
 
 def test_a_conversation_survives_an_interrupted_reply(quickstart, place):
-  process = start(SAMPLE + " --interactive --length=1000000", place, stdin=subprocess.PIPE)
+  process = start(ENDLESS + " --interactive", place, stdin=subprocess.PIPE)
   for prompt in ("Anne said", "Bath"):
     process.stdin.write(prompt + "\n")
     process.stdin.flush()
     assert process.stdout.read(1)  # it writes
     process.send_signal(signal.SIGINT)
+    process.stdout.readline()  # it has ended
   out, err = process.communicate(timeout=120)
-  assert process.returncode == 0 and not err, err
-  assert out.count("\n") >= 2
+  assert process.returncode == 0 and not out + err, out + err
 
 
 def test_interrupted_sampling_is_one_line(quickstart, place):
-  process = start(SAMPLE + " --stream --length=1000000", place)
+  process = start(ENDLESS + " --stream", place)
   process.stdout.read(1)
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=120)
