@@ -3,6 +3,7 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 
@@ -14,8 +15,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Tiny programs cost more to compile than to run.
+# Tiny programs cost more to compile than to run. A release that lacks the flag refuses to start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+if "XLA_FLAGS" not in os.environ:
+  os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+  if subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], capture_output=True).returncode:
+    os.environ["XLA_FLAGS"] = ""
 
 import jax
 import pytest

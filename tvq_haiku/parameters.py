@@ -60,9 +60,9 @@ def import_params(file: str | os.PathLike) -> tuple[TransformerConfig, Any]:
     ValueError: it is damaged, or something else.
     OSError: it cannot be read.
   """
-  content = pathlib.Path(file).read_bytes()
+  content, library = pathlib.Path(file).read_bytes(), _safetensors()
   try:
-    arrays = _safetensors().load(content)
+    arrays = library.load(content)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     settings = header["__metadata__"]
     if settings.get("format") != _FORMAT:
