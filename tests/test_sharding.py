@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -119,9 +120,9 @@ def test_full_attention_on_a_mesh():
 class TestAttention:
   """The pieces of a sequence, against one device: values, state and gradients."""
 
-  def inputs(self, lengths=None):
+  def inputs(self, lengths=None, T=64):
     rng = np.random.default_rng(0)
-    B, T, H, G, K, V, S, M = 2, 64, 2, 2, 4, 6, 5, 7
+    B, H, G, K, V, S, M = 2, 2, 2, 4, 6, 5, 7
 
     def normal(*shape):
       return jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -133,13 +134,13 @@ class TestAttention:
                   position_bias=normal(H, K), lengths=None if lengths is None else jnp.asarray(lengths))
     return arrays, others, (normal(B, T, H, V), normal(B, G, S, V))
 
-  @pytest.mark.parametrize("mesh, lengths, documents", [
-      ("sequence:8", None, None), ("sequence:8", (0, 43), None), ("sequence:8", (50, 8), 3),
-      ("data:2,sequence:2,model:2", (50, 8), 3)])
-  def test_equals_one_device(self, mesh, lengths, documents):
-    arrays, others, (d_values, d_means) = self.inputs(lengths)
+  @pytest.mark.parametrize("mesh, T, lengths, documents", [
+      ("sequence:8", 64, None, None), ("sequence:8", 64, (0, 43), None), ("sequence:8", 64, (50, 8), 3),
+      ("data:2,sequence:2,model:2", 64, (50, 8), 3), ("sequence:8", 24, (20, 8), 3)])
+  def test_equals_one_device(self, mesh, T, lengths, documents):
+    arrays, others, (d_values, d_means) = self.inputs(lengths, T)
     if documents:
-      docs = np.random.default_rng(1).integers(0, documents, (2, 64))
+      docs = np.random.default_rng(1).integers(0, documents, (2, T))
       others["segment_ids"] = jnp.asarray(np.sort(docs, axis=1), jnp.int32)
 
     def attend(arrays, others, mesh):
@@ -149,8 +150,8 @@ class TestAttention:
 
       def loss(arrays, others):
         out = function(arrays, others)
-        is_read = jnp.arange(64) < (64 if lengths is None else others["lengths"][:, None])
-        values = jnp.where(jnp.broadcast_to(is_read, (2, 64))[..., None, None], out.values, 0.0)
+        is_read = jnp.arange(T) < (T if lengths is None else others["lengths"][:, None])
+        values = jnp.where(jnp.broadcast_to(is_read, (2, T))[..., None, None], out.values, 0.0)
         return jnp.sum(values * d_values) + jnp.sum(out.state.cache_means * d_means), (values, out.state)
 
       if mesh is not None:
@@ -247,9 +248,19 @@ def test_sizes_that_do_not_go_together(mesh, change, message):
     tvq.make_train_step(CONFIG, TRAIN.replace(**change), mesh)
 
 
-def test_hosts_get_the_rows_of_their_devices():
+def test_hosts_get_the_rows_of_their_devices(monkeypatch):
   assert sharding.host_share(None, 8) == (0, 1)
-  assert sharding.host_share(sharding.make_mesh("data:4,model:2"), 8) == (0, 1)
+  mesh = sharding.make_mesh("data:4,model:2")
+  assert sharding.host_share(mesh, 8) == (0, 1)
+  for first, want in ((4, (1, 2)), (2, None)):
+    rows = {i: (slice(first + 2 * i, first + 2 * i + 2), slice(None)) for i in range(2)}
+    here = types.SimpleNamespace(addressable_devices_indices_map=lambda shape, rows=rows: rows)
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh, n_row, here=here: here)
+    if want:
+      assert sharding.host_share(mesh, 8) == want
+    else:
+      with pytest.raises(ValueError, match="gives this host rows 2 to 6 of 8, which is no even share"):
+        sharding.host_share(mesh, 8)
 
 
 def test_every_parameter_finds_its_rule():

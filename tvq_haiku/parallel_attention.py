@@ -148,7 +148,7 @@ def _attend_piece(q: Array, k: Array, v: Array, codebook: Array, *, n_piece: int
   cache = _from_before(own, 1, n_piece, otherwise=cache)
 
   out = vq_attention(q, k, v, codebook, segment_ids=segment_ids, lengths=here, state=AttentionState(
-      state.position + jnp.minimum(n_read, d * T), memory.codes, memory.keys,
+      state.position + d * T, memory.codes, memory.keys,
       memory.values.astype(state.memory_values.dtype), memory.docs[:, 0],
       cache.counts[:, :, 0], cache.means[:, :, 0], cache.doc[:, 0, 0]), **settings)
   # The state after the row is that of the device where the row ends.
