@@ -237,15 +237,17 @@ def test_meshes_that_cannot_be(text, message):
     sharding.make_mesh(text)
 
 
-@pytest.mark.parametrize("mesh, change, message", [
-    ("data:3", {}, "3 devices cannot share the rows of global_batch_size=8"),
-    ("data:8", dict(n_accumulate=2), "with n_accumulate=2 evenly"),
-    ("model:3", {}, "share neither 1 key/value heads nor d_v=16"),
-    ("sequence:8", dict(update_len=32, sequence_len=32), "update_len=32 in 8 pieces: each must be a"),
+@pytest.mark.parametrize("mesh, model, change, message", [
+    ("data:3", {}, {}, "3 devices cannot share the rows of global_batch_size=8"),
+    ("data:8", {}, dict(n_accumulate=2), "with n_accumulate=2 evenly"),
+    ("model:3", {}, {}, "share neither 1 key/value heads nor d_v=16"),
+    ("sequence:8", dict(mem_len=3), dict(update_len=32), "update_len=32 in 8 pieces: each must be a"),
+    ("sequence:8", dict(block_len=4), dict(update_len=32), "block_len=4 and at least mem_len=8"),
+    ("sequence:8", dict(attn_type="full", mem_len=64), {}, "attn_type='full' must be 'vq'"),
 ])
-def test_sizes_that_do_not_go_together(mesh, change, message):
+def test_sizes_that_do_not_go_together(mesh, model, change, message):
   with pytest.raises(ValueError, match=message):
-    tvq.make_train_step(CONFIG, TRAIN.replace(**change), mesh)
+    tvq.make_train_step(CONFIG.replace(**model), TRAIN.replace(**change), mesh)
 
 
 def test_hosts_get_the_rows_of_their_devices(monkeypatch):

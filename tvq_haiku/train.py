@@ -208,4 +208,5 @@ def check_sizes(config: TransformerConfig, train_cfg: TrainConfig,
                      or span // pieces < config.mem_len):
     raise ValueError(
         f"mesh={sizes}: update_len={span} in {pieces} pieces: each must be a multiple of block_len="
-        f"{config.block_len} and at least mem_len={config.mem_len}, and attn_type={config.attn_type!r} 'vq'.")
+        f"{config.block_len} and at least mem_len={config.mem_len}, and attn_type={config.attn_type!r} must "
+        "be 'vq'.")
