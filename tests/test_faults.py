@@ -61,6 +61,23 @@ class TestSkippedUpdates:
     assert metrics["skipped"].tolist() == [1.0, 0.0]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
+  @pytest.mark.parametrize("module, name", [
+      ("transformer/embedding", "embeddings"), ("transformer/layers/attention_1/quantizer", "c_sum")])
+  def test_a_gradient_alone_skips_an_update(self, monkeypatch, module, name):
+    loss = losses.training_loss
+
+    def strange(config, params, *args, **settings):
+      value, aux = loss(config, params, *args, **settings)
+      p = params[module][name]
+      return value + jnp.sum(jnp.sqrt(p - jax.lax.stop_gradient(p))), aux  # adds 0, with infinite slope
+
+    monkeypatch.setattr(losses, "training_loss", strange)
+    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
+    want = jax.device_get(state.params)
+    state, metrics = tvq.make_train_step(CONFIG, TRAIN)(state, next(helpers.run_batches()), jax.random.key(1))
+    assert np.isfinite(metrics["loss"]).all() and metrics["skipped"].tolist() == [1.0, 1.0]
+    assert_same(state.params, want)
+
   def test_too_many_end_the_run_and_name_the_first_tensor(self, tmp_path, capsys):
     params = poisoned(helpers.random_params(CONFIG))
     begin = loop.start(CONFIG, TRAIN, tmp_path, params=params)
@@ -255,7 +272,6 @@ class TestDamage:
         monkeypatch.setattr(writer._manager, "wait_until_finished", full)
         writer.save(tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
 
-
   def test_the_manifest_does_not_wait_for_the_next_checkpoint(self, tmp_path):
     state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
     with checkpoints.Writer(tmp_path, CONFIG, TRAIN) as writer:
@@ -309,38 +325,3 @@ class TestOtherMeshes:
         train.make_train_step = monkey
       assert int(end.train_state.step) == 2 * stop_at
     helpers.assert_trees_close(end.train_state.params, whole.train_state.params, atol=5e-5)
-
-
-class TestParameters:
-
-  def test_round_trip(self, tmp_path):
-    params = helpers.random_params(CONFIG)
-    tvq.export_params(tmp_path / "a" / "model.safetensors", CONFIG, params)
-    config, again = tvq.import_params(tmp_path / "a" / "model.safetensors")
-    assert config == CONFIG
-    assert_same(again, params)
-    assert os.listdir(tmp_path / "a") == ["model.safetensors"]
-
-  @pytest.mark.parametrize("content", [b"", b"\x08" + b"\0" * 7 + b"{}      ", b"x" * 100])
-  def test_other_files(self, tmp_path, content):
-    (tmp_path / "file").write_bytes(content)
-    with pytest.raises(ValueError, match="file does not hold the parameters of a model"):
-      tvq.import_params(tmp_path / "file")
-
-  def test_truncated(self, tmp_path):
-    file = tmp_path / "file"
-    tvq.export_params(file, CONFIG, helpers.random_params(CONFIG))
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="does not hold"):
-      tvq.import_params(file)
-
-  def test_of_another_configuration(self, tmp_path):
-    with pytest.raises(ValueError, match="params are not of this config"):
-      tvq.export_params(tmp_path / "file", CONFIG.replace(n_code=7), helpers.random_params(CONFIG))
-    assert not (tmp_path / "file").exists()
-
-  def test_a_run_begins_with_them(self, tmp_path):
-    params = helpers.random_params(CONFIG)
-    begin = loop.start(CONFIG, TRAIN, tmp_path, params=params)
-    assert_same(begin.train_state.params, params)
-    assert checkpoints.latest_step(tmp_path) is None
