@@ -324,4 +324,7 @@ class TestOtherMeshes:
       finally:
         train.make_train_step = monkey
       assert int(end.train_state.step) == 2 * stop_at
+    again = tvq.load_checkpoint(tmp_path / "run", mesh=sharding.make_mesh("fsdp:4")).train_state
+    assert again.params["transformer/unembedding"]["kernel"].sharding.spec[0] == "fsdp"
+    assert_same(again, end.train_state)
     helpers.assert_trees_close(end.train_state.params, whole.train_state.params, atol=5e-5)
