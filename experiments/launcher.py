@@ -68,13 +68,13 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
       sys.exit(128 + signal.SIGPIPE)
     except flags.Error as error:
       fail(error, EXIT_BAD_FLAGS)
-    except (ArithmeticError, ImportError, OSError, ValueError) as error:
-      fail(error, EXIT_BAD_INPUT)
-    except RuntimeError as error:
-      if not hosts.is_joined():
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
+      if hosts.is_of_another(error):
+        error = ("stopped, because another process of this run did, or cannot be reached "
+                 f"({str(error)[:300]}). What is saved is whole: start all processes again to go on.")
+      elif isinstance(error, RuntimeError):
         raise
-      fail(f"stopped, because another process of this run did, or cannot be reached ({str(error)[:300]}). "
-           "What is saved is whole: start all processes again to go on from there.", EXIT_BAD_INPUT)
+      fail(error, EXIT_BAD_INPUT)
 
   app.run(guarded, flags_parser=parse)
 

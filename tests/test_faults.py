@@ -281,6 +281,16 @@ class TestDamage:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
+  def test_training_may_go_on_in_the_memory_that_is_written(self, tmp_path):
+    config = CONFIG.replace(n_vocab=50_000)
+    state = tvq.init_train_state(config, TRAIN, jax.random.key(0))
+    want = jax.device_get(jax.tree.map(jnp.copy, state))
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    with checkpoints.Writer(tmp_path, config, TRAIN) as writer:
+      writer.save(tvq.Checkpoint(config, TRAIN, state, jax.random.key(1), 0))
+      jax.block_until_ready(overwrite(state))
+    assert_same(tvq.load_checkpoint(tmp_path).train_state, want)
+
   def test_best_is_what_is_noted_even_if_a_later_one_is_there(self, tmp_path):
     """The process died before it noted its best, and went on from an older checkpoint."""
     state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))

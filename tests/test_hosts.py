@@ -75,8 +75,11 @@ def test_one_is_killed_the_other_stops_and_the_run_goes_on(victim, alone, place,
   results = ended(processes)
   assert time.monotonic() - begin < 60
   _, err, status = results[1 - victim]
-  assert status in (1, -signal.SIGABRT), err
-  assert "another process" in err or "another task died" in err
+  assert status in (1, -signal.SIGABRT), err  # the latter is JAX's, if it learns of it first
+  if status == 1:
+    assert "stopped, because another process of this run did" in err and "Traceback" not in err, err
+  else:
+    assert "another task died" in err, err
   status, out, err = run(f"{COMMAND} --workdir={workdir}", place)  # with one process less
   assert status == 0 and "Trained: 20 updates" in out and "going on after" in err, err
   assert_same_run(workdir, alone)

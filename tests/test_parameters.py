@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import safetensors.numpy as safetensors_numpy
 
 import helpers
 from helpers import assert_same
@@ -41,6 +42,15 @@ def test_of_another_configuration(tmp_path):
   with pytest.raises(ValueError, match="params are not of this config"):
     tvq.export_params(tmp_path / "file", CONFIG.replace(n_code=7), helpers.random_params(CONFIG))
   assert not (tmp_path / "file").exists()
+
+
+def test_parameters_that_are_not_of_the_configuration_beside_them(tmp_path):
+  file = tmp_path / "file"
+  tvq.export_params(file, CONFIG, helpers.random_params(CONFIG))
+  settings = {"format": "tvq_haiku", "config": CONFIG.replace(n_code=7).to_json()}
+  safetensors_numpy.save_file(safetensors_numpy.load_file(file), file, settings)
+  with pytest.raises(ValueError, match=r"does not hold .*: params are not of this config"):
+    tvq.import_params(file)
 
 
 def test_a_run_begins_with_them(tmp_path):

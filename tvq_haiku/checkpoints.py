@@ -108,11 +108,8 @@ class Writer:
     if newest is not None and newest >= step:
       raise CheckpointError(f"{self._path} already holds a checkpoint of step {newest}: one of step {step} "
                             "is not newer. Use another directory.")
-    tree = _to_tree(checkpoint)
-    if jax.default_backend() == "cpu":  # where training goes on in the very memory that is written
-      tree = jax.tree.map(lambda x: x.copy(), tree)
-    with self._named(step):
-      self._manager.save(step, args=_orbax().args.StandardSave(tree), force=True)
+    with self._named(step):  # returns with a copy in the host's memory: training may go on in the device's
+      self._manager.save(step, args=_orbax().args.StandardSave(_to_tree(checkpoint)), force=True)
     self._pending = step
     # The manifest must not wait for the next call: the process may not live to see it.
     self._thread = threading.Thread(target=self._complete, args=(step,), name="checkpoint", daemon=True)
@@ -163,8 +160,8 @@ class Writer:
     try:
       yield
     except Exception as error:
-      if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.is_alone():
-        raise  # another host is gone
+      if hosts.is_of_another(error):
+        raise
       what = "checkpoints" if step is None else f"the checkpoint of step {step}"
       raise OSError(f"{what} cannot be written to {self._path / _STEPS}: {first_line(error)}") from error
 
@@ -306,8 +303,8 @@ def _read(path: pathlib.Path, step: int, config: TransformerConfig, train_cfg: T
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.restore(place / _ITEM, target)
   except Exception as error:  # orbax and tensorstore raise whatever they like
-    if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.is_alone():
-      raise  # another host is gone
+    if hosts.is_of_another(error):
+      raise
     reason = first_line(error).rstrip(".")
     raise CheckpointError(f"{place} is damaged or incomplete: {reason}.") from error
   state = train.TrainState(tree["params"], tree["opt_state"], tree["step"])

@@ -6,6 +6,7 @@ What only one of them may do (files, progress) the first does; what all must do 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 _HEARTBEAT_SECONDS = 20  # until the others learn of a process that no longer answers
 _START_SECONDS = 300
 _NAME = "hosts"
+_PEERS = re.compile("gloo|nccl|coordination service", re.IGNORECASE)  # those who speak to other processes
 
 
 def start(coordinator: str | None = None, n_process: int | None = None, process: int | None = None, *,
@@ -61,6 +63,15 @@ def is_alone() -> bool:
 def is_first() -> bool:
   """Whether this process is the one that writes."""
   return jax.process_index() == 0
+
+
+def is_of_another(error: Exception) -> bool:
+  """Whether an error says that another process is gone; JAX has no type of its own for that.
+
+  >>> is_of_another(ValueError("UNKNOWN: Gloo AllGather failed"))  # nobody was joined
+  False
+  """
+  return is_joined() and (isinstance(error, RuntimeError) or bool(_PEERS.search(str(error))))
 
 
 def meet(name: str) -> None:
