@@ -113,3 +113,11 @@ def test_wishes_of_one_process_are_known_at_once():
   assert votes(True, False) == (True, False)
   assert not hosts.SharedRequest(False) and hosts.SharedRequest(True)
   assert hosts.told(3) == 3 and hosts.is_first() and not hosts.is_joined()
+
+
+def test_whose_fault_it_is(monkeypatch):
+  broken = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+  assert not hosts.is_of_another(broken)
+  monkeypatch.setattr(hosts, "is_joined", lambda: True)
+  assert hosts.is_of_another(broken) and hosts.is_of_another(RuntimeError("any"))
+  assert not hosts.is_of_another(ValueError("No space left on device"))
