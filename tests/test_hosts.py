@@ -120,4 +120,5 @@ def test_whose_fault_it_is(monkeypatch):
   assert not hosts.is_of_another(broken)
   monkeypatch.setattr(hosts, "is_joined", lambda: True)
   assert hosts.is_of_another(broken) and hosts.is_of_another(RuntimeError("any"))
-  assert not hosts.is_of_another(ValueError("No space left on device"))
+  assert not hosts.is_of_another(ValueError("RESOURCE_EXHAUSTED: No space left on device"))
+  assert not hosts.is_of_another(ValueError("/data/gloo/train.txt is empty"))

@@ -17,7 +17,8 @@ import numpy as np
 _HEARTBEAT_SECONDS = 20  # until the others learn of a process that no longer answers
 _START_SECONDS = 300
 _NAME = "hosts"
-_PEERS = re.compile("gloo|nccl|coordination service", re.IGNORECASE)  # those who speak to other processes
+# A status of XLA's, of those who speak to other processes.
+_PEERS = re.compile(r"[A-Z_]+: .*\b(?i:gloo|nccl|coordination service)\b", re.DOTALL)
 
 
 def start(coordinator: str | None = None, n_process: int | None = None, process: int | None = None, *,
@@ -71,7 +72,7 @@ def is_of_another(error: Exception) -> bool:
   >>> is_of_another(ValueError("UNKNOWN: Gloo AllGather failed"))  # nobody was joined
   False
   """
-  return is_joined() and (isinstance(error, RuntimeError) or bool(_PEERS.search(str(error))))
+  return is_joined() and (isinstance(error, RuntimeError) or bool(_PEERS.match(str(error))))
 
 
 def meet(name: str) -> None:
