@@ -9,6 +9,7 @@ import sys
 # module to run, argv[0] is "-m"; an import from elsewhere changes nothing.
 if sys.platform == "linux" and sys.argv[0] == "-m" and "GLIBC_TUNABLES" not in os.environ:
   os.environ["GLIBC_TUNABLES"] = ":".join(
-      f"glibc.malloc.{setting}" for setting in
-      ("hugetlb=1", "mmap_max=0", "arena_max=1", f"trim_threshold={2**46}"))
+    f"glibc.malloc.{setting}"
+    for setting in ("hugetlb=1", "mmap_max=0", "arena_max=1", f"trim_threshold={2**46}")
+  )
   os.execv(sys.executable, sys.orig_argv)

@@ -15,15 +15,20 @@ from absl import flags
 
 from experiments import launcher
 import tvq_haiku as tvq
-from tvq_haiku import files
+from tvq_haiku.utils import files
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
 _DECOMPRESS = flags.DEFINE_boolean("decompress", False, "Turn a compressed file back.")
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "File to write, which must not exist; default: FILE.tvqz, or FILE without it.")
+  "output", None, "File to write, which must not exist; default: FILE.tvqz, or FILE without it."
+)
 _ROWS = flags.DEFINE_integer(
-    "rows", 1, "Pieces read side by side; more are faster, with less context.", lower_bound=1,
-    upper_bound=65_535)
+  "rows",
+  1,
+  "Pieces read side by side; more are faster, with less context.",
+  lower_bound=1,
+  upper_bound=65_535,
+)
 
 _SUFFIX = ".tvqz"
 

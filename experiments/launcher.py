@@ -8,11 +8,9 @@ import signal
 import sys
 import threading
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 
-from tvq_haiku import hosts
+from tvq_haiku.parallel import multihost
 
 EXIT_BAD_INPUT = 1
 EXIT_BAD_FLAGS = 2
@@ -36,7 +34,7 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
   def fail(message: object, status: int) -> None:
     line = " ".join(str(message).split())
     print(f"{name}: {line}", file=sys.stderr, flush=True)
-    if hosts.is_joined():  # a clean end would wait for processes that wait for this one
+    if multihost.is_joined():  # a clean end would wait for processes that wait for this one
       sys.stdout.flush()
       os._exit(status)
     sys.exit(status)
@@ -69,9 +67,11 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
     except flags.Error as error:
       fail(error, EXIT_BAD_FLAGS)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
-      if hosts.is_of_another(error):
-        error = ("stopped, because another process of this run did, or cannot be reached "
-                 f"({str(error)[:300]}). What is saved is whole: start all processes again to go on.")
+      if multihost.is_of_another(error):
+        error = (
+          "stopped, because another process of this run did, or cannot be reached "
+          f"({str(error)[:300]}). What is saved is whole: start all processes again to go on."
+        )
       elif isinstance(error, RuntimeError):
         raise
       fail(error, EXIT_BAD_INPUT)

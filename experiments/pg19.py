@@ -1,33 +1,40 @@
 """The paper's model of books, from their texts to the perplexity of words.
 
-  python -m experiments.pg19 --data_dir=DIRECTORY --command=train_vocab
-  python -m experiments.pg19 --data_dir=DIRECTORY                      # trains, or goes on
-  python -m experiments.pg19 --data_dir=DIRECTORY --command=test
-  python -m experiments.pg19 --command=sample --prompt='It was '
-  python -m experiments.pg19 --smoke                                   # the path, in seconds
+python -m experiments.pg19 --data_dir=DIRECTORY --command=train_vocab
+python -m experiments.pg19 --data_dir=DIRECTORY                      # trains, or goes on
+python -m experiments.pg19 --data_dir=DIRECTORY --command=test
+python -m experiments.pg19 --command=sample --prompt='It was '
+python -m experiments.pg19 --smoke                                   # the path, in seconds
 """
 
 from __future__ import annotations
 
 from absl import flags
 
-from experiments import paper
+from experiments import cli
 import tvq_haiku as tvq
 from tvq_haiku import data
-from tvq_haiku.data import miniature
+from tvq_haiku.data import toy_datasets
 
-_CPU = paper.Sizes(
-    paper.TEXT_CPU.config.replace(n_vocab=4096),
-    paper.TEXT_CPU.train_cfg.replace(n_max_step=2000))
-_SMOKE = paper.Sizes(paper.TEXT_SMOKE.config.replace(n_vocab=512), paper.TEXT_SMOKE.train_cfg)
+_CPU = cli.Sizes(
+  cli.TEXT_CPU.config.replace(n_vocab=4096), cli.TEXT_CPU.train_cfg.replace(n_max_step=2000)
+)
+_SMOKE = cli.Sizes(cli.TEXT_SMOKE.config.replace(n_vocab=512), cli.TEXT_SMOKE.train_cfg)
 
-flags.adopt_module_key_flags(paper)  # so that --help lists them
+flags.adopt_module_key_flags(cli)  # so that --help lists them
 
 if __name__ == "__main__":
-  paper.launch(paper.Paper(
+  cli.launch(
+    cli.Paper(
       name="pg19",
       source=data.Books,
-      smoke_source=lambda place: data.Books(miniature.write_books(place)),
-      sizes={"paper": paper.Sizes(tvq.TransformerConfig.pg19(), tvq.TrainConfig.pg19()),
-             "cpu": _CPU, "smoke": _SMOKE},
-      measures=("word_perplexity", "bits_per_byte"), vocabularies=("pieces", "bytes")))
+      smoke_source=lambda place: data.Books(toy_datasets.write_books(place)),
+      sizes={
+        "paper": cli.Sizes(tvq.TransformerConfig.pg19(), tvq.TrainConfig.pg19()),
+        "cpu": _CPU,
+        "smoke": _SMOKE,
+      },
+      measures=("word_perplexity", "bits_per_byte"),
+      vocabularies=("pieces", "bytes"),
+    )
+  )

@@ -14,18 +14,25 @@ from __future__ import annotations
 
 from absl import flags
 
-from experiments import paper
+from experiments import cli
 import tvq_haiku as tvq
 from tvq_haiku import data
-from tvq_haiku.data import miniature
+from tvq_haiku.data import toy_datasets
 
-flags.adopt_module_key_flags(paper)  # so that --help lists them
+flags.adopt_module_key_flags(cli)  # so that --help lists them
 
 if __name__ == "__main__":
-  paper.launch(paper.Paper(
+  cli.launch(
+    cli.Paper(
       name="text",
       source=data.TextFiles,
-      smoke_source=lambda place: data.TextFiles(miniature.write_text(place, name="text.txt")),
-      sizes={"paper": paper.Sizes(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
-             "cpu": paper.TEXT_CPU, "smoke": paper.TEXT_SMOKE},
-      measures=("bits_per_byte",), vocabularies=("bytes", "pieces")))
+      smoke_source=lambda place: data.TextFiles(toy_datasets.write_text(place, name="text.txt")),
+      sizes={
+        "paper": cli.Sizes(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
+        "cpu": cli.TEXT_CPU,
+        "smoke": cli.TEXT_SMOKE,
+      },
+      measures=("bits_per_byte",),
+      vocabularies=("bytes", "pieces"),
+    )
+  )

@@ -19,7 +19,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 if "XLA_FLAGS" not in os.environ:
   os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
-  if subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], capture_output=True).returncode:
+  if subprocess.run(
+    [sys.executable, "-c", "import jax; jax.devices()"], capture_output=True
+  ).returncode:
     os.environ["XLA_FLAGS"] = ""
 
 import jax

@@ -42,8 +42,10 @@ def random_params(config, seed=0):
       values = 1.0 + 0.3 * np.abs(values)
     return jnp.asarray(values, jnp.float32)
 
-  return {module: {name: draw(name, leaf.shape) for name, leaf in leaves.items()}
-          for module, leaves in tvq.params_shapes(config).items()}
+  return {
+    module: {name: draw(name, leaf.shape) for name, leaf in leaves.items()}
+    for module, leaves in tvq.params_shapes(config).items()
+  }
 
 
 def random_tokens(config, batch, length, seed=0):
@@ -55,43 +57,57 @@ def assert_trees_close(got, want, atol=2e-5, rtol=1e-5):
 
 
 VARIANTS = {
-    "plain": dict(n_layer=2),
-    "heads": dict(n_head=2, d_v=32),
-    "absolute": dict(pe_abs=True, e_tie=True, e_preln=True, e_scale=0.3),
-    "long memory": dict(block_len=4, mem_len=24),
-    "short memory": dict(block_len=16, mem_len=3),
-    "single tokens": dict(block_len=1, mem_len=5),
-    "no cache": dict(agg_cache=False),
-    "crossing": dict(doc_mask=False),
-    "scan": dict(reduction="scan", block_len=4),
-    "matmul": dict(reduction="matmul", block_len=5),
-    "assoc_scan": dict(reduction="assoc_scan", block_len=4, mem_len=6),
-    "mha": dict(head_type="mha", n_head=2, d_v=8, reduction="serial", n_layer=2),
-    "mqa": dict(head_type="mqa", n_head=2, d_v=8, reduction="matmul", block_len=4),
-    "grouped": dict(head_type="mha", n_head=4, n_kv_head=2, d_v=4, reduction="scan"),
-    "full": dict(attn_type="full", mem_len=64),
-    "full mha": dict(attn_type="full", head_type="mha", n_head=2, d_v=8, mem_len=5, block_len=4),
+  "plain": dict(n_layer=2),
+  "heads": dict(n_head=2, d_v=32),
+  "absolute": dict(pe_abs=True, e_tie=True, e_preln=True, e_scale=0.3),
+  "long memory": dict(block_len=4, mem_len=24),
+  "short memory": dict(block_len=16, mem_len=3),
+  "single tokens": dict(block_len=1, mem_len=5),
+  "no cache": dict(agg_cache=False),
+  "crossing": dict(doc_mask=False),
+  "scan": dict(reduction="scan", block_len=4),
+  "matmul": dict(reduction="matmul", block_len=5),
+  "assoc_scan": dict(reduction="assoc_scan", block_len=4, mem_len=6),
+  "mha": dict(head_type="mha", n_head=2, d_v=8, reduction="serial", n_layer=2),
+  "mqa": dict(head_type="mqa", n_head=2, d_v=8, reduction="matmul", block_len=4),
+  "grouped": dict(head_type="mha", n_head=4, n_kv_head=2, d_v=4, reduction="scan"),
+  "full": dict(attn_type="full", mem_len=64),
+  "full mha": dict(attn_type="full", head_type="mha", n_head=2, d_v=8, mem_len=5, block_len=4),
 }
 
 
 def tiny(**changes):
   """One layer, for two take twice as long to compile; where depth matters, tests ask for it."""
-  return tvq.TransformerConfig.tiny(**{
-      **dict(n_vocab=11, d_model=16, d_k=8, d_v=16, n_code=6, n_layer=1, block_len=8, mem_len=8), **changes})
+  return tvq.TransformerConfig.tiny(
+    **{
+      **dict(n_vocab=11, d_model=16, d_k=8, d_v=16, n_code=6, n_layer=1, block_len=8, mem_len=8),
+      **changes,
+    }
+  )
 
 
 # A run of seconds: six batches of two updates.
 RUN = tvq.TransformerConfig.tiny(
-    d_model=16, d_k=8, d_v=16, n_code=6, n_layer=1, block_len=8, mem_len=8, p_dropres=0.1,
-    p_droplyr=0.2)
-RUN_TRAINING = tvq.TrainConfig(n_warmup_step=2, n_max_step=12, sequence_len=32, update_len=16,
-                               global_batch_size=2, lr_max=1e-2)
+  d_model=16,
+  d_k=8,
+  d_v=16,
+  n_code=6,
+  n_layer=1,
+  block_len=8,
+  mem_len=8,
+  p_dropres=0.1,
+  p_droplyr=0.2,
+)
+RUN_TRAINING = tvq.TrainConfig(
+  n_warmup_step=2, n_max_step=12, sequence_len=32, update_len=16, global_batch_size=2, lr_max=1e-2
+)
 
 
 def run_batches():
   text = data.austen()["Emma"][:3000]
-  return data.PackedBatches(data.stream_of([data.ByteVocabulary.encode(text)]), batch_size=2,
-                            sequence_len=32)
+  return data.PackedBatches(
+    data.stream_of([data.ByteVocabulary.encode(text)]), batch_size=2, sequence_len=32
+  )
 
 
 def assert_same(got, want):

@@ -21,8 +21,9 @@ def place(tmp_path_factory):
 
 def start(command, place, **kwargs):
   arguments = [sys.executable if word == "python" else word for word in shlex.split(command)]
-  return subprocess.Popen(arguments, cwd=place, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, **kwargs)
+  return subprocess.Popen(
+    arguments, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+  )
 
 
 def run(command, place, **kwargs):

@@ -4,8 +4,22 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q, k, v, codebook, *, mem_len, block_len=None, is_causal=True, relative_keys=None,
-              content_bias=None, position_bias=None, segment_ids=None, lengths=None, agg_cache=True):
+def attention(
+  q,
+  k,
+  v,
+  codebook,
+  *,
+  mem_len,
+  block_len=None,
+  is_causal=True,
+  relative_keys=None,
+  content_bias=None,
+  position_bias=None,
+  segment_ids=None,
+  lengths=None,
+  agg_cache=True,
+):
   """What `vq_attention` computes from a cold state, and `full_attention` for `codebook=None`.
 
   q [B,T,H,K], k [B,T,G,K], v [B,T,G,V], codebook [G,S,K], relative_keys [M+1 or 2M+1,G,K]. A key
@@ -35,9 +49,10 @@ def attention(q, k, v, codebook, *, mem_len, block_len=None, is_causal=True, rel
   for h in range(H):
     g = h // (H // G)
     scores = jnp.where(
-        in_window,
-        jnp.einsum("bik,bjk->bij", q[:, :, h] + u[h], k[:, :, g]),
-        jnp.einsum("bik,bjk->bij", q[:, :, h] + u[h], jax.lax.stop_gradient(k[:, :, g])))
+      in_window,
+      jnp.einsum("bik,bjk->bij", q[:, :, h] + u[h], k[:, :, g]),
+      jnp.einsum("bik,bjk->bij", q[:, :, h] + u[h], jax.lax.stop_gradient(k[:, :, g])),
+    )
     if relative_keys is not None:
       bias = jnp.einsum("bik,dk->bid", q[:, :, h] + w[h], relative_keys[:, g])
       index = jnp.clip(i - j + (0 if is_causal else mem_len), 0, relative_keys.shape[0] - 1)

@@ -5,7 +5,9 @@ import ctypes
 import os
 
 _VERSION = 0x20080522
-_OVERRIDES = (1 << 1) | (1 << 2)  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: reading what is forbidden
+_OVERRIDES = (1 << 1) | (
+  1 << 2
+)  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: reading what is forbidden
 
 
 class _Header(ctypes.Structure):

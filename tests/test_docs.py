@@ -28,5 +28,11 @@ def test_public_names_are_documented():
 
 
 def test_public_functions_show_how_they_are_called():
-  for name in ("vq_attention", "make_transformer", "initial_state", "TransformerConfig", "TrainConfig"):
+  for name in (
+    "vq_attention",
+    "make_transformer",
+    "initial_state",
+    "TransformerConfig",
+    "TrainConfig",
+  ):
     assert ">>>" in inspect.getdoc(getattr(tvq, name)), name

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import helpers
 import tvq_haiku as tvq
-from tvq_haiku import losses
+from tvq_haiku.training import losses
+
+import helpers
 
 WINDOWS = ["enwik8_like", "imagenet_like", "heads_long_memory", "no_cache", "stop_grad_cache"]
 RUNS = ["train_adamw", "train_adafactor"]
@@ -27,8 +28,9 @@ def computed(name):
   def both(params, batch, state):
     loss = lambda p: tvq.training_loss(config, p, None, batch, state, with_metrics=True)
     evaluated = model.apply(params, None, batch["inputs"], state, batch["doc_ids"])
-    trained = model.apply(params, None, batch["inputs"], state, batch["doc_ids"],
-                          batch["loss_mask"], is_training=True)
+    trained = model.apply(
+      params, None, batch["inputs"], state, batch["doc_ids"], batch["loss_mask"], is_training=True
+    )
     return evaluated, trained, jax.value_and_grad(loss, has_aux=True)(params)
 
   state, windows = tvq.initial_state(config, arrays["window0/inputs"].shape[0]), []
@@ -44,7 +46,6 @@ def computed(name):
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("i", [0, 1])
 class TestWindow:
-
   def test_log_probabilities(self, name, i):
     window, evaluated, trained, *_ = computed(name)[2][i]
     for out, key in ((evaluated, "eval_logprobs"), (trained, "logprobs")):
@@ -59,8 +60,11 @@ class TestWindow:
 
   def test_metrics(self, name, i):
     window, *_, aux, _ = computed(name)[2][i]
-    theirs = {key: value for key, value in helpers.subtree(window, "metrics").items()
-              if not key.startswith("loss_")}
+    theirs = {
+      key: value
+      for key, value in helpers.subtree(window, "metrics").items()
+      if not key.startswith("loss_")
+    }
     assert theirs.keys() == aux.metrics.keys()
     for key, value in theirs.items():
       np.testing.assert_allclose(aux.metrics[key], value, atol=2e-5, err_msg=key)
@@ -71,11 +75,15 @@ class TestWindow:
       for j, ours in enumerate((aux.state.attention_1, aux.state.attention_2)):
         theirs = helpers.subtree(window, f"state/{layer}/{j}")
         for key, value in {
-            "pos_offset": ours.position, "xlcache/z": ours.memory_codes,
-            "xlcache/k_hat": ours.memory_keys, "xlcache/v": ours.memory_values,
-            "xlcache/doc_ids": ours.memory_docs, "aggcache/lower": ours.cache_counts,
-            "aggcache/upper_div_lower": ours.cache_means,
-            "aggcache/latest_doc_id": ours.cache_doc}.items():
+          "pos_offset": ours.position,
+          "xlcache/z": ours.memory_codes,
+          "xlcache/k_hat": ours.memory_keys,
+          "xlcache/v": ours.memory_values,
+          "xlcache/doc_ids": ours.memory_docs,
+          "aggcache/lower": ours.cache_counts,
+          "aggcache/upper_div_lower": ours.cache_means,
+          "aggcache/latest_doc_id": ours.cache_doc,
+        }.items():
           want = np.broadcast_to(theirs[key], value[layer].shape)
           np.testing.assert_allclose(value[layer], want, atol=2e-5, err_msg=key)
 
@@ -86,7 +94,9 @@ class TestWindow:
     theirs = helpers.subtree(window, "grads")
     assert ours.keys() == theirs.keys()
     for key, want in theirs.items():
-      np.testing.assert_allclose(ours[key], want, atol=1e-4 * np.abs(want).max(), rtol=0, err_msg=key)
+      np.testing.assert_allclose(
+        ours[key], want, atol=1e-4 * np.abs(want).max(), rtol=0, err_msg=key
+      )
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -101,6 +111,7 @@ def test_one_token_at_a_time(name):
     def step(state, token):
       out = model.apply(params, None, token[:, None], state)
       return out.state, out.logits[:, 0]
+
     return jax.lax.scan(step, tvq.initial_state(config, tokens.shape[0]), tokens.T)[1]
 
   logprobs = jax.nn.log_softmax(read(tokens).swapaxes(0, 1))
@@ -118,8 +129,12 @@ def test_training_run(name):
   step = tvq.make_train_step(config, train_cfg)
   losses, commits = [], []
   for tokens in arrays["tokens"]:
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:],
-             "doc_ids": np.zeros_like(tokens[:, 1:]), "loss_mask": np.ones_like(tokens[:, 1:])}
+    batch = {
+      "inputs": tokens[:, :-1],
+      "targets": tokens[:, 1:],
+      "doc_ids": np.zeros_like(tokens[:, 1:]),
+      "loss_mask": np.ones_like(tokens[:, 1:]),
+    }
     state, metrics = step(state, batch, jax.random.key(1))
     losses.extend(metrics["loss_lm"])
     commits.extend(metrics["loss_commit"])
@@ -133,9 +148,17 @@ def test_training_run(name):
     np.testing.assert_allclose(ours[key], want, atol=2e-4, rtol=0, err_msg=key)
 
 
-@pytest.mark.parametrize("name, reduction", [  # None: the one that they ran
-    ("fast_shga", None), ("fast_shga", "scan"), ("fast_mha", None), ("fast_mqa", None),
-    ("full_mha", None), ("full_shga", None)])
+@pytest.mark.parametrize(
+  "name, reduction",
+  [  # None: the one that they ran
+    ("fast_shga", None),
+    ("fast_shga", "scan"),
+    ("fast_mha", None),
+    ("fast_mqa", None),
+    ("full_mha", None),
+    ("full_shga", None),
+  ],
+)
 def test_optimized_branch(name, reduction):
   with np.load(helpers.GOLDEN / f"{name}.npz") as arrays:
     arrays = dict(arrays)
@@ -148,17 +171,23 @@ def test_optimized_branch(name, reduction):
     settings |= dict(n_head=settings["d_model"] // settings["d_k"], d_v=settings["d_k"])
   full = settings["attn_type"] == "full"
   config = tvq.TransformerConfig(
-      reduction=reduction or theirs, mem_len=length if full else settings["block_len"], **settings)
+    reduction=reduction or theirs, mem_len=length if full else settings["block_len"], **settings
+  )
   params = tvq.interop.params_from_official(helpers.subtree(arrays, "params"), config)
   tokens, mask = arrays["tokens"], arrays["loss_mask"].astype(np.float32)
   state = tvq.initial_state(config, tokens.shape[0])
 
   @jax.jit
   def compute(params):
-    def loss(params):  # theirs leaves the mask out of the commit loss, and the codebook out of it all
-      out = tvq.make_transformer(config).apply(params, None, tokens[:, :-1], state, is_training=True)
+    def loss(
+      params,
+    ):  # theirs leaves the mask out of the commit loss, and the codebook out of it all
+      out = tvq.make_transformer(config).apply(
+        params, None, tokens[:, :-1], state, is_training=True
+      )
       ce = losses.weighted_nll(out.logits, tokens[:, 1:], mask) / mask.size
       return ce + config.c_beta * out.commit_loss, (out, ce)
+
     return jax.value_and_grad(loss, has_aux=True)(params)
 
   (loss, (out, ce)), gradients = compute(params)

@@ -1,42 +1,30 @@
 """Transformer-VQ in Haiku: softmax attention over quantized keys, in linear time."""
 
-from tvq_haiku import interop
-from tvq_haiku.block_attention import AttentionOutput
-from tvq_haiku.block_attention import AttentionState
-from tvq_haiku.block_attention import initial_attention_state
-from tvq_haiku.block_attention import vq_attention
-from tvq_haiku.checkpoints import Checkpoint
-from tvq_haiku.checkpoints import CheckpointError
-from tvq_haiku.checkpoints import load_checkpoint
-from tvq_haiku.checkpoints import save_checkpoint
-from tvq_haiku.compression import compress
-from tvq_haiku.compression import CompressionError
-from tvq_haiku.compression import decompress
-from tvq_haiku.config import TrainConfig
-from tvq_haiku.config import TransformerConfig
-from tvq_haiku.conversation import Conversation
-from tvq_haiku.evaluation import EvalSums
-from tvq_haiku.evaluation import evaluate
-from tvq_haiku.evaluation import Likelihood
-from tvq_haiku.evaluation import make_eval_step
-from tvq_haiku.generation import continue_text
-from tvq_haiku.generation import generate
-from tvq_haiku.generation import GenerateOutput
-from tvq_haiku.images import image_grid
-from tvq_haiku.images import images_from_tokens
-from tvq_haiku.losses import LossAux
-from tvq_haiku.losses import training_loss
-from tvq_haiku.numerics import NumericalError
-from tvq_haiku.parameters import export_params
-from tvq_haiku.parameters import import_params
-from tvq_haiku.scoring import score
-from tvq_haiku.scoring import Scores
-from tvq_haiku.train import init_train_state
-from tvq_haiku.train import make_train_step
-from tvq_haiku.train import TrainState
-from tvq_haiku.transformer import initial_state
-from tvq_haiku.transformer import make_transformer
-from tvq_haiku.transformer import params_shapes
-from tvq_haiku.transformer import Transformer
-from tvq_haiku.transformer import TransformerOutput
-from tvq_haiku.transformer import TransformerState
+from tvq_haiku.attention.state import AttentionState, initial_attention_state
+from tvq_haiku.attention.vq import AttentionOutput, vq_attention
+from tvq_haiku.checkpoint import official as interop
+from tvq_haiku.checkpoint.checkpoints import (
+  Checkpoint,
+  CheckpointError,
+  load_checkpoint,
+  save_checkpoint,
+)
+from tvq_haiku.checkpoint.export import export_params, import_params
+from tvq_haiku.config import TrainConfig, TransformerConfig
+from tvq_haiku.data.image_grid import image_grid, images_from_tokens
+from tvq_haiku.evaluation.compression import CompressionError, compress, decompress
+from tvq_haiku.evaluation.likelihood import EvalSums, Likelihood, evaluate, make_eval_step
+from tvq_haiku.evaluation.scoring import Scores, score
+from tvq_haiku.generation.conversation import Conversation
+from tvq_haiku.generation.generate import GenerateOutput, continue_text, generate
+from tvq_haiku.model.transformer import (
+  Transformer,
+  TransformerOutput,
+  TransformerState,
+  initial_state,
+  make_transformer,
+  params_shapes,
+)
+from tvq_haiku.training.losses import LossAux, training_loss
+from tvq_haiku.training.nan_debug import NumericalError
+from tvq_haiku.training.train_step import TrainState, init_train_state, make_train_step

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import jmp
 
 _PRECISIONS = {
-    "float32": "params=float32,compute=float32,output=float32",
-    "bfloat16": "params=float32,compute=bfloat16,output=bfloat16",
+  "float32": "params=float32,compute=float32,output=float32",
+  "bfloat16": "params=float32,compute=bfloat16,output=bfloat16",
 }
 _HEAD_TYPES = ("shga", "mha", "mqa")
 _ATTN_TYPES = ("vq", "full")
@@ -119,34 +119,68 @@ class TransformerConfig(_JsonMixin):
 
   def __post_init__(self):
     _check_types(self)
-    sizes = ["n_vocab", "d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "block_len", "mem_len"]
+    sizes = [
+      "n_vocab",
+      "d_model",
+      "d_k",
+      "d_v",
+      "n_head",
+      "n_code",
+      "n_layer",
+      "block_len",
+      "mem_len",
+    ]
     if self.n_kv_head is not None:
       sizes.append("n_kv_head")
     for name in sizes:
       _require(self, getattr(self, name) >= 1, name, "must be at least 1")
-    _require(self, self.d_model % 2 == 0, "d_model", "must be even (half of the sinusoids are cosines)")
-    _require(self, self.n_head % self.kv_heads == 0, "n_head n_kv_head", "n_kv_head must divide n_head")
+    _require(
+      self, self.d_model % 2 == 0, "d_model", "must be even (half of the sinusoids are cosines)"
+    )
+    _require(
+      self, self.n_head % self.kv_heads == 0, "n_head n_kv_head", "n_kv_head must divide n_head"
+    )
     for name in ("p_dropemb", "p_dropsin", "p_dropres", "p_droplyr"):
       _require(self, 0.0 <= getattr(self, name) < 1.0, name, "a dropout rate must lie in [0, 1)")
     _require(self, self.c_beta >= 0.0, "c_beta", "must not be negative")
     _require(self, 0.0 <= self.c_gamma < 1.0, "c_gamma", "must lie in [0, 1)")
-    _require(self, 0.0 <= self.c_revive < 1.0, "c_revive",
-             "must lie in [0, 1): a revived code counts as used once")
+    _require(
+      self,
+      0.0 <= self.c_revive < 1.0,
+      "c_revive",
+      "must lie in [0, 1): a revived code counts as used once",
+    )
     _require(self, self.pe_lam > 0.0, "pe_lam", "must be positive")
     _require(self, self.e_scale > 0.0, "e_scale", "must be positive")
-    for name, values in (("head_type", _HEAD_TYPES), ("attn_type", _ATTN_TYPES),
-                         ("reduction", REDUCTIONS), ("remat", _REMATS)):
+    for name, values in (
+      ("head_type", _HEAD_TYPES),
+      ("attn_type", _ATTN_TYPES),
+      ("reduction", REDUCTIONS),
+      ("remat", _REMATS),
+    ):
       _require(self, getattr(self, name) in values, name, f"must be one of {values}")
-    _require(self, self.head_type != "mqa" or self.kv_heads == 1, "head_type n_kv_head",
-             "mqa has one key/value head")
+    _require(
+      self,
+      self.head_type != "mqa" or self.kv_heads == 1,
+      "head_type n_kv_head",
+      "mqa has one key/value head",
+    )
     try:
       policy = self.policy
-      known = (policy.param_dtype == jnp.float32 and
-               {policy.compute_dtype, policy.output_dtype} <= {jnp.float32, jnp.bfloat16, jnp.float16})
+      known = policy.param_dtype == jnp.float32 and {policy.compute_dtype, policy.output_dtype} <= {
+        jnp.float32,
+        jnp.bfloat16,
+        jnp.float16,
+      }
     except (KeyError, ValueError):
       known = False
-    _require(self, known, "precision", "must be 'float32', 'bfloat16' or a jmp policy with float32 "
-             "parameters, such as 'params=float32,compute=bfloat16,output=bfloat16'")
+    _require(
+      self,
+      known,
+      "precision",
+      "must be 'float32', 'bfloat16' or a jmp policy with float32 "
+      "parameters, such as 'params=float32,compute=bfloat16,output=bfloat16'",
+    )
 
   @property
   def kv_heads(self) -> int:
@@ -177,30 +211,89 @@ class TransformerConfig(_JsonMixin):
   @classmethod
   def tiny(cls, **changes: Any) -> Self:
     """A model that trains in seconds on a laptop, for tests and first steps."""
-    return cls(**{**dict(n_vocab=259, d_model=32, d_k=16, d_v=64, n_code=16, n_layer=2,
-                         block_len=16, mem_len=16), **changes})
+    return cls(
+      **{
+        **dict(
+          n_vocab=259, d_model=32, d_k=16, d_v=64, n_code=16, n_layer=2, block_len=16, mem_len=16
+        ),
+        **changes,
+      }
+    )
 
   @classmethod
   def enwik8(cls, **changes: Any) -> Self:
     """The paper's byte-level text model: 187,679,750 parameters."""
-    return cls(**{**dict(n_vocab=259, d_model=768, d_k=128, d_v=1536, n_code=512, n_layer=24,
-                         block_len=512, mem_len=512, p_dropsin=0.2, p_dropres=0.5, p_droplyr=0.3,
-                         precision="bfloat16"), **changes})
+    return cls(
+      **{
+        **dict(
+          n_vocab=259,
+          d_model=768,
+          d_k=128,
+          d_v=1536,
+          n_code=512,
+          n_layer=24,
+          block_len=512,
+          mem_len=512,
+          p_dropsin=0.2,
+          p_dropres=0.5,
+          p_droplyr=0.3,
+          precision="bfloat16",
+        ),
+        **changes,
+      }
+    )
 
   @classmethod
   def pg19(cls, **changes: Any) -> Self:
     """The paper's open-vocabulary book model: 1,314,659,584 parameters."""
-    return cls(**{**dict(n_vocab=32_000, d_model=2048, d_k=128, d_v=4096, n_code=512, n_layer=24,
-                         block_len=512, mem_len=512, doc_mask=False,
-                         p_dropsin=0.1, p_dropres=0.1, p_droplyr=0.1,
-                         e_tie=True, e_preln=True, e_scale=0.005, precision="bfloat16"), **changes})
+    return cls(
+      **{
+        **dict(
+          n_vocab=32_000,
+          d_model=2048,
+          d_k=128,
+          d_v=4096,
+          n_code=512,
+          n_layer=24,
+          block_len=512,
+          mem_len=512,
+          doc_mask=False,
+          p_dropsin=0.1,
+          p_dropres=0.1,
+          p_droplyr=0.1,
+          e_tie=True,
+          e_preln=True,
+          e_scale=0.005,
+          precision="bfloat16",
+        ),
+        **changes,
+      }
+    )
 
   @classmethod
   def imagenet64(cls, **changes: Any) -> Self:
     """The paper's model of 64x64 images as 12,288 bytes: 1,249,622,276 parameters."""
-    return cls(**{**dict(n_vocab=259, d_model=2048, d_k=128, d_v=4096, n_code=512, n_layer=24,
-                         block_len=512, mem_len=512, pe_abs=True, p_dropsin=0.1, e_tie=True,
-                         e_preln=True, e_scale=0.005, precision="bfloat16"), **changes})
+    return cls(
+      **{
+        **dict(
+          n_vocab=259,
+          d_model=2048,
+          d_k=128,
+          d_v=4096,
+          n_code=512,
+          n_layer=24,
+          block_len=512,
+          mem_len=512,
+          pe_abs=True,
+          p_dropsin=0.1,
+          e_tie=True,
+          e_preln=True,
+          e_scale=0.005,
+          precision="bfloat16",
+        ),
+        **changes,
+      }
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,18 +322,34 @@ class TrainConfig(_JsonMixin):
   def __post_init__(self):
     _check_types(self)
     _require(self, self.optimizer in _OPTIMIZERS, "optimizer", f"must be one of {_OPTIMIZERS}")
-    _require(self, self.lr_schedule in _LR_SCHEDULES, "lr_schedule", f"must be one of {_LR_SCHEDULES}")
+    _require(
+      self, self.lr_schedule in _LR_SCHEDULES, "lr_schedule", f"must be one of {_LR_SCHEDULES}"
+    )
     for name in ("lr_max", "wd_lam", "n_warmup_step"):
       _require(self, getattr(self, name) >= 0, name, "must not be negative")
     for name in ("n_max_step", "sequence_len", "update_len", "global_batch_size", "n_accumulate"):
       _require(self, getattr(self, name) >= 1, name, "must be at least 1")
-    _require(self, self.grad_clip is None or self.grad_clip > 0, "grad_clip", "must be positive, or None")
-    _require(self, self.n_warmup_step < self.n_max_step, "n_warmup_step n_max_step",
-             "the warm-up must end before the last update")
-    _require(self, self.sequence_len % self.update_len == 0, "sequence_len update_len",
-             "update_len must divide sequence_len")
-    _require(self, self.global_batch_size % self.n_accumulate == 0, "global_batch_size n_accumulate",
-             "n_accumulate must divide global_batch_size")
+    _require(
+      self, self.grad_clip is None or self.grad_clip > 0, "grad_clip", "must be positive, or None"
+    )
+    _require(
+      self,
+      self.n_warmup_step < self.n_max_step,
+      "n_warmup_step n_max_step",
+      "the warm-up must end before the last update",
+    )
+    _require(
+      self,
+      self.sequence_len % self.update_len == 0,
+      "sequence_len update_len",
+      "update_len must divide sequence_len",
+    )
+    _require(
+      self,
+      self.global_batch_size % self.n_accumulate == 0,
+      "global_batch_size n_accumulate",
+      "n_accumulate must divide global_batch_size",
+    )
 
   @property
   def updates_per_step(self) -> int:
@@ -249,18 +358,54 @@ class TrainConfig(_JsonMixin):
   @classmethod
   def enwik8(cls, **changes: Any) -> Self:
     """The paper's training on bytes of text."""
-    return cls(**{**dict(lr_max=4e-4, n_warmup_step=10_000, n_max_step=125_000, wd_lam=2e-4,
-                         sequence_len=8192, update_len=2048, global_batch_size=128), **changes})
+    return cls(
+      **{
+        **dict(
+          lr_max=4e-4,
+          n_warmup_step=10_000,
+          n_max_step=125_000,
+          wd_lam=2e-4,
+          sequence_len=8192,
+          update_len=2048,
+          global_batch_size=128,
+        ),
+        **changes,
+      }
+    )
 
   @classmethod
   def pg19(cls, **changes: Any) -> Self:
     """The paper's training on books."""
-    return cls(**{**dict(optimizer="adafactor", lr_max=1e-2, lr_schedule="inv_sqrt", n_warmup_step=10_000,
-                         n_max_step=500_000, sequence_len=8192, update_len=2048,
-                         global_batch_size=128), **changes})
+    return cls(
+      **{
+        **dict(
+          optimizer="adafactor",
+          lr_max=1e-2,
+          lr_schedule="inv_sqrt",
+          n_warmup_step=10_000,
+          n_max_step=500_000,
+          sequence_len=8192,
+          update_len=2048,
+          global_batch_size=128,
+        ),
+        **changes,
+      }
+    )
 
   @classmethod
   def imagenet64(cls, **changes: Any) -> Self:
     """The paper's training on images."""
-    return cls(**{**dict(optimizer="adafactor", lr_max=1e-2, n_warmup_step=10_000, n_max_step=500_000,
-                         sequence_len=12_288, update_len=2048, global_batch_size=16), **changes})
+    return cls(
+      **{
+        **dict(
+          optimizer="adafactor",
+          lr_max=1e-2,
+          n_warmup_step=10_000,
+          n_max_step=500_000,
+          sequence_len=12_288,
+          update_len=2048,
+          global_batch_size=16,
+        ),
+        **changes,
+      }
+    )

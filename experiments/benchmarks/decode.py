@@ -27,26 +27,34 @@ import numpy as np
 from experiments import launcher
 from experiments.benchmarks import measure
 import tvq_haiku as tvq
-from tvq_haiku import decoding
-from tvq_haiku import generation
-from tvq_haiku import sampling
+from tvq_haiku.generation import decoder as decoder_lib
+from tvq_haiku.generation import generate as generate_lib
+from tvq_haiku.generation import sampling
 
 _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Rows side by side.")
 _LAYERS = flags.DEFINE_integer("layers", 2, "Layers of the model.", lower_bound=1)
 _PRECISION = flags.DEFINE_string("precision", "float32", "Of the model.")
 _HEAD_TYPE = flags.DEFINE_string("head_type", "shga", "shga, mha or mqa (the latter of 8 heads).")
 _POSITIONS = flags.DEFINE_list(
-    "positions", ["1000", "100000"], "Tokens read before, at batch 1; may be empty.")
+  "positions", ["1000", "100000"], "Tokens read before, at batch 1; may be empty."
+)
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens written by one call.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Calls of each, in turn.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File for the rows and the machine.")
-_SMOKE = flags.DEFINE_boolean("smoke", False, "A tiny model and few tokens: the path, not the result.")
+_SMOKE = flags.DEFINE_boolean(
+  "smoke", False, "A tiny model and few tokens: the path, not the result."
+)
 
 
 def main() -> None:
   config = tvq.TransformerConfig.enwik8(
-      n_layer=_LAYERS.value, precision=_PRECISION.value, head_type=_HEAD_TYPE.value,
-      p_dropsin=0.0, p_dropres=0.0, p_droplyr=0.0)
+    n_layer=_LAYERS.value,
+    precision=_PRECISION.value,
+    head_type=_HEAD_TYPE.value,
+    p_dropsin=0.0,
+    p_dropres=0.0,
+    p_droplyr=0.0,
+  )
   if _HEAD_TYPE.value != "shga":
     config = config.replace(n_head=8, d_k=96, d_v=96)
   n, rounds = _TOKENS.value, _ROUNDS.value
@@ -56,29 +64,45 @@ def main() -> None:
     config, n, rounds = tvq.TransformerConfig.tiny(precision=_PRECISION.value), 8, 2
     positions = [min(position, 100) for position in positions]
   params = tvq.make_transformer(config).init(
-      jax.random.key(0), jnp.zeros((1, 1), jnp.int32), tvq.initial_state(config, 1))
-  weights = jax.block_until_ready(decoding.prepare(config, params))
+    jax.random.key(0), jnp.zeros((1, 1), jnp.int32), tvq.initial_state(config, 1)
+  )
+  weights = jax.block_until_ready(decoder_lib.prepare(config, params))
 
   rows = []
   for B in batches:
     state = tvq.initial_state(config, B)
-    rates = dict(weights=_Products(weights), state=_Updates(decoding.start(config, state)),
-                 step=_Steps(config, params, weights, B, 8, n))
+    rates = dict(
+      weights=_Products(weights),
+      state=_Updates(decoder_lib.start(config, state)),
+      step=_Steps(config, params, weights, B, 8, n),
+    )
     times = _in_turn(rates, rounds)
     read, written = _state_traffic(config, rates["state"].n_byte, B)
     weight_rate = rates["weights"].n_byte / times["weights"]
     state_rate = 2 * rates["state"].n_byte / times["state"]
     bound = rates["weights"].n_byte / weight_rate + (read + written) / state_rate
-    rows.append(dict(
-        batch=B, position=8, seconds_per_step=times["step"] / n, tokens_per_second=B * n / times["step"],
-        of_bound=bound * n / times["step"], bound_seconds=bound, weight_mbytes=rates["weights"].n_byte / 1e6,
-        state_mbytes=read / 1e6, weight_gbytes_per_second=weight_rate / 1e9,
-        state_gbytes_per_second=state_rate / 1e9))
+    rows.append(
+      dict(
+        batch=B,
+        position=8,
+        seconds_per_step=times["step"] / n,
+        tokens_per_second=B * n / times["step"],
+        of_bound=bound * n / times["step"],
+        bound_seconds=bound,
+        weight_mbytes=rates["weights"].n_byte / 1e6,
+        state_mbytes=read / 1e6,
+        weight_gbytes_per_second=weight_rate / 1e9,
+        state_gbytes_per_second=state_rate / 1e9,
+      )
+    )
   if positions:
     places = {str(p): _Steps(config, params, weights, 1, p, n) for p in positions}
     for place, seconds in _in_turn(places, rounds).items():
-      rows.append(dict(batch=1, position=int(place), seconds_per_step=seconds / n,
-                       tokens_per_second=n / seconds))
+      rows.append(
+        dict(
+          batch=1, position=int(place), seconds_per_step=seconds / n, tokens_per_second=n / seconds
+        )
+      )
   _print(rows)
   if _JSON.value:
     measure.write_json(_JSON.value, rows, config=config.to_json())
@@ -87,13 +111,22 @@ def main() -> None:
 class _Steps:
   """Writes n tokens after `position` random ones."""
 
-  def __init__(self, config: tvq.TransformerConfig, params: Any, weights: Any, B: int, position: int, n: int):
+  def __init__(
+    self, config: tvq.TransformerConfig, params: Any, weights: Any, B: int, position: int, n: int
+  ):
     tokens = np.random.default_rng(0).integers(3, config.n_vocab, (B, position)).astype(np.int32)
-    state, logits = generation.read(params, config, list(tokens), tvq.initial_state(config, B))
-    self._now = generation.begin(config, state, logits)
+    state, logits = generate_lib.read(params, config, list(tokens), tvq.initial_state(config, B))
+    self._now = generate_lib.begin(config, state, logits)
     self._write = functools.partial(
-        generation.write, config, weights, keys=jax.random.split(jax.random.key(1), B),
-        sampling=sampling.make_sampling(), limit=n, n=n, eos_id=None)
+      generate_lib.write,
+      config,
+      weights,
+      keys=jax.random.split(jax.random.key(1), B),
+      sampling=sampling.make_sampling(),
+      limit=n,
+      n=n,
+      eos_id=None,
+    )
 
   def __call__(self) -> Any:
     drawn, self._now = self._write(now=self._now)
@@ -103,7 +136,7 @@ class _Steps:
 class _Products:
   """One product of a vector with each matrix of the model, each waiting for the one before."""
 
-  def __init__(self, weights: decoding.Weights):
+  def __init__(self, weights: decoder_lib.Weights):
     matrices = [x for x in jax.tree.leaves(weights) if x.ndim >= 2 and x.size > 1]
     self.n_byte = sum(x.nbytes for x in jax.tree.leaves(weights))
     self._matrices = [x.reshape(-1, x.shape[-1]) for x in matrices]
@@ -126,11 +159,15 @@ class _Updates:
   """Multiplies every array of a state by a number, in place."""
 
   def __init__(self, state: Any):
-    self._arrays = [jnp.ones_like(x) for x in jax.tree.leaves(state.rings)
-                    if jnp.issubdtype(x.dtype, jnp.floating)]
+    self._arrays = [
+      jnp.ones_like(x)
+      for x in jax.tree.leaves(state.rings)
+      if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
     self.n_byte = sum(x.nbytes for x in self._arrays)
     self._update = jax.jit(
-        lambda arrays: [x * jnp.asarray(0.999, x.dtype) for x in arrays], donate_argnums=0)
+      lambda arrays: [x * jnp.asarray(0.999, x.dtype) for x in arrays], donate_argnums=0
+    )
 
   def __call__(self) -> Any:
     self._arrays = self._update(self._arrays)
@@ -160,8 +197,10 @@ def _in_turn(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, floa
 def _print(rows: list[dict[str, Any]]) -> None:
   print("batch  position  ms a step  tokens/s  of bound  weights MB at GB/s  state MB at GB/s")
   for row in rows:
-    line = (f"{row['batch']:5d}  {row['position']:8,d}  {1e3 * row['seconds_per_step']:9.3f}  "
-            f"{row['tokens_per_second']:8,.0f}")
+    line = (
+      f"{row['batch']:5d}  {row['position']:8,d}  {1e3 * row['seconds_per_step']:9.3f}  "
+      f"{row['tokens_per_second']:8,.0f}"
+    )
     if "of_bound" in row:
       line += f"  {row['of_bound']:8.2f}"
       for part, width in (("weight", 10), ("state", 8)):

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tvq_haiku import layers
-from tvq_haiku import losses
-from tvq_haiku import positions
 from tvq_haiku.config import TransformerConfig
+from tvq_haiku.model import layers
+from tvq_haiku.ops import positions
+from tvq_haiku.training import losses
+from tvq_haiku.types import Batch
 
 _HEAD_WIDTH = 64
 
@@ -37,7 +38,9 @@ def make_peer(config: TransformerConfig, n_layer: int) -> hk.Transformed:
 
   def layer(x: jax.Array) -> jax.Array:
     normed = layers.RMSNorm(name="attention_norm")(x)
-    q, k, v = (y.reshape(*y.shape[:2], heads, -1) for y in layers.Projection(D, D, D, name="qkv")(normed))
+    q, k, v = (
+      y.reshape(*y.shape[:2], heads, -1) for y in layers.Projection(D, D, D, name="qkv")(normed)
+    )
     mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     x += layers.Projection(D, name="out")(mixed.reshape(x.shape))
     return x + layers.MLP(4 * D, name="mlp")(x)
@@ -47,14 +50,16 @@ def make_peer(config: TransformerConfig, n_layer: int) -> hk.Transformed:
     x += positions.sinusoids(jnp.arange(tokens.shape[1]), width=D, lam=config.pe_lam)
     with layers.mixed_precision(config.policy):
       x = hk.layer_stack(n_layer, unroll=n_layer if n_layer <= 8 else 1, name="layers")(layer)(
-          x.astype(config.policy.output_dtype))
+        x.astype(config.policy.output_dtype)
+      )
     return layers.Unembedding(config.n_vocab, name="unembedding")(layers.RMSNorm(name="norm")(x))
 
   return hk.transform(forward)
 
 
-def make_peer_step(config: TransformerConfig, n_layer: int,
-                   optimizer: optax.GradientTransformation) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def make_peer_step(
+  config: TransformerConfig, n_layer: int, optimizer: optax.GradientTransformation
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """(init, step): `init(rng)` gives (params, opt_state), `step(train_state, batch)` the next ones."""
   model = make_peer(config, n_layer)
 
@@ -62,7 +67,7 @@ def make_peer_step(config: TransformerConfig, n_layer: int,
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))
     return params, optimizer.init(params)
 
-  def step(train_state: tuple[Any, Any], batch: losses.Batch):
+  def step(train_state: tuple[Any, Any], batch: Batch):
     params, opt_state = train_state
 
     def loss(params: Any) -> jax.Array:

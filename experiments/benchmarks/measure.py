@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tvq_haiku import files
+from tvq_haiku.utils import files
+
 
 class Case(NamedTuple):
   """A program to measure."""
@@ -44,8 +45,13 @@ def matmul_peak(dtype: jnp.dtype, *, size: int | None = None) -> Case:
   return Case("peak", {}, lambda: program(x, x), 0, 2.0 * size**3, seconds, temp)
 
 
-def compare(cases: Sequence[Case], *, rounds: int, dtype: jnp.dtype = jnp.float32,
-            peak_size: int | None = None) -> list[dict[str, Any]]:
+def compare(
+  cases: Sequence[Case],
+  *,
+  rounds: int,
+  dtype: jnp.dtype = jnp.float32,
+  peak_size: int | None = None,
+) -> list[dict[str, Any]]:
   """Runs all cases in turn, `rounds` times, and returns a row for each.
 
   Speeds are medians. Each row's share of the peak is against the median of the square product,
@@ -64,11 +70,20 @@ def compare(cases: Sequence[Case], *, rounds: int, dtype: jnp.dtype = jnp.float3
   rows = []
   for case in cases:
     seconds = statistics.median(times[case.name])
-    rows.append(dict(
-        case.settings, seconds=seconds, fastest=min(times[case.name]), rounds=rounds,
-        tokens_per_second=case.n_token / seconds, model_flops=case.model_flops,
-        of_peak=case.model_flops / seconds / peak_flops, peak_gflops=peak_flops / 1e9,
-        temp_mbytes=case.temp_bytes / 1e6, compile_seconds=case.compile_seconds))
+    rows.append(
+      dict(
+        case.settings,
+        seconds=seconds,
+        fastest=min(times[case.name]),
+        rounds=rounds,
+        tokens_per_second=case.n_token / seconds,
+        model_flops=case.model_flops,
+        of_peak=case.model_flops / seconds / peak_flops,
+        peak_gflops=peak_flops / 1e9,
+        temp_mbytes=case.temp_bytes / 1e6,
+        compile_seconds=case.compile_seconds,
+      )
+    )
   return rows
 
 
@@ -81,9 +96,17 @@ def _seconds(case: Case) -> float:
 def print_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
   """One line a row: the settings `names`, then what was measured."""
   heads = [*names, "tokens/s", "ms", "of peak", "temp MB", "compile s"]
-  lines = [[*(str(row[name]) for name in names), f"{row['tokens_per_second']:,.0f}",
-            f"{1e3 * row['seconds']:,.0f}", f"{row['of_peak']:.2f}", f"{row['temp_mbytes']:,.1f}",
-            f"{row['compile_seconds']:.1f}"] for row in rows]
+  lines = [
+    [
+      *(str(row[name]) for name in names),
+      f"{row['tokens_per_second']:,.0f}",
+      f"{1e3 * row['seconds']:,.0f}",
+      f"{row['of_peak']:.2f}",
+      f"{row['temp_mbytes']:,.1f}",
+      f"{row['compile_seconds']:.1f}",
+    ]
+    for row in rows
+  ]
   widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
   for line in [heads, *lines]:
     print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
@@ -93,8 +116,13 @@ def write_json(path: str | pathlib.Path, rows: Sequence[dict[str, Any]], **about
   """The rows, and the machine they were measured on."""
   device = jax.devices()[0]
   machine = dict(
-      backend=jax.default_backend(), device=device.device_kind, devices=jax.device_count(),
-      cores=os.cpu_count(), system=f"{platform.system()} {platform.machine()}",
-      python=platform.python_version(), jax=jax.__version__)
+    backend=jax.default_backend(),
+    device=device.device_kind,
+    devices=jax.device_count(),
+    cores=os.cpu_count(),
+    system=f"{platform.system()} {platform.machine()}",
+    python=platform.python_version(),
+    jax=jax.__version__,
+  )
   text = json.dumps(dict(machine=machine, **about, rows=list(rows)), indent=1)
   files.write_whole(pathlib.Path(path), text + "\n")

@@ -15,21 +15,26 @@ from absl import flags
 import jax
 
 from experiments import launcher
-from experiments.benchmarks import dense
-from experiments.benchmarks import measure
+from experiments.benchmarks import dense, measure
 import tvq_haiku as tvq
-from tvq_haiku import files
-from tvq_haiku import flops
-from tvq_haiku import optimizers
+from tvq_haiku.evaluation import flops
+from tvq_haiku.training import optimizers
+from tvq_haiku.utils import files
 
-_SIZE = flags.DEFINE_enum("size", "cpu", ["cpu", "paper"], "cpu: 2 layers of width 256, batch 1, float32; "
-                          "paper: 24 layers of width 768, batch 8, bfloat16.")
+_SIZE = flags.DEFINE_enum(
+  "size",
+  "cpu",
+  ["cpu", "paper"],
+  "cpu: 2 layers of width 256, batch 1, float32; paper: 24 layers of width 768, batch 8, bfloat16.",
+)
 _SEQ_LENS = flags.DEFINE_list("seq_lens", ["2048"], "T: tokens of a sequence, read in one update.")
 _HEAD_TYPES = flags.DEFINE_list("head_types", ["shga"], "shga, mha, mqa.")
 _REDUCTIONS = flags.DEFINE_list("reductions", ["auto"], "scan, serial, matmul, assoc_scan, auto.")
 _REMATS = flags.DEFINE_list("remats", ["auto"], "none, block, dots, layer, auto.")
 _FULL = flags.DEFINE_boolean("full", False, "Also full attention over all T tokens.")
-_PEER = flags.DEFINE_enum("peer", None, ["dense"], "Also a plain transformer of as many parameters.")
+_PEER = flags.DEFINE_enum(
+  "peer", None, ["dense"], "Also a plain transformer of as many parameters."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 8, "Calls of each case.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Where to write the rows; none: nowhere.")
 _SMOKE = flags.DEFINE_boolean("smoke", False, "Tiny models, once: the path, not the result.")
@@ -43,8 +48,11 @@ def main() -> None:
   lengths = [32] if _SMOKE.value else [launcher.positive("seq_lens", x) for x in _SEQ_LENS.value]
   cases = [case for length in lengths for case in _cases(_config(), length)]
   rows = measure.compare(
-      cases, rounds=1 if _SMOKE.value else _ROUNDS.value, dtype=_config().compute_dtype,
-      peak_size=64 if _SMOKE.value else None)
+    cases,
+    rounds=1 if _SMOKE.value else _ROUNDS.value,
+    dtype=_config().compute_dtype,
+    peak_size=64 if _SMOKE.value else None,
+  )
   print(f"peak of a square product: {rows[-1]['peak_gflops']:.0f} GFLOP/s")
   measure.print_table(rows, _NAMES)
   if _JSON.value:
@@ -94,15 +102,21 @@ def _quantized(config: tvq.TransformerConfig, length: int) -> measure.Case:
   train_cfg, batch, rng = _train_config(length), _batch(config, length), jax.random.key(1)
   state = tvq.init_train_state(config, train_cfg, rng)
   program, seconds, temp = measure.compiled(
-      tvq.make_train_step(config, train_cfg), state, batch, rng, donate_argnums=0)
+    tvq.make_train_step(config, train_cfg), state, batch, rng, donate_argnums=0
+  )
   box = [state]
 
   def run():
     box[0], metrics = program(box[0], batch, rng)
     return box[0], metrics
 
-  settings = dict(T=length, model=config.attn_type, head_type=config.head_type,
-                  reduction=config.reduction if config.attn_type == "vq" else "-", remat=config.remat)
+  settings = dict(
+    T=length,
+    model=config.attn_type,
+    head_type=config.head_type,
+    reduction=config.reduction if config.attn_type == "vq" else "-",
+    remat=config.remat,
+  )
   return _case(settings, run, length, flops.forward_multiply_adds(config, length), seconds, temp)
 
 
@@ -110,7 +124,8 @@ def _peer(config: tvq.TransformerConfig, length: int) -> measure.Case:
   n_parameter = sum(x.size for x in jax.tree.leaves(tvq.params_shapes(config)))
   n_layer = dense.layers_of_equal_size(config, n_parameter)
   init, step = dense.make_peer_step(
-      config, n_layer, optimizers.make_optimizer(_train_config(length)))
+    config, n_layer, optimizers.make_optimizer(_train_config(length))
+  )
   batch = _batch(config, length)
   state = jax.jit(init)(jax.random.key(0))
   program, seconds, temp = measure.compiled(step, state, batch, donate_argnums=0)
@@ -120,14 +135,27 @@ def _peer(config: tvq.TransformerConfig, length: int) -> measure.Case:
     box[0], loss = program(box[0], batch)
     return box[0], loss
 
-  settings = dict(T=length, model=f"dense, {n_layer} layers", head_type="mha", reduction="-", remat="none")
-  return _case(settings, run, length, dense.forward_multiply_adds(config, n_layer, length), seconds, temp)
+  settings = dict(
+    T=length, model=f"dense, {n_layer} layers", head_type="mha", reduction="-", remat="none"
+  )
+  return _case(
+    settings, run, length, dense.forward_multiply_adds(config, n_layer, length), seconds, temp
+  )
 
 
-def _case(settings, run, length: int, multiply_adds: int, seconds: float, temp: int) -> measure.Case:
+def _case(
+  settings, run, length: int, multiply_adds: int, seconds: float, temp: int
+) -> measure.Case:
   batch = _train_config(length).global_batch_size
-  return measure.Case(" ".join(map(str, settings.values())), settings, run, batch * length,
-                      6.0 * batch * multiply_adds, seconds, temp)
+  return measure.Case(
+    " ".join(map(str, settings.values())),
+    settings,
+    run,
+    batch * length,
+    6.0 * batch * multiply_adds,
+    seconds,
+    temp,
+  )
 
 
 if __name__ == "__main__":

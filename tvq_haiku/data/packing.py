@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tvq_haiku.data.stream import Batch, TokenStream
+from tvq_haiku.data.stream import TokenStream
 from tvq_haiku.data.vocabulary import ByteVocabulary
+from tvq_haiku.types import HostBatch
 
 
 class PackedBatches:
@@ -28,8 +29,18 @@ class PackedBatches:
   True
   """
 
-  def __init__(self, stream: TokenStream, *, batch_size: int, sequence_len: int, seed: int = 0,
-               step: int = 0, aligned: bool = False, host: int = 0, n_host: int = 1):
+  def __init__(
+    self,
+    stream: TokenStream,
+    *,
+    batch_size: int,
+    sequence_len: int,
+    seed: int = 0,
+    step: int = 0,
+    aligned: bool = False,
+    host: int = 0,
+    n_host: int = 1,
+  ):
     """Args are the following.
 
     Args:
@@ -46,12 +57,16 @@ class PackedBatches:
     # Any offset below sequence_len leaves this many whole sequences.
     n_sequence = (len(stream) - (0 if aligned else sequence_len - 1)) // sequence_len
     if n_sequence < batch_size:
-      raise ValueError(f"{len(stream)} tokens do not fill one batch of {batch_size} "
-                       f"sequences of {sequence_len}, wherever they begin: take fewer or shorter ones "
-                       "(global_batch_size, sequence_len), or more data.")
+      raise ValueError(
+        f"{len(stream)} tokens do not fill one batch of {batch_size} "
+        f"sequences of {sequence_len}, wherever they begin: take fewer or shorter ones "
+        "(global_batch_size, sequence_len), or more data."
+      )
     if batch_size % n_host or not 0 <= host < n_host:
-      raise ValueError(f"host={host} of n_host={n_host} has no share of batch_size={batch_size} "
-                       "rows: n_host must divide it, and host be less than n_host.")
+      raise ValueError(
+        f"host={host} of n_host={n_host} has no share of batch_size={batch_size} "
+        "rows: n_host must divide it, and host be less than n_host."
+      )
     self.step = step
     self.steps_per_epoch = n_sequence // batch_size
     self._stream = stream
@@ -62,10 +77,10 @@ class PackedBatches:
     self._aligned = aligned
     self._epoch: tuple[int, int, np.ndarray] | None = None
 
-  def __iter__(self) -> Iterator[Batch]:
+  def __iter__(self) -> Iterator[HostBatch]:
     return self
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> HostBatch:
     batch_size, sequence_len = self._shape
     epoch, place = divmod(self.step, self.steps_per_epoch)
     offset, order = self._shuffle(epoch)
@@ -87,7 +102,9 @@ def count_windows(stream: TokenStream, *, batch_size: int, window_len: int, alig
   return -(-_row_len(stream, batch_size, align) // window_len)
 
 
-def windows(stream: TokenStream, *, batch_size: int, window_len: int, align: int = 1) -> Iterator[Batch]:
+def windows(
+  stream: TokenStream, *, batch_size: int, window_len: int, align: int = 1
+) -> Iterator[HostBatch]:
   """Reads the whole stream once, as B rows side by side, for evaluation with carried state.
 
   Row b is the b-th of B equal pieces; consecutive batches continue each row. Every token is in
@@ -107,8 +124,9 @@ def windows(stream: TokenStream, *, batch_size: int, window_len: int, align: int
     real = (column < row_len) & (index < len(stream))
     batch = stream.take(np.where(real, index, 0))
     padding = {"inputs": ByteVocabulary.PAD, "targets": ByteVocabulary.PAD, "doc_ids": -1}
-    yield {name: np.where(real, batch[name], np.int32(value)) for name, value in padding.items()} | {
-        "loss_mask": real.astype(np.int32)}
+    yield {
+      name: np.where(real, batch[name], np.int32(value)) for name, value in padding.items()
+    } | {"loss_mask": real.astype(np.int32)}
 
 
 def _row_len(stream: TokenStream, batch_size: int, align: int) -> int:

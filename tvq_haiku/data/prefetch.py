@@ -12,8 +12,9 @@ import jax
 
 
 @contextlib.contextmanager
-def to_device(batches: Iterator[Any], *, ahead: int = 2,
-              place: Callable[[Any], Any] = jax.device_put) -> Iterator[Iterator[Any]]:
+def to_device(
+  batches: Iterator[Any], *, ahead: int = 2, place: Callable[[Any], Any] = jax.device_put
+) -> Iterator[Iterator[Any]]:
   """Reads `batches` in a thread of its own, `ahead` of them in advance, and has `place` put them on devices.
 
   What the iterator raises is raised where its batch would have come; leaving the context ends the

@@ -8,8 +8,7 @@ import dataclasses
 import numpy as np
 
 from tvq_haiku.data.vocabulary import ByteVocabulary
-
-Batch = dict[str, np.ndarray]
+from tvq_haiku.types import HostBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class TokenStream:
     cut = n < len(self) and (not len(ends) or ends[-1] < n)
     return TokenStream(self.values[:n], np.append(ends, n) if cut else ends, self.offset)
 
-  def take(self, index: np.ndarray) -> Batch:
+  def take(self, index: np.ndarray) -> HostBatch:
     """`inputs`, `targets` and `doc_ids`, int32, of the tokens at `index`, of any shape.
 
     >>> batch = stream_of([np.array([5, 6]), np.array([7])]).take(np.arange(5))
@@ -43,8 +42,11 @@ class TokenStream:
     doc_ids = np.searchsorted(self.ends, index, side="right").astype(np.int32)
     starts = np.where(doc_ids == 0, 0, self.ends[np.maximum(doc_ids - 1, 0)])
     before = self._tokens(np.maximum(index - 1, 0))
-    return {"inputs": np.where(index == starts, np.int32(ByteVocabulary.EOS), before),
-            "targets": self._tokens(index), "doc_ids": doc_ids}
+    return {
+      "inputs": np.where(index == starts, np.int32(ByteVocabulary.EOS), before),
+      "targets": self._tokens(index),
+      "doc_ids": doc_ids,
+    }
 
   def _tokens(self, index: np.ndarray) -> np.ndarray:
     return self.values[index].astype(np.int32) + np.int32(self.offset)

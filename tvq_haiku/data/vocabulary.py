@@ -43,8 +43,9 @@ class ByteVocabulary:
   def check(cls, caller: str, n_vocab: int) -> None:
     """Raises a ValueError unless a model of `n_vocab` tokens has this vocabulary."""
     if n_vocab != cls.SIZE:
-      raise ValueError(f"{caller}: the model has n_vocab={n_vocab}, not the {cls.SIZE} of the "
-                       "byte vocabulary.")
+      raise ValueError(
+        f"{caller}: the model has n_vocab={n_vocab}, not the {cls.SIZE} of the byte vocabulary."
+      )
 
   @classmethod
   def encode(cls, text: str | bytes) -> np.ndarray:
@@ -61,6 +62,7 @@ class ByteVocabulary:
     """
     tokens = np.asarray(tokens, np.int64).reshape(-1)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < cls.SIZE:
-      raise ValueError(f"byte tokens must lie in [0, {cls.SIZE}), got "
-                       f"{tokens.min()}...{tokens.max()}.")
+      raise ValueError(
+        f"byte tokens must lie in [0, {cls.SIZE}), got {tokens.min()}...{tokens.max()}."
+      )
     return (tokens[tokens >= cls.OFFSET] - cls.OFFSET).astype(np.uint8).tobytes()

@@ -1,0 +1,1 @@
+"""Scripts that check long runs: kills and resumes, memory growth."""

@@ -1,0 +1,97 @@
+"""Codes, their statistics, and the losses that move keys and codes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tvq_haiku.attention import quantization
+from tvq_haiku.model import codebook_metrics
+
+
+def draw(seed=0, shape=(2, 9, 3, 4), n_code=5):
+  keys = jax.random.split(jax.random.key(seed))
+  return (
+    jax.random.normal(keys[0], shape),
+    jax.random.normal(keys[1], (shape[2], n_code, shape[3])),
+  )
+
+
+def test_nearest_codes_are_nearest():
+  k, codebook = draw()
+  distances = ((k[:, :, :, None] - codebook) ** 2).sum(-1)
+  np.testing.assert_array_equal(quantization.nearest_codes(k, codebook), distances.argmin(-1))
+
+
+def test_look_up_takes_each_head_from_its_own_codebook():
+  k, codebook = draw()
+  codes = quantization.nearest_codes(k, codebook)
+  vectors = quantization.look_up(codes, codebook)
+  for b, t, g in np.ndindex(codes.shape):
+    np.testing.assert_array_equal(vectors[b, t, g], codebook[g, codes[b, t, g]])
+
+
+def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
+  k, codebook = draw()
+  quantized = quantization.look_up(quantization.nearest_codes(k, codebook), codebook)
+  value, gradient = jax.value_and_grad(
+    lambda k: jnp.sum(jnp.sin(quantization.straight_through(k, quantized)))
+  )(k)
+  np.testing.assert_allclose(value, jnp.sum(jnp.sin(quantized)), rtol=1e-5)
+  np.testing.assert_allclose(gradient, jnp.cos(quantized), atol=1e-5)
+  codebook_gradient = jax.grad(
+    lambda c: jnp.sum(
+      quantization.straight_through(k, quantization.look_up(quantization.nearest_codes(k, c), c))
+    )
+  )(codebook)
+  assert not codebook_gradient.any()
+
+
+def test_commit_loss_averages_over_all_places_and_moves_keys_alone():
+  k, codebook = draw()
+  quantized = quantization.look_up(quantization.nearest_codes(k, codebook), codebook)
+  mask = jnp.ones((2, 9)).at[1, 4:].set(0.0)
+  value, gradients = jax.value_and_grad(quantization.commit_loss, argnums=(0, 1))(
+    k, quantized, mask
+  )
+  squares = ((k - quantized) ** 2).sum((2, 3))
+  np.testing.assert_allclose(value, (squares * mask).sum() / 18, rtol=1e-6)
+  np.testing.assert_allclose(
+    gradients[0], 2 * mask[..., None, None] * (k - quantized) / 18, rtol=1e-5
+  )
+  assert not gradients[1].any()
+
+
+def test_code_statistics_count_unmasked_tokens():
+  k, codebook = draw()
+  codes = quantization.nearest_codes(k, codebook)
+  mask = jnp.ones((2, 9)).at[0, :3].set(0.0)
+  sums, numbers = quantization.code_statistics(k, codes, mask, 5)
+  want_sums, want_numbers = np.zeros((3, 5, 4)), np.zeros((3, 5))
+  for b, t, g in np.ndindex(codes.shape):
+    want_sums[g, codes[b, t, g]] += mask[b, t] * k[b, t, g]
+    want_numbers[g, codes[b, t, g]] += mask[b, t]
+  np.testing.assert_allclose(sums, want_sums, atol=1e-5)
+  np.testing.assert_array_equal(numbers, want_numbers)
+
+
+@pytest.mark.parametrize("n_code", [1, 5])
+def test_metrics_are_finite_scalars(n_code):
+  _, codebook = draw(n_code=n_code)
+  counts = jnp.zeros((3, n_code)).at[:, 0].set(2.0)
+  values = codebook_metrics.codebook_metrics(codebook, counts)
+  assert all(value.shape == () and jnp.isfinite(value) for value in values.values())
+  assert float(values["c_thresh_oob"]) == n_code - 1
+  assert float(values["c_entropy"]) == 0.0
+
+
+def test_metrics_leave_padding_out():
+  k, codebook = draw()
+  quantized = quantization.look_up(quantization.nearest_codes(k, codebook), codebook)
+  whole = codebook_metrics.quantization_metrics(
+    k[:, :6], quantized[:, :6], jnp.ones((2, 6), bool), 4
+  )
+  is_token = jnp.broadcast_to(jnp.arange(9) < 6, (2, 9))
+  padded = codebook_metrics.quantization_metrics(k.at[:, 6:].set(1e9), quantized, is_token, 4)
+  for name, value in whole.items():
+    np.testing.assert_allclose(padded[name], value, rtol=1e-6, err_msg=name)

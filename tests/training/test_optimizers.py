@@ -1,0 +1,114 @@
+"""Schedules and the three update rules, one layer's parameter at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tvq_haiku as tvq
+from tvq_haiku.training import optimizers
+
+
+def make_params(n_layer=3):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  layer = "transformer/layers/attention_1"
+  return {
+    "transformer/unembedding": {"kernel": draw(130, 140), "bias": draw(140)},
+    "transformer/position": {"scale": draw()},
+    f"{layer}/q": {"kernel": draw(n_layer, 130, 140)},
+    f"{layer}/norm": {"gain": draw(n_layer, 130)},
+    f"{layer}/quantizer": {"c_sum": draw(n_layer, 1, 4, 8), "c_count": draw(n_layer, 1, 4)},
+  }
+
+
+def three_updates(train_cfg, params):
+  optimizer = optimizers.make_optimizer(train_cfg)
+
+  @jax.jit
+  def run(params):
+    state = optimizer.init(params)
+    for i in range(3):
+      gradients = jax.tree.map(lambda x: jnp.sin(7.0 * x + i), params)
+      updates, state = optimizer.update(gradients, state, params)
+      params = optax.apply_updates(params, updates)
+    return params
+
+  return run(params)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+def test_stacked_layers_learn_as_if_they_were_apart(optimizer):
+  train_cfg = tvq.TrainConfig(optimizer=optimizer, grad_clip=None, wd_lam=0.01, n_warmup_step=0)
+  params = make_params()
+  together = three_updates(train_cfg, params)
+  for i in range(3):
+    one = {
+      m: {n: x[i : i + 1] if "layers" in m else x for n, x in leaves.items()}
+      for m, leaves in params.items()
+    }
+    for module, leaves in three_updates(train_cfg, one).items():
+      for name, x in leaves.items():
+        want = together[module][name]
+        want = want[i : i + 1] if "layers" in module else want
+        np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-6, err_msg=f"{module} {name}")
+
+
+def test_vectors_do_not_decay_and_decay_ignores_the_learning_rate():
+  params = make_params()
+  train_cfg = tvq.TrainConfig(lr_max=0.0, wd_lam=0.1, grad_clip=None, n_warmup_step=0)
+  after = three_updates(train_cfg, params)
+  for module, leaves in params.items():
+    for name, before in leaves.items():
+      if name in ("c_sum", "c_count"):
+        continue
+      kept = 1.0 if name in ("bias", "gain") else 0.9**3
+      np.testing.assert_allclose(after[module][name], kept * before, rtol=1e-5, err_msg=name)
+
+
+def test_codebook_takes_plain_steps_whatever_the_optimizer():
+  params = make_params()
+  for optimizer in ("adamw", "adafactor"):
+    train_cfg = tvq.TrainConfig(optimizer=optimizer, grad_clip=1e-9, wd_lam=0.5)
+    after = three_updates(train_cfg, params)["transformer/layers/attention_1/quantizer"]["c_sum"]
+    want = params["transformer/layers/attention_1/quantizer"]["c_sum"]
+    for i in range(3):
+      want -= jnp.sin(7.0 * want + i)
+    np.testing.assert_allclose(after, want, atol=1e-5)
+
+
+def test_clipping_sees_all_but_the_codebook():
+  params = make_params()
+  huge = jax.tree.map(lambda x: 1e6 * x, params["transformer/layers/attention_1/quantizer"])
+  loud = {**params, "transformer/layers/attention_1/quantizer": huge}
+  np.testing.assert_allclose(optimizers.weights_norm(loud), optimizers.weights_norm(params))
+  rest = [x for m, leaves in params.items() if "quantizer" not in m for x in leaves.values()]
+  np.testing.assert_allclose(optimizers.weights_norm(params), optax.tree.norm(rest), rtol=1e-6)
+
+
+def test_moment_dtypes():
+  params = make_params()
+  for optimizer, want in (("adamw", "float32"), ("lion", "bfloat16")):
+    state = optimizers.make_optimizer(tvq.TrainConfig(optimizer=optimizer)).init(params)
+    moments = {
+      str(x.dtype)
+      for path, x in jax.tree_util.tree_leaves_with_path(state)
+      if ".mu" in jax.tree_util.keystr(path)
+    }
+    assert moments == {want}
+
+
+@pytest.mark.parametrize(
+  "name, middle", [("cosine", 0.55), ("linear", 0.55), ("inv_sqrt", (10 / 55) ** 0.5)]
+)
+def test_schedules_rise_from_zero_and_fall_to_a_tenth(name, middle):
+  train_cfg = tvq.TrainConfig(lr_max=2.0, lr_schedule=name, n_warmup_step=10, n_max_step=100)
+  schedule = optimizers.learning_rate_schedule(train_cfg)
+  rates = np.array([schedule(i) for i in range(3000)])
+  np.testing.assert_allclose(rates[:11], 2.0 * np.arange(11) / 10, rtol=1e-6)
+  np.testing.assert_allclose(rates[55], 2.0 * middle, rtol=1e-5)
+  np.testing.assert_allclose(rates[-1], 0.2, rtol=1e-5)
+  assert (np.diff(rates[10:]) <= 0).all()
+  without = optimizers.learning_rate_schedule(train_cfg.replace(n_warmup_step=0))
+  np.testing.assert_allclose(without(0), 2.0, rtol=1e-6)

@@ -1,0 +1,1 @@
+"""The algorithm of the paper, as pure functions of arrays."""

@@ -1,0 +1,1 @@
+"""Training states and parameters on disk."""

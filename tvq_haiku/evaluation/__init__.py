@@ -1,0 +1,1 @@
+"""Likelihood, compression and cost of a model."""

@@ -1,0 +1,1 @@
+"""Haiku modules: the parts of the model that have parameters."""

@@ -1,0 +1,1 @@
+"""Array functions that know nothing of attention or of the model."""

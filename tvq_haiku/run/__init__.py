@@ -1,0 +1,1 @@
+"""A training run from data to test metrics, and the files it writes."""

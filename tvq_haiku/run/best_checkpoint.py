@@ -1,0 +1,70 @@
+"""What validation found, and the checkpoint it liked best.
+
+best/              the directory of a run that holds only this checkpoint
+validation.json    what was found, and when
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from typing import NamedTuple
+
+from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.parallel import multihost
+from tvq_haiku.utils import files
+
+_VALIDATION = "validation.json"
+
+
+class Validated(NamedTuple):
+  """What validation found so far."""
+
+  step: int = -1  # of the last one
+  best_step: int = -1
+  best_loss: float = math.inf
+
+
+def validated(directory: str | os.PathLike) -> Validated:
+  """What `keep_best` noted in the directory of a run."""
+  file = pathlib.Path(directory) / _VALIDATION
+  if not file.exists():
+    return Validated()
+  try:
+    return Validated(**json.loads(file.read_text()))
+  except (TypeError, ValueError) as error:
+    raise checkpoints.CheckpointError(
+      f"{file} is damaged: {checkpoints.first_line(error)}. Remove it, and {checkpoints.BEST}/ beside it, "
+      "to begin validation anew."
+    ) from error
+
+
+def keep_best(
+  directory: str | os.PathLike, checkpoint: checkpoints.Checkpoint, loss: float
+) -> bool:
+  """Notes what validation found, and saves the checkpoint under `best` if it is the best so far.
+
+  Args:
+    directory: of the run.
+    checkpoint: what was validated.
+    loss: on the validation split; less is better.
+
+  Returns:
+    Whether it is.
+  """
+  path, step = pathlib.Path(directory), int(checkpoint.train_state.step)
+  best = path / checkpoints.BEST
+  before = validated(path)
+  better = bool(multihost.told(loss < before.best_loss))
+  if better:
+    # Later ones are from before the run went back to an older checkpoint. And it is there already if
+    # the process died before it was noted.
+    checkpoints.set_aside(best, after=step)
+    if step not in checkpoints.steps(best):
+      checkpoints.save_checkpoint(best, checkpoint, max_to_keep=1)
+  now = Validated(step, step, loss) if better else before._replace(step=step)
+  if multihost.is_first():
+    files.write_whole(path / _VALIDATION, json.dumps(now._asdict()))
+  return better

@@ -1,0 +1,1 @@
+"""One training update: losses, gradients, optimizers."""

@@ -1,0 +1,1 @@
+"""Argument checks, files, progress and optional dependencies; knows nothing of the model."""
