@@ -154,7 +154,7 @@ _PARAMETERS = "params.safetensors"
 _OF_TRAINING_ALONE = ("command", "init", "mesh", "multihost", "coordinator", "n_process", "process")
 
 
-class Sizes(NamedTuple):
+class SizePreset(NamedTuple):
   """A model, how it is trained, and the height and width of its images, if it is one of images."""
 
   config: tvq.TransformerConfig
@@ -162,13 +162,13 @@ class Sizes(NamedTuple):
   image_size: int | None = None
 
 
-class Paper(NamedTuple):
+class ExperimentSpec(NamedTuple):
   """In what an experiment differs from the others."""
 
   name: str
   source: Callable[[str | None], base.Source]  # what the data directory holds
   smoke_source: Callable[[pathlib.Path], base.Source]  # writes small data to a directory
-  sizes: Mapping[str, Sizes]  # "paper", "cpu" and "smoke"
+  sizes: Mapping[str, SizePreset]  # "paper", "cpu" and "smoke"
   measures: tuple[str, ...]  # the first is the one to look at
   token_name: str = "byte"
   vocabularies: tuple[str, ...] = (
@@ -177,7 +177,7 @@ class Paper(NamedTuple):
 
 
 # Of bytes of text.
-TEXT_CPU = Sizes(
+TEXT_CPU = SizePreset(
   tvq.TransformerConfig(
     n_vocab=259,
     d_model=256,
@@ -198,7 +198,7 @@ TEXT_CPU = Sizes(
     global_batch_size=2,
   ),
 )
-TEXT_SMOKE = Sizes(
+TEXT_SMOKE = SizePreset(
   tvq.TransformerConfig.tiny(n_layer=1, remat="none"),
   tvq.TrainConfig(
     lr_max=4e-3, n_warmup_step=5, n_max_step=20, sequence_len=64, update_len=64, global_batch_size=4
@@ -206,38 +206,40 @@ TEXT_SMOKE = Sizes(
 )
 
 
-def _sized(sizes: Sizes) -> tuple[tvq.TransformerConfig, tvq.TrainConfig]:
+def _sized(sizes: SizePreset) -> tuple[tvq.TransformerConfig, tvq.TrainConfig]:
   """The configurations with what flags set; a shorter training gets a shorter warm-up."""
-  training = config_flags.given(tvq.TrainConfig)
+  training = config_flags.explicit_flags(tvq.TrainConfig)
   if "n_max_step" in training:
     training.setdefault(
       "n_warmup_step", min(sizes.train_cfg.n_warmup_step, training["n_max_step"] // 10)
     )
   return (
-    config_flags.changed(sizes.config, config_flags.given(tvq.TransformerConfig)),
-    config_flags.changed(sizes.train_cfg, training),
+    config_flags.apply_flags(sizes.config, config_flags.explicit_flags(tvq.TransformerConfig)),
+    config_flags.apply_flags(sizes.train_cfg, training),
   )
 
 
-def launch(paper: Paper) -> None:
+def launch(paper: ExperimentSpec) -> None:
   """Runs the experiment's command."""
   launcher.launch(paper.name, lambda: _main(paper))
 
 
-def _main(paper: Paper) -> None:
+def _main(paper: ExperimentSpec) -> None:
   command = _COMMAND.value
   if (command != "train" and _MULTIHOST.value) or (
     command not in ("train", "info") and _MESH.value
   ):
     raise flags.ValidationError(f"--command={command}: --mesh and --multihost are for training.")
   if _MULTIHOST.value:
-    multihost.start(_COORDINATOR.value, _N_PROCESS.value, _PROCESS.value)
+    multihost.initialize(_COORDINATOR.value, _N_PROCESS.value, _PROCESS.value)
   elif any(flag.value is not None for flag in (_COORDINATOR, _N_PROCESS, _PROCESS)):
     raise flags.ValidationError("--coordinator, --n_process and --process need --multihost.")
   place = _Place(paper)
   if command in ("validation", "test", "sample", "export"):
-    run = experiment_lib.load(
-      place.workdir, weights=_WEIGHTS.value, changes=config_flags.given(tvq.TransformerConfig)
+    run = experiment_lib.load_run(
+      place.workdir,
+      weights=_WEIGHTS.value,
+      changes=config_flags.explicit_flags(tvq.TransformerConfig),
     )
     config, train_cfg = run.config, run.train_cfg
   else:
@@ -258,14 +260,14 @@ def _main(paper: Paper) -> None:
     case "info":
       print(summary.describe_model(config, train_cfg))
       if _MESH.value:
-        print("\n" + memory_plan.describe(config, train_cfg, sharding.parse_mesh(_MESH.value)))
+        print("\n" + memory_plan.describe_plan(config, train_cfg, sharding.parse_mesh(_MESH.value)))
       _describe_data(place, config, train_cfg)
 
 
 class _Place:
   """Where an experiment finds its sizes, its data and its vocabulary."""
 
-  def __init__(self, paper: Paper):
+  def __init__(self, paper: ExperimentSpec):
     if _SMOKE.value and _DATA_DIR.value is not None:
       raise flags.ValidationError("--smoke brings its own data: leave --data_dir out.")
     if _VOCAB.value and "pieces" not in paper.vocabularies:
@@ -274,7 +276,7 @@ class _Place:
     self.paper, self.sizes = paper, paper.sizes[size]
     ending = "" if size == "paper" else f"-{size}"
     self.workdir = pathlib.Path(_WORKDIR.value or f"runs/{paper.name}{ending}")
-    there = self.workdir / experiment_lib.VOCABULARY
+    there = self.workdir / experiment_lib.VOCABULARY_FILE
     uses_bytes = _VOCAB.value == "bytes" or (
       _VOCAB.value is None and paper.vocabularies[0] == "bytes" and not there.exists()
     )
@@ -297,22 +299,22 @@ class _Place:
     if self.vocab_file.exists():
       raise ValueError(f"{self.vocab_file} exists already: remove it, or name another --vocab.")
     lines = self.source.sample(_VOCAB_BYTES.value, seed=_SEED.value)
-    progress.say(f"training a vocabulary of {size:,} pieces: {self.vocab_file}")
+    progress.log(f"training a vocabulary of {size:,} pieces: {self.vocab_file}")
     data.train_pieces(lines, self.vocab_file, size=size)
 
   def vocabulary(self, config: tvq.TransformerConfig) -> vocabulary.Vocabulary:
     if self.vocab_file is None:
       return data.ByteVocabulary
-    if not multihost.is_first():
-      multihost.meet("vocabulary")
+    if not multihost.is_main_process():
+      multihost.barrier("vocabulary")
     if not self.vocab_file.exists():
       if _VOCAB.value is not None or _COMMAND.value != "train":
         raise ValueError(
           f"there is no vocabulary {self.vocab_file}: --command=train_vocab trains one."
         )
       self.train_vocab(config.n_vocab)
-    if multihost.is_first():
-      multihost.meet("vocabulary")
+    if multihost.is_main_process():
+      multihost.barrier("vocabulary")
     return data.PieceVocabulary(self.vocab_file)
 
   def experiment(
@@ -339,15 +341,15 @@ class _Place:
 def _train(experiment: experiment_lib.Experiment) -> None:
   config, train_cfg = experiment.config, experiment.train_cfg
   sizes = dict(experiment.mesh.shape) if experiment.mesh else None
-  need = sum(memory_plan.plan(config, train_cfg, sizes).memory.values())
-  if need > (have := remat_lib.memory_bytes(jax.devices()[0])):
-    progress.say(
+  need = sum(memory_plan.plan_memory(config, train_cfg, sizes).memory.values())
+  if need > (have := remat_lib.device_memory_bytes(jax.devices()[0])):
+    progress.log(
       f"this needs about {need / 1e9:,.0f} GB of memory, and there are {have / 1e9:,.0f}: "
       "--size=cpu begins with a small model."
     )
   params = None
   if _INIT.value is not None and checkpoints.latest_step(experiment.workdir) is not None:
-    progress.say(
+    progress.log(
       f"{experiment.workdir} holds a run already: it goes on with its own parameters, not with "
       f"those of --init={_INIT.value}"
     )
@@ -370,13 +372,13 @@ def _train(experiment: experiment_lib.Experiment) -> None:
     max_skipped=_MAX_SKIPPED.value,
     debug_nans=_DEBUG_NANS.value,
   )
-  if not multihost.is_first():
+  if not multihost.is_main_process():
     return
   made, total = int(run.train_state.step), run.train_cfg.n_max_step
   if made < total:
     print(f"Stopped after {made} of {total} updates and saved. To go on: {_this_command()}")
     return
-  found = best_checkpoint.validated(experiment.workdir)
+  found = best_checkpoint.read_validations(experiment.workdir)
   if found.step < made:
     print(
       f"Trained: {made} updates; the last validation was broken off. To make up for it: "
@@ -411,10 +413,10 @@ def _measure(experiment: experiment_lib.Experiment, run: tvq.Checkpoint, split: 
 def _sample(experiment: experiment_lib.Experiment, run: tvq.Checkpoint) -> None:
   drawing = dict(temperature=_TEMPERATURE.value, top_p=_TOP_P.value)
   if experiment.image_size:
-    file = experiment_lib.draw_samples(experiment, run, _IMAGES.value, **drawing)
+    file = experiment_lib.sample_images(experiment, run, _IMAGES.value, **drawing)
   else:
     prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
-    texts, file = experiment_lib.write_samples(
+    texts, file = experiment_lib.sample_texts(
       experiment, run, prompts, length=_LENGTH.value, **drawing
     )
     print("\n\n".join(texts))

@@ -52,7 +52,7 @@ def main(file: str) -> None:
       raise ValueError(f"{file}: {error}") from error
   else:
     result = tvq.compress(*model, content, rows=_ROWS.value, show_progress=True)
-  files.write_whole(output, result)
+  files.write_atomically(output, result)
   note = ""
   if content and not _DECOMPRESS.value:
     note = f", {8 * len(result) / len(content):.4f} bits per byte"

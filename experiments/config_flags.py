@@ -55,7 +55,7 @@ def _define_settings() -> None:
 _define_settings()
 
 
-def given(cls: type) -> dict[str, Any]:
+def explicit_flags(cls: type) -> dict[str, Any]:
   """The fields of `cls` that flags set."""
   all_flags = {field.name: flags.FLAGS[f"config.{field.name}"] for field in dataclasses.fields(cls)}
   values = {name: flag.value for name, flag in all_flags.items() if flag.present}
@@ -64,9 +64,9 @@ def given(cls: type) -> dict[str, Any]:
   return values
 
 
-def changed(config: Any, given: Mapping[str, Any]) -> Any:
-  """`config` with the fields of `given`; what does not go together is a wrong flag."""
+def apply_flags(config: Any, given: Mapping[str, Any]) -> Any:
+  """`config` with the fields of `explicit_flags`; what does not go together is a wrong flag."""
   try:
-    return config.replace(**given)
+    return config.replace(**explicit_flags)
   except ValueError as error:
     raise flags.IllegalFlagValueError(f"--config: {error}") from error

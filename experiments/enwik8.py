@@ -28,14 +28,14 @@ flags.adopt_module_key_flags(cli)  # so that --help lists them
 
 if __name__ == "__main__":
   cli.launch(
-    cli.Paper(
+    cli.ExperimentSpec(
       name="enwik8",
       source=lambda data_dir: data.Enwik8(data_dir, n_byte=_N_BYTE.value),
       smoke_source=lambda place: data.Enwik8(
         toy_datasets.write_text(place, n_byte=_SMOKE_BYTES), n_byte=_SMOKE_BYTES
       ),
       sizes={
-        "paper": cli.Sizes(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
+        "paper": cli.SizePreset(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
         "cpu": cli.TEXT_CPU,
         "smoke": cli.TEXT_SMOKE,
       },

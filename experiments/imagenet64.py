@@ -23,7 +23,7 @@ _N_TRAIN = flags.DEFINE_integer(
 )
 
 _SIZE, _SMOKE_SIZE = 64, 8
-_CPU = cli.Sizes(
+_CPU = cli.SizePreset(
   # The memory holds more than a row of 192 bytes: the pixel above is the best guess there is.
   cli.TEXT_CPU.config.replace(d_model=192, d_v=384, pe_abs=True, block_len=256, mem_len=256),
   cli.TEXT_CPU.train_cfg.replace(
@@ -31,7 +31,7 @@ _CPU = cli.Sizes(
   ),
   _SIZE,
 )
-_SMOKE = cli.Sizes(
+_SMOKE = cli.SizePreset(
   cli.TEXT_SMOKE.config.replace(pe_abs=True),
   cli.TEXT_SMOKE.train_cfg.replace(sequence_len=3 * _SMOKE_SIZE**2, update_len=96),
   _SMOKE_SIZE,
@@ -41,14 +41,16 @@ flags.adopt_module_key_flags(cli)  # so that --help lists them
 
 if __name__ == "__main__":
   cli.launch(
-    cli.Paper(
+    cli.ExperimentSpec(
       name="imagenet64",
       source=lambda data_dir: data.DownsampledImages(data_dir, n_train=_N_TRAIN.value, size=_SIZE),
       smoke_source=lambda place: data.DownsampledImages(
         toy_datasets.write_images(place, size=_SMOKE_SIZE), n_train=48, size=_SMOKE_SIZE
       ),
       sizes={
-        "paper": cli.Sizes(tvq.TransformerConfig.imagenet64(), tvq.TrainConfig.imagenet64(), _SIZE),
+        "paper": cli.SizePreset(
+          tvq.TransformerConfig.imagenet64(), tvq.TrainConfig.imagenet64(), _SIZE
+        ),
         "cpu": _CPU,
         "smoke": _SMOKE,
       },

@@ -34,7 +34,7 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
   def fail(message: object, status: int) -> None:
     line = " ".join(str(message).split())
     print(f"{name}: {line}", file=sys.stderr, flush=True)
-    if multihost.is_joined():  # a clean end would wait for processes that wait for this one
+    if multihost.is_initialized():  # a clean end would wait for processes that wait for this one
       sys.stdout.flush()
       os._exit(status)
     sys.exit(status)
@@ -67,7 +67,7 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
     except flags.Error as error:
       fail(error, EXIT_BAD_FLAGS)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
-      if multihost.is_of_another(error):
+      if multihost.is_peer_failure(error):
         error = (
           "stopped, because another process of this run did, or cannot be reached "
           f"({str(error)[:300]}). What is saved is whole: start all processes again to go on."
@@ -79,7 +79,7 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
   app.run(guarded, flags_parser=parse)
 
 
-def positive(name: str, text: str) -> int:
+def parse_positive(name: str, text: str) -> int:
   """One entry of a list flag as a number, at least 1."""
   if not text.strip().isdigit() or int(text) < 1:
     raise ValueError(f"--{name}: {text!r} must be a whole number, at least 1.")

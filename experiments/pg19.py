@@ -16,21 +16,21 @@ import tvq_haiku as tvq
 from tvq_haiku import data
 from tvq_haiku.data import toy_datasets
 
-_CPU = cli.Sizes(
+_CPU = cli.SizePreset(
   cli.TEXT_CPU.config.replace(n_vocab=4096), cli.TEXT_CPU.train_cfg.replace(n_max_step=2000)
 )
-_SMOKE = cli.Sizes(cli.TEXT_SMOKE.config.replace(n_vocab=512), cli.TEXT_SMOKE.train_cfg)
+_SMOKE = cli.SizePreset(cli.TEXT_SMOKE.config.replace(n_vocab=512), cli.TEXT_SMOKE.train_cfg)
 
 flags.adopt_module_key_flags(cli)  # so that --help lists them
 
 if __name__ == "__main__":
   cli.launch(
-    cli.Paper(
+    cli.ExperimentSpec(
       name="pg19",
       source=data.Books,
       smoke_source=lambda place: data.Books(toy_datasets.write_books(place)),
       sizes={
-        "paper": cli.Sizes(tvq.TransformerConfig.pg19(), tvq.TrainConfig.pg19()),
+        "paper": cli.SizePreset(tvq.TransformerConfig.pg19(), tvq.TrainConfig.pg19()),
         "cpu": _CPU,
         "smoke": _SMOKE,
       },

@@ -143,7 +143,7 @@ def main() -> None:
     ]
   )
   print(report, end="")
-  files.write_whole(report_file, report)
+  files.write_atomically(report_file, report)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ flags.adopt_module_key_flags(cli)  # so that --help lists them
 
 if __name__ == "__main__":
   cli.launch(
-    cli.Paper(
+    cli.ExperimentSpec(
       name="text",
       source=data.TextFiles,
       smoke_source=lambda place: data.TextFiles(toy_datasets.write_text(place, name="text.txt")),
       sizes={
-        "paper": cli.Sizes(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
+        "paper": cli.SizePreset(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
         "cpu": cli.TEXT_CPU,
         "smoke": cli.TEXT_SMOKE,
       },

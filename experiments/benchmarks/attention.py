@@ -35,7 +35,9 @@ def main() -> None:
   if _JSON.value:  # before the work, not after it
     files.prepare_directory(pathlib.Path(_JSON.value).parent)
   K, V, S, M = (4, 8, 8, 8) if _SMOKE.value else (64, 512, 256, 256)
-  lengths = [64] if _SMOKE.value else [launcher.positive("seq_lens", x) for x in _SEQ_LENS.value]
+  lengths = (
+    [64] if _SMOKE.value else [launcher.parse_positive("seq_lens", x) for x in _SEQ_LENS.value]
+  )
   cases = []
   for length in lengths:
     cases += [

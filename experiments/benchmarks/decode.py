@@ -58,22 +58,22 @@ def main() -> None:
   if _HEAD_TYPE.value != "shga":
     config = config.replace(n_head=8, d_k=96, d_v=96)
   n, rounds = _TOKENS.value, _ROUNDS.value
-  batches = [launcher.positive("batches", text) for text in _BATCHES.value]
-  positions = [launcher.positive("positions", text) for text in _POSITIONS.value]
+  batches = [launcher.parse_positive("batches", text) for text in _BATCHES.value]
+  positions = [launcher.parse_positive("positions", text) for text in _POSITIONS.value]
   if _SMOKE.value:
     config, n, rounds = tvq.TransformerConfig.tiny(precision=_PRECISION.value), 8, 2
     positions = [min(position, 100) for position in positions]
   params = tvq.make_transformer(config).init(
     jax.random.key(0), jnp.zeros((1, 1), jnp.int32), tvq.initial_state(config, 1)
   )
-  weights = jax.block_until_ready(decoder_lib.prepare(config, params))
+  weights = jax.block_until_ready(decoder_lib.prepare_weights(config, params))
 
   rows = []
   for B in batches:
     state = tvq.initial_state(config, B)
     rates = dict(
       weights=_Products(weights),
-      state=_Updates(decoder_lib.start(config, state)),
+      state=_Updates(decoder_lib.start_decoding(config, state)),
       step=_Steps(config, params, weights, B, 8, n),
     )
     times = _in_turn(rates, rounds)
@@ -115,14 +115,14 @@ class _Steps:
     self, config: tvq.TransformerConfig, params: Any, weights: Any, B: int, position: int, n: int
   ):
     tokens = np.random.default_rng(0).integers(3, config.n_vocab, (B, position)).astype(np.int32)
-    state, logits = generate_lib.read(params, config, list(tokens), tvq.initial_state(config, B))
-    self._now = generate_lib.begin(config, state, logits)
+    state, logits = generate_lib.prefill(params, config, list(tokens), tvq.initial_state(config, B))
+    self._now = generate_lib.start_generation(config, state, logits)
     self._write = functools.partial(
-      generate_lib.write,
+      generate_lib.sample_tokens,
       config,
       weights,
       keys=jax.random.split(jax.random.key(1), B),
-      sampling=sampling.make_sampling(),
+      sampling=sampling.make_sampling_params(),
       limit=n,
       n=n,
       eos_id=None,
@@ -136,7 +136,7 @@ class _Steps:
 class _Products:
   """One product of a vector with each matrix of the model, each waiting for the one before."""
 
-  def __init__(self, weights: decoder_lib.Weights):
+  def __init__(self, weights: decoder_lib.DecoderWeights):
     matrices = [x for x in jax.tree.leaves(weights) if x.ndim >= 2 and x.size > 1]
     self.n_byte = sum(x.nbytes for x in jax.tree.leaves(weights))
     self._matrices = [x.reshape(-1, x.shape[-1]) for x in matrices]

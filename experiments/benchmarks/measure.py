@@ -125,4 +125,4 @@ def write_json(path: str | pathlib.Path, rows: Sequence[dict[str, Any]], **about
     jax=jax.__version__,
   )
   text = json.dumps(dict(machine=machine, **about, rows=list(rows)), indent=1)
-  files.write_whole(pathlib.Path(path), text + "\n")
+  files.write_atomically(pathlib.Path(path), text + "\n")

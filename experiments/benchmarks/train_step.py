@@ -45,7 +45,9 @@ _NAMES = ("T", "model", "head_type", "reduction", "remat")
 def main() -> None:
   if _JSON.value:  # before the work, not after it
     files.prepare_directory(pathlib.Path(_JSON.value).parent)
-  lengths = [32] if _SMOKE.value else [launcher.positive("seq_lens", x) for x in _SEQ_LENS.value]
+  lengths = (
+    [32] if _SMOKE.value else [launcher.parse_positive("seq_lens", x) for x in _SEQ_LENS.value]
+  )
   cases = [case for length in lengths for case in _cases(_config(), length)]
   rows = measure.compare(
     cases,

@@ -127,13 +127,13 @@ def _in_checkpoint(workdir: pathlib.Path, rng: random.Random) -> Callable[[], bo
 
 def _in_evaluation(workdir: pathlib.Path, rng: random.Random) -> Callable[[], bool]:
   """Between the checkpoint that precedes a validation and what it finds."""
-  known = best_checkpoint.validated(workdir).step
+  known = best_checkpoint.read_validations(workdir).step
   delay = rng.uniform(0.0, 0.15)
   due = (max(known, 0) // 200 + 1) * 200
   since: list[float] = []
 
   def moment() -> bool:
-    if not since and any(step >= due for step in checkpoints.steps(workdir)):
+    if not since and any(step >= due for step in checkpoints.saved_steps(workdir)):
       since.append(time.monotonic())
     return bool(since) and time.monotonic() > since[0] + delay
 
@@ -180,7 +180,7 @@ def _compare(peaceful: pathlib.Path, killed: pathlib.Path) -> None:
   ]
   if lines[0] != lines[1]:
     raise ValueError("the records are other ones.")
-  if best_checkpoint.validated(peaceful) != best_checkpoint.validated(killed):
+  if best_checkpoint.read_validations(peaceful) != best_checkpoint.read_validations(killed):
     raise ValueError("another checkpoint is the best.")
 
 

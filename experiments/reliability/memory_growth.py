@@ -38,7 +38,7 @@ def main() -> None:
       global_batch_size=4,
     )
     seen: list[tuple[int, float]] = []
-    with metric_writers.open_records(place / "run", tensorboard=True) as record:
+    with metric_writers.open_writers(place / "run", tensorboard=True) as record:
 
       def watched(step, values):
         record(step, values)

@@ -56,6 +56,6 @@ def test_parameters_that_are_not_of_the_configuration_beside_them(tmp_path):
 
 def test_a_run_begins_with_them(tmp_path):
   params = helpers.random_params(CONFIG)
-  begin = trainer.start(CONFIG, helpers.RUN_TRAINING, tmp_path, params=params)
+  begin = trainer.resume_or_initialize(CONFIG, helpers.RUN_TRAINING, tmp_path, params=params)
   assert_same(begin.train_state.params, params)
   assert checkpoints.latest_step(tmp_path) is None

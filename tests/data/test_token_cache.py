@@ -212,7 +212,7 @@ def test_what_cannot_be_read_is_no_full_disk(tmp_path):
   source = texts(tmp_path / "books")
 
   def broken(split):
-    yield base.Piece(b"It was", True, tmp_path)
+    yield base.Chunk(b"It was", True, tmp_path)
     raise OSError(5, "Input/output error")
 
   source.read = broken

@@ -23,15 +23,17 @@ def reader(config):
   @jax.jit
   def run(weights, tokens, state, active):
     def step(state, x):
-      logits, state = decoder_lib.step(config, weights, x[0], state, x[1])
+      logits, state = decoder_lib.decode_token(config, weights, x[0], state, x[1])
       return state, logits
 
-    state, logits = jax.lax.scan(step, decoder_lib.start(config, state), (tokens.T, active.T))
-    return logits.swapaxes(0, 1), decoder_lib.finish(state)
+    state, logits = jax.lax.scan(
+      step, decoder_lib.start_decoding(config, state), (tokens.T, active.T)
+    )
+    return logits.swapaxes(0, 1), decoder_lib.finish_decoding(state)
 
   def read(params, tokens, state, active=None):
     active = np.ones(tokens.shape, bool) if active is None else active
-    return run(decoder_lib.prepare(config, params), tokens, state, active)
+    return run(decoder_lib.prepare_weights(config, params), tokens, state, active)
 
   return read
 
@@ -63,11 +65,13 @@ def test_a_state_survives_the_way_there_and_back_bit_for_bit(name):
   tokens = random_tokens(config, 2, 13)
   once = apply(config, random_params(config), tokens).state
   for state in (once, apply(config, random_params(config), tokens, once).state):
-    back = decoder_lib.finish(decoder_lib.start(config, state))
+    back = decoder_lib.finish_decoding(decoder_lib.start_decoding(config, state))
     jax.tree.map(np.testing.assert_array_equal, back, state)
   cold = tvq.initial_state(config, 2)
   jax.tree.map(
-    np.testing.assert_array_equal, decoder_lib.finish(decoder_lib.start(config, cold)), cold
+    np.testing.assert_array_equal,
+    decoder_lib.finish_decoding(decoder_lib.start_decoding(config, cold)),
+    cold,
   )
 
 
@@ -142,14 +146,16 @@ def optimized():
 def test_no_copy_of_what_a_step_remembers(optimized, batch):
   config = tiny(d_v=40, mem_len=24, n_code=27)  # sizes that nothing else has
   params = random_params(config)
-  state = generate_lib.begin(config, tvq.initial_state(config, batch), jnp.zeros((batch, 11)))
+  state = generate_lib.start_generation(
+    config, tvq.initial_state(config, batch), jnp.zeros((batch, 11))
+  )
   text = (
-    generate_lib.write.lower(
+    generate_lib.sample_tokens.lower(
       config,
-      decoder_lib.prepare(config, params),
+      decoder_lib.prepare_weights(config, params),
       state,
       jax.random.split(jax.random.key(0), batch),
-      sampling.make_sampling(),
+      sampling.make_sampling_params(),
       50,
       n=50,
       eos_id=None,

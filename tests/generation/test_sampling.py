@@ -14,7 +14,7 @@ PLACE = np.array([3, 0, 4, 1, 2])  # likeliest first: token PLACE[i] has PROBABI
 def draws(settings, n=4000):
   logits = np.zeros(5, np.float32)
   logits[PLACE] = np.log(PROBABILITIES)
-  rules = sampling.make_sampling(**settings)
+  rules = sampling.make_sampling_params(**settings)
   keys = jax.random.split(jax.random.key(0), n)
   return np.asarray(
     jax.vmap(lambda key: sampling.sample_token(key, jnp.asarray(logits), rules))(keys)
@@ -68,7 +68,7 @@ def test_temperature_sharpens(settings):
   ],
 )
 def test_sorts_at_most_once(settings, sorts):
-  rules = sampling.make_sampling(**settings)
+  rules = sampling.make_sampling_params(**settings)
   text = str(
     jax.make_jaxpr(lambda key, x: sampling.sample_token(key, x, rules))(
       jax.random.key(0), jnp.zeros(50)
@@ -78,7 +78,7 @@ def test_sorts_at_most_once(settings, sorts):
 
 
 def test_equal_logits_are_cut_off_all_the_same():
-  rules = sampling.make_sampling(top_p=0.5)
+  rules = sampling.make_sampling_params(top_p=0.5)
   keys = jax.random.split(jax.random.key(0), 200)
   drawn = jax.vmap(lambda key: sampling.sample_token(key, jnp.zeros(4), rules))(keys)
   assert len(set(drawn.tolist())) == 2
@@ -100,19 +100,19 @@ def test_equal_logits_are_cut_off_all_the_same():
 )
 def test_rules_that_cannot_be(settings, message):
   with pytest.raises(ValueError, match=message):
-    sampling.make_sampling(**settings)
+    sampling.make_sampling_params(**settings)
 
 
 def test_keys_depend_on_the_prompt_and_not_on_the_batch():
   a, b, c = np.array([1, 2]), np.array([1]), np.array([], np.int32)
-  keys = sampling.row_keys(jax.random.key(5), [a, b, a, c])
+  keys = sampling.example_rngs(jax.random.key(5), [a, b, a, c])
   data = [tuple(row) for row in jax.random.key_data(keys).tolist()]
   assert len(set(data)) == 4
-  assert (sampling.row_keys(jax.random.key(5), [b])[0] == keys[1]).all()
-  assert (sampling.row_keys(jax.random.key(5), [b, a])[1] == keys[0]).all()
+  assert (sampling.example_rngs(jax.random.key(5), [b])[0] == keys[1]).all()
+  assert (sampling.example_rngs(jax.random.key(5), [b, a])[1] == keys[0]).all()
   own = jax.random.split(jax.random.key(0), 4)
-  assert (sampling.row_keys(own, [a, b, a, c]) == own).all()
-  old_style = sampling.row_keys(jax.random.PRNGKey(5), [a])
+  assert (sampling.example_rngs(own, [a, b, a, c]) == own).all()
+  old_style = sampling.example_rngs(jax.random.PRNGKey(5), [a])
   assert (old_style[0] == keys[0]).all()
   with pytest.raises(ValueError, match="one for each of 3 rows"):
-    sampling.row_keys(own, [a, b, c])
+    sampling.example_rngs(own, [a, b, c])

@@ -199,11 +199,11 @@ def test_encoder_sees_both_sides_and_keeps_no_state():
 
 def test_residual_estimate_and_automatic_remat():
   config = tvq.TransformerConfig(n_vocab=259)
-  assert remat_lib.chosen_remat(config, 2048) == "none"
-  assert remat_lib.chosen_remat(config, 10**9) == "layer"
-  assert remat_lib.chosen_remat(config.replace(remat="dots"), 10**9) == "dots"
+  assert remat_lib.resolve_remat(config, 2048) == "none"
+  assert remat_lib.resolve_remat(config, 10**9) == "layer"
+  assert remat_lib.resolve_remat(config.replace(remat="dots"), 10**9) == "dots"
   for variant in VARIANTS.values():
-    assert remat_lib.residual_bytes(tiny(**variant), 2048) > 0
+    assert remat_lib.activation_bytes(tiny(**variant), 2048) > 0
 
 
 def test_one_layer_in_the_program_whatever_the_depth():

@@ -58,7 +58,7 @@ def assert_same_run(workdir, want):
         )
   params = [tvq.load_checkpoint(directory).train_state.params for directory in (workdir, want)]
   helpers.assert_trees_close(*params, atol=2e-4)
-  assert best_checkpoint.validated(workdir)[:2] == best_checkpoint.validated(want)[:2]
+  assert best_checkpoint.read_validations(workdir)[:2] == best_checkpoint.read_validations(want)[:2]
 
 
 @pytest.mark.parametrize("n, mesh", [(2, ""), (4, "--mesh=fsdp:2,model:2")])
@@ -76,7 +76,7 @@ def test_one_is_killed_the_other_stops_and_the_run_goes_on(victim, alone, place,
   workdir = tmp_path / "run"
   processes = together(2, place, workdir, "--save_seconds=0.0")
   deadline = time.monotonic() + 120
-  while not checkpoints.steps(workdir) and time.monotonic() < deadline:
+  while not checkpoints.saved_steps(workdir) and time.monotonic() < deadline:
     time.sleep(0.01)
   processes[victim].kill()
   begin = time.monotonic()
@@ -97,7 +97,7 @@ def test_a_signal_to_one_of_them_stops_all_at_the_same_step(alone, place, tmp_pa
   workdir = tmp_path / "run"
   flags = "--config.n_max_step=4000 --config.n_warmup_step=5"
   processes = together(2, place, workdir, f"--save_seconds=0.0 {flags}")
-  while not checkpoints.steps(workdir):
+  while not checkpoints.saved_steps(workdir):
     time.sleep(0.01)
   processes[1].send_signal(signal.SIGTERM)
   results = ended(processes)
@@ -124,16 +124,18 @@ def test_bad_flags(flags, message, place, tmp_path):
 
 
 def test_wishes_of_one_process_are_known_at_once():
-  votes = multihost.Votes()
+  votes = multihost.StopVote()
   assert votes(True, False) == (True, False)
-  assert not multihost.SharedRequest(False) and multihost.SharedRequest(True)
-  assert multihost.told(3) == 3 and multihost.is_first() and not multihost.is_joined()
+  assert not multihost.SharedStopRequest(False) and multihost.SharedStopRequest(True)
+  assert (
+    multihost.broadcast(3) == 3 and multihost.is_main_process() and not multihost.is_initialized()
+  )
 
 
 def test_whose_fault_it_is(monkeypatch):
   broken = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
-  assert not multihost.is_of_another(broken)
-  monkeypatch.setattr(multihost, "is_joined", lambda: True)
-  assert multihost.is_of_another(broken) and multihost.is_of_another(RuntimeError("any"))
-  assert not multihost.is_of_another(ValueError("RESOURCE_EXHAUSTED: No space left on device"))
-  assert not multihost.is_of_another(ValueError("/data/gloo/train.txt is empty"))
+  assert not multihost.is_peer_failure(broken)
+  monkeypatch.setattr(multihost, "is_initialized", lambda: True)
+  assert multihost.is_peer_failure(broken) and multihost.is_peer_failure(RuntimeError("any"))
+  assert not multihost.is_peer_failure(ValueError("RESOURCE_EXHAUSTED: No space left on device"))
+  assert not multihost.is_peer_failure(ValueError("/data/gloo/train.txt is empty"))

@@ -93,8 +93,8 @@ def gradients_on(mesh, config):
   args = args if mesh is None else jax.device_put(args, sharding.replicated(mesh))
 
   def function(params, batch, state):
-    with sharding.use(mesh):
-      return gradients_lib.of_loss(
+    with sharding.use_mesh(mesh):
+      return gradients_lib.loss_gradients(
         config, params, jax.random.key(3), batch, state, sequence_rng=jax.random.key(4)
       )
 
@@ -189,8 +189,8 @@ class TestAttention:
 
     def attend(arrays, others, mesh):
       def function(arrays, others):
-        with sharding.use(mesh):
-          return sharded.attend(tvq.vq_attention, *arrays, **others, block_len=4)
+        with sharding.use_mesh(mesh):
+          return sharded.sharded_attention(tvq.vq_attention, *arrays, **others, block_len=4)
 
       def loss(arrays, others):
         out = function(arrays, others)
@@ -217,8 +217,8 @@ class TestAttention:
     mesh = sharding.make_mesh("sequence:8")
 
     def function(arrays, others):
-      with sharding.use(mesh):
-        return sharded.attend(tvq.vq_attention, *arrays, **others, block_len=4).values
+      with sharding.use_mesh(mesh):
+        return sharded.sharded_attention(tvq.vq_attention, *arrays, **others, block_len=4).values
 
     spec = jax.NamedSharding(mesh, P(None, "sequence"))
     arrays = tuple(jax.device_put(x, spec) for x in arrays[:3]) + arrays[3:]
@@ -314,20 +314,20 @@ def test_sizes_that_do_not_go_together(mesh, model, change, message):
 
 
 def test_hosts_get_the_rows_of_their_devices(monkeypatch):
-  assert sharding.host_share(None, 8) == (0, 1)
+  assert sharding.process_share(None, 8) == (0, 1)
   mesh = sharding.make_mesh("data:4,model:2")
-  assert sharding.host_share(mesh, 8) == (0, 1)
+  assert sharding.process_share(mesh, 8) == (0, 1)
   for first, want in ((4, (1, 2)), (2, None)):
     rows = {i: (slice(first + 2 * i, first + 2 * i + 2), slice(None)) for i in range(2)}
     here = types.SimpleNamespace(addressable_devices_indices_map=lambda shape, rows=rows: rows)
     monkeypatch.setattr(sharding, "batch_sharding", lambda mesh, n_row, here=here: here)
     if want:
-      assert sharding.host_share(mesh, 8) == want
+      assert sharding.process_share(mesh, 8) == want
     else:
       with pytest.raises(
         ValueError, match="gives this host rows 2 to 6 of 8, which is no even share"
       ):
-        sharding.host_share(mesh, 8)
+        sharding.process_share(mesh, 8)
 
 
 def test_every_parameter_finds_its_rule():
@@ -339,9 +339,9 @@ def test_every_parameter_finds_its_rule():
     for name, leaf in leaves.items()
   }
   for path in shapes:
-    rule = next(pattern for pattern, _ in sharding.RULES if re.search(pattern, path))
+    rule = next(pattern for pattern, _ in sharding.PARAM_RULES if re.search(pattern, path))
     assert (rule == "") == (not path.endswith(("kernel", "embeddings"))), path
-  for pattern, _ in sharding.RULES:
+  for pattern, _ in sharding.PARAM_RULES:
     assert any(re.search(pattern, path) for path in shapes), pattern
 
 

@@ -77,7 +77,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["text", "books", "images"])
 def test_figures_are_of_every_token_once(runs, kind):
   experiment, _ = runs[kind]
-  run = experiment_lib.load(experiment.workdir, weights="last")
+  run = experiment_lib.load_run(experiment.workdir, weights="last")
   found = experiment_lib.evaluate(experiment, run, "test")
   # One document at a time, in one piece, from nothing.
   apply = jax.jit(tvq.make_transformer(run.config).apply)
@@ -134,8 +134,8 @@ def test_records_hold_what_a_run_is_judged_by(runs):
 def test_best_and_last_checkpoints(runs):
   experiment, run = runs["text"]
   best, last = (
-    experiment_lib.load(experiment.workdir),
-    experiment_lib.load(experiment.workdir, weights="last"),
+    experiment_lib.load_run(experiment.workdir),
+    experiment_lib.load_run(experiment.workdir, weights="last"),
   )
   losses = {
     line["step"]: line["validation_loss_lm"]
@@ -144,7 +144,7 @@ def test_best_and_last_checkpoints(runs):
   }
   assert int(best.train_state.step) == min(losses, key=losses.get)
   assert int(last.train_state.step) == int(run.train_state.step)
-  changed = experiment_lib.load(experiment.workdir, changes={"precision": "bfloat16"})
+  changed = experiment_lib.load_run(experiment.workdir, changes={"precision": "bfloat16"})
   assert changed.config == best.config.replace(precision="bfloat16")
 
 
@@ -178,7 +178,7 @@ def test_the_vocabulary_must_be_that_of_the_run(runs, tmp_path):
   message = r"vocabulary pieces-330-\w+, not pieces-330-\w+\. Leave --vocab out"
   for use in (
     lambda: experiment_lib.evaluate(other, run, "test"),
-    lambda: experiment_lib.write_samples(other, run, [b""], length=3),
+    lambda: experiment_lib.sample_texts(other, run, [b""], length=3),
   ):
     with pytest.raises(tvq.CheckpointError, match=message):
       use()
@@ -218,7 +218,7 @@ def test_damaged_facts(runs, tmp_path, text):
 def test_changes_that_need_other_parameters_are_refused(runs):
   experiment, _ = runs["text"]
   with pytest.raises(ValueError, match="params are not of this config"):
-    experiment_lib.load(experiment.workdir, changes={"d_model": 32})
+    experiment_lib.load_run(experiment.workdir, changes={"d_model": 32})
 
 
 def test_damaged_tokens_give_no_figures(runs, tmp_path):
@@ -233,15 +233,15 @@ def test_damaged_tokens_give_no_figures(runs, tmp_path):
 
 def test_samples_are_texts_and_grids(runs):
   experiment, run = runs["books"]
-  texts, file = experiment_lib.write_samples(
+  texts, file = experiment_lib.sample_texts(
     experiment, run, [b"Anne ", b""], length=12, temperature=0.8
   )
   assert texts[0].startswith("Anne ") and len(texts) == 2
   assert all(text in file.read_text() for text in texts) and file.parent.name == "samples"
-  _, other = experiment_lib.write_samples(experiment, run, [b""], length=1)
+  _, other = experiment_lib.sample_texts(experiment, run, [b""], length=1)
   assert other != file and other.exists() and file.exists()
   experiment, run = runs["images"]
-  with Image.open(experiment_lib.draw_samples(experiment, run, 3)) as page:
+  with Image.open(experiment_lib.sample_images(experiment, run, 3)) as page:
     assert page.size == (2 * 6 + 2, 2 * 6 + 2)
 
 
@@ -294,14 +294,16 @@ def test_interrupted_and_resumed_records_are_those_of_a_whole_run(runs, tmp_path
 
 def test_a_summary_counts_what_there_is(runs):
   experiment, run = runs["text"]
-  assert summary.n_params(CONFIG) == sum(x.size for x in jax.tree.leaves(run.train_state.params))
+  assert summary.count_params(CONFIG) == sum(
+    x.size for x in jax.tree.leaves(run.train_state.params)
+  )
   assert summary.state_bytes(CONFIG) == sum(
     x.size * x.dtype.itemsize for x in jax.tree.leaves(tvq.initial_state(CONFIG, 1))
   )
-  parts = memory_plan.plan(CONFIG, TRAIN).memory
-  assert parts["parameters"] == 4 * summary.n_params(CONFIG) and min(parts.values()) > 0
+  parts = memory_plan.plan_memory(CONFIG, TRAIN).memory
+  assert parts["parameters"] == 4 * summary.count_params(CONFIG) and min(parts.values()) > 0
   text = summary.describe_model(CONFIG, TRAIN)
-  assert f"{summary.n_params(CONFIG):,}" in text and "d_model           16" in text
+  assert f"{summary.count_params(CONFIG):,}" in text and "d_model           16" in text
   line = summary.describe_data("train", experiment.open_split("train").facts)
   assert "2,700 tokens" in line and "unigram entropy" in line
 
@@ -326,4 +328,4 @@ def test_training_memory_is_about_what_is_compiled():
   program = step.lower(state, {"inputs": tokens, "targets": tokens}, jax.random.key(0)).compile()
   memory = program.memory_analysis()
   compiled = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  assert 0.5 < sum(memory_plan.plan(config, train_cfg).memory.values()) / compiled < 2.0
+  assert 0.5 < sum(memory_plan.plan_memory(config, train_cfg).memory.values()) / compiled < 2.0

@@ -90,7 +90,7 @@ class TestSkippedUpdates:
 
   def test_too_many_end_the_run_and_name_the_first_tensor(self, tmp_path, capsys):
     params = poisoned(helpers.random_params(CONFIG))
-    begin = trainer.start(CONFIG, TRAIN, tmp_path, params=params)
+    begin = trainer.resume_or_initialize(CONFIG, TRAIN, tmp_path, params=params)
     with pytest.raises(
       tvq.NumericalError,
       match=(
@@ -135,13 +135,17 @@ class TestSkippedUpdates:
       trainer.fit(CONFIG, TRAIN, Batches(), tmp_path, max_skipped=limit)
 
   def test_debug_nans_ends_at_the_first(self, tmp_path):
-    begin = trainer.start(CONFIG, TRAIN, tmp_path, params=poisoned(helpers.random_params(CONFIG)))
+    begin = trainer.resume_or_initialize(
+      CONFIG, TRAIN, tmp_path, params=poisoned(helpers.random_params(CONFIG))
+    )
     with pytest.raises(tvq.NumericalError, match=r"to update 2: .*attention_1/q in layer 1"):
       trainer.fit(CONFIG, TRAIN, helpers.run_batches(), tmp_path, begin=begin, debug_nans=True)
 
   def test_skipped_updates_are_counted_in_the_records(self, tmp_path):
     lines = []
-    begin = trainer.start(CONFIG, TRAIN, tmp_path, params=poisoned(helpers.random_params(CONFIG)))
+    begin = trainer.resume_or_initialize(
+      CONFIG, TRAIN, tmp_path, params=poisoned(helpers.random_params(CONFIG))
+    )
     trainer.fit(
       CONFIG,
       TRAIN,
@@ -275,11 +279,11 @@ class TestDamage:
   def test_the_last_good_checkpoint_is_used(self, saved, tmp_path, capsys, kind):
     shutil.copytree(saved[0], tmp_path / "run")
     workdir = tmp_path / "run"
-    assert checkpoints.steps(workdir) == [10, 12]
+    assert checkpoints.saved_steps(workdir) == [10, 12]
     harm(workdir / "checkpoints" / "12", kind)
     with privileges.none():
       assert int(tvq.load_checkpoint(workdir).train_state.step) == 10
-      assert checkpoints.steps(workdir) == [10, 12]  # reading changes nothing
+      assert checkpoints.saved_steps(workdir) == [10, 12]  # reading changes nothing
       assert f"warning: {workdir}/checkpoints/12 is damaged" in capsys.readouterr().err
       end = trainer.fit(CONFIG, TRAIN, helpers.run_batches(), workdir)
     assert_same(end.train_state, saved[1].train_state)
@@ -306,7 +310,7 @@ class TestDamage:
       trainer.fit(CONFIG, TRAIN, helpers.run_batches(), tmp_path / "run")
 
   def test_a_full_disk_is_named(self, tmp_path, monkeypatch):
-    writer = checkpoints.Writer(tmp_path, CONFIG, TRAIN)
+    writer = checkpoints.CheckpointWriter(tmp_path, CONFIG, TRAIN)
 
     def full():
       raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
@@ -321,7 +325,7 @@ class TestDamage:
 
   def test_the_manifest_does_not_wait_for_the_next_checkpoint(self, tmp_path):
     state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
-    with checkpoints.Writer(tmp_path, CONFIG, TRAIN) as writer:
+    with checkpoints.CheckpointWriter(tmp_path, CONFIG, TRAIN) as writer:
       writer.save(tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
       deadline = time.monotonic() + 30
       while not (tmp_path / "checkpoints" / "0" / "manifest.json").exists():
@@ -333,7 +337,7 @@ class TestDamage:
     state = tvq.init_train_state(config, TRAIN, jax.random.key(0))
     want = jax.device_get(jax.tree.map(jnp.copy, state))
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    with checkpoints.Writer(tmp_path, config, TRAIN) as writer:
+    with checkpoints.CheckpointWriter(tmp_path, config, TRAIN) as writer:
       writer.save(tvq.Checkpoint(config, TRAIN, state, jax.random.key(1), 0))
       jax.block_until_ready(overwrite(state))
     assert_same(tvq.load_checkpoint(tmp_path).train_state, want)
@@ -346,7 +350,7 @@ class TestDamage:
         CONFIG, TRAIN, state._replace(step=jnp.int32(step)), jax.random.key(1), 1
       )
       assert best_checkpoint.keep_best(tmp_path, now, loss)
-      assert checkpoints.steps(tmp_path / "best") == [step]
+      assert checkpoints.saved_steps(tmp_path / "best") == [step]
 
   def test_how_it_is_computed_may_change(self, saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "run")

@@ -12,7 +12,7 @@ from tvq_haiku.run import metric_writers
 
 
 def write(workdir, steps, **kwargs):
-  with metric_writers.open_records(workdir, **kwargs) as record:
+  with metric_writers.open_writers(workdir, **kwargs) as record:
     for step in steps:
       record(step, {"loss_lm": step / 10})
 
@@ -36,7 +36,7 @@ def test_a_run_that_goes_on_forgets_what_will_come_again(tmp_path):
 
 
 def test_half_a_line_that_is_a_number_and_what_is_no_number(tmp_path):
-  with metric_writers.open_records(tmp_path, tensorboard=False) as record:
+  with metric_writers.open_writers(tmp_path, tensorboard=False) as record:
     record(1, {"loss_lm": float("nan"), "word_perplexity": float("inf"), "grad_norm": 1.0})
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write("12")
@@ -79,7 +79,7 @@ def test_a_full_disk_is_an_error_not_a_wait(tmp_path, monkeypatch):
   def full(descriptor):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  with metric_writers.open_records(tmp_path) as record:
+  with metric_writers.open_writers(tmp_path) as record:
     record(1, {"loss_lm": 1.0})
     with monkeypatch.context() as patch:
       patch.setattr(os, "fsync", full)  # with which event files are flushed
@@ -135,7 +135,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
 def test_files_stay_bounded(tmp_path, monkeypatch):
   monkeypatch.setattr(metric_writers, "_MAX_BYTES", 3000)
-  with metric_writers.open_records(tmp_path) as record:
+  with metric_writers.open_writers(tmp_path) as record:
     for step in range(1, 400):
       record(step, {"loss_lm": 1.0, "validation_loss_lm": 2.0})
   lines = [record["step"] for record in metric_writers.read_records(tmp_path)]
@@ -143,11 +143,11 @@ def test_files_stay_bounded(tmp_path, monkeypatch):
   assert sum(f.stat().st_size for f in tmp_path.glob("metrics*")) < 6200
   assert sum(f.stat().st_size for f in (tmp_path / "tensorboard").iterdir()) < 12_000
   for _ in range(40):  # each process writes a little
-    with metric_writers.open_records(tmp_path, step=400) as record:
+    with metric_writers.open_writers(tmp_path, step=400) as record:
       for step in range(401, 408):
         record(step, {"loss_lm": 1.0})
   assert sum(f.stat().st_size for f in (tmp_path / "tensorboard").iterdir()) < 8000
-  with metric_writers.open_records(
+  with metric_writers.open_writers(
     tmp_path, step=lines[-20]
   ) as record:  # what came later is forgotten
     record(1000, {"loss_lm": 1.0})
@@ -159,7 +159,7 @@ def test_files_stay_bounded(tmp_path, monkeypatch):
 
 def test_a_validation_is_recorded_once(tmp_path):
   for _ in range(2):  # the process died before it noted that there was one
-    with metric_writers.open_records(tmp_path, step=4, tensorboard=False) as record:
+    with metric_writers.open_writers(tmp_path, step=4, tensorboard=False) as record:
       record(4, {"validation_loss_lm": 2.0})
   record_of = [r for r in metric_writers.read_records(tmp_path) if r["step"] == 4]
   assert record_of == [{"step": 4, "validation_loss_lm": 2.0}]

@@ -88,7 +88,7 @@ def test_the_last_batch_is_finished_and_validation_keeps_the_best(finished, tmp_
     record=lambda step, values: lines.append((step, dict(values))),
   )
   assert int(end.train_state.step) == 12
-  assert best_checkpoint.validated(tmp_path) == (12, 8, 2.0)
+  assert best_checkpoint.read_validations(tmp_path) == (12, 8, 2.0)
   assert int(tvq.load_checkpoint(tmp_path / "best").train_state.step) == 8
   assert [line for line in lines if "validation_loss_lm" in line[1]] == [
     (step, {"validation_loss_lm": loss}) for step, loss in ((4, 3.0), (8, 2.0), (12, 2.5))
@@ -119,7 +119,7 @@ def test_speed_is_recorded_even_if_every_batch_is_saved(tmp_path):
 def test_speed_is_that_since_the_last_record(monkeypatch):
   clock, rates = [0.0], []
   monkeypatch.setattr("time.monotonic", lambda: clock[0])
-  report = reporter.Report(
+  report = reporter.Reporter(
     CONFIG,
     TRAIN,
     lambda *_: None,
@@ -160,7 +160,8 @@ def test_validation_that_was_broken_off_is_made_up_for(tmp_path):
   for step, best in ((8, 3.0), (12, 1.0)):
     now = trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=validate, validate_every=4)
     assert (
-      int(now.train_state.step) == step and best_checkpoint.validated(tmp_path).best_loss == best
+      int(now.train_state.step) == step
+      and best_checkpoint.read_validations(tmp_path).best_loss == best
     )
   assert not found  # one for each of 4, 8 and 12
 
@@ -172,10 +173,10 @@ def test_best_that_was_saved_but_not_noted_is_noted(tmp_path):
   (tmp_path / "validation.json").unlink()  # as if the process had died before writing it
   assert best_checkpoint.keep_best(tmp_path, now, 2.0)
   assert not best_checkpoint.keep_best(tmp_path, now, float("nan"))
-  assert best_checkpoint.validated(tmp_path) == (4, 4, 2.0)
+  assert best_checkpoint.read_validations(tmp_path) == (4, 4, 2.0)
   (tmp_path / "validation.json").write_text("{")
   with pytest.raises(tvq.CheckpointError, match=r"validation\.json is damaged"):
-    best_checkpoint.validated(tmp_path)
+    best_checkpoint.read_validations(tmp_path)
 
 
 def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
@@ -187,7 +188,7 @@ def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
     return {"loss_lm": 1.0}
 
   end = trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=jump, validate_every=4)
-  assert checkpoints.steps(tmp_path) == [8, 12]  # none because it seemed to be time
+  assert checkpoints.saved_steps(tmp_path) == [8, 12]  # none because it seemed to be time
   assert_same(end.train_state, finished[1].train_state)
   assert_same(tvq.load_checkpoint(tmp_path).train_state, finished[1].train_state)
 

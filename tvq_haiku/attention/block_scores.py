@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tvq_haiku.attention.blocking import Tokens
+from tvq_haiku.attention.blocking import KeyValues
 from tvq_haiku.attention.compressive_cache import Cache
 from tvq_haiku.ops import matmul, positions, softmax
 from tvq_haiku.types import Array
@@ -27,7 +27,7 @@ class Queries(NamedTuple):
   position: Array  # [B, G, R, A, K] q + v
 
 
-class Keys(NamedTuple):
+class SharedKeys(NamedTuple):
   """What queries of every block meet."""
 
   codebook: Array  # [G, S, K] f32
@@ -35,7 +35,12 @@ class Keys(NamedTuple):
 
 
 def attend(
-  queries: Queries, tokens: Sequence[Tokens], past: Sequence[Cache], keys: Keys, *, agg_cache: bool
+  queries: Queries,
+  tokens: Sequence[KeyValues],
+  past: Sequence[Cache],
+  keys: SharedKeys,
+  *,
+  agg_cache: bool,
 ) -> Array:
   """Values [B, G, R, A, V] for the queries of R blocks.
 
@@ -54,13 +59,13 @@ def attend(
   here = jnp.tile(jnp.arange(L), n_row // L)[:, None]
   bias = None
   if keys.relative is not None:
-    bias = matmul.shared_scores(queries.position, keys.relative, preferred_element_type=jnp.float32)
+    bias = matmul.dots_per_head(queries.position, keys.relative, preferred_element_type=jnp.float32)
     by_head = bias.reshape(*bias.shape[:3], -1, L, bias.shape[-1])
     bias = positions.align_distances(by_head, L).reshape(*bias.shape[:-1], -1)
   scores, values, start = [], [], -M
   for part in tokens:
     place = start + jnp.arange(part.docs.shape[-1])
-    score = matmul.scores(
+    score = matmul.dots(
       queries.content, part.keys.astype(dtype), preferred_element_type=jnp.float32
     )
     if bias is not None:
@@ -74,7 +79,7 @@ def attend(
     values.append(part.values)
     start += place.size
   if agg_cache:
-    score = matmul.shared_scores(
+    score = matmul.dots_per_head(
       queries.content, keys.codebook.astype(dtype), preferred_element_type=jnp.float32
     )
     for cache in past:
@@ -82,4 +87,4 @@ def attend(
       visible = (counts > 0.0) & (docs == cache.doc[..., None, None])
       scores.append(jnp.where(visible, score + jnp.log(jnp.maximum(counts, 1.0)), MASKED))
       values.append(cache.means.astype(values[0].dtype))
-  return softmax.attend(scores, values)
+  return softmax.softmax_mix(scores, values)

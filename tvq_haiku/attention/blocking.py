@@ -18,7 +18,7 @@ from tvq_haiku.types import Array
 _MANY_SHIFTS = 32  # a slice each
 
 
-class Tokens(NamedTuple):
+class KeyValues(NamedTuple):
   """Keys and values in reading order; n tokens, or R blocks of them, from axis 2 on."""
 
   codes: Array  # [B, G, n] int32: S for an empty slot
@@ -27,29 +27,31 @@ class Tokens(NamedTuple):
   docs: Array  # [B, 1, n] int32
 
 
-def concat(*rows: Any) -> Any:
+def concatenate(*rows: Any) -> Any:
   """Rows (trees of arrays [B, ?, n, ...]) one behind the other."""
   return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *rows)
 
 
-def part(row: Any, start: int, stop: int) -> Any:
+def slice_tokens(row: Any, start: int, stop: int) -> Any:
   """Tokens start, ..., stop-1."""
   return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, stop, axis=2), row)
 
 
-def cut(row: Any, n_block: int) -> Any:
+def split_blocks(row: Any, n_block: int) -> Any:
   """[B, ?, R·L, ...] -> [B, ?, R, L, ...]."""
   return jax.tree.map(
     lambda x: x.reshape(*x.shape[:2], n_block, x.shape[2] // n_block, *x.shape[3:]), row
   )
 
 
-def flip(row: Any) -> Any:
+def reverse(row: Any) -> Any:
   """Last token, or last block, first."""
   return jax.tree.map(lambda x: jnp.flip(x, axis=2), row)
 
 
-def queries(q: Array, bias: Array | None, scale: float, n_kv_head: int, block_len: int) -> Array:
+def lay_out_queries(
+  q: Array, bias: Array | None, scale: float, n_kv_head: int, block_len: int
+) -> Array:
   """Lays out scale (q + bias) by block: [B, T, H, K] -> [B, G, R, A, K].
 
   The P = H/G heads that share keys stand behind each other, A = P·L rows; the last block is
@@ -58,19 +60,19 @@ def queries(q: Array, bias: Array | None, scale: float, n_kv_head: int, block_le
   B, T, H, K = q.shape
   q = q if bias is None else q + bias.astype(q.dtype)
   q = (q * scale).astype(q.dtype).reshape(B, T, n_kv_head, H // n_kv_head, K).swapaxes(1, 2)
-  q = pad(q, -T % block_len, 0)
-  q = cut(q, q.shape[2] // block_len).swapaxes(3, 4)  # [B, G, R, P, L, K]
+  q = pad_tokens(q, -T % block_len, 0)
+  q = split_blocks(q, q.shape[2] // block_len).swapaxes(3, 4)  # [B, G, R, P, L, K]
   return q.reshape(*q.shape[:3], -1, K)
 
 
-def outputs(values: Array, block_len: int, length: int) -> Array:
+def restore_layout(values: Array, block_len: int, length: int) -> Array:
   """Back again: [B, G, R, A, V] -> [B, T, H, V], without the filling."""
   B, G, R, A, V = values.shape
   values = values.reshape(B, G, R, A // block_len, block_len, V).transpose(0, 2, 4, 1, 3, 5)
   return values.reshape(B, R * block_len, -1, V)[:, :length]
 
 
-def preceding(row: Any, length: int, n_block: int, block_len: int) -> Any:
+def preceding_windows(row: Any, length: int, n_block: int, block_len: int) -> Any:
   """The M tokens from the start of each block of a row on: [B, ?, M+R·L, ...] -> [B, ?, R, M, ...].
 
   In a row that begins with the memory, they are those in front of the block's own tokens. Blocks
@@ -89,26 +91,26 @@ def preceding(row: Any, length: int, n_block: int, block_len: int) -> Any:
       return x[:, :, starts + jnp.arange(length)]
     pieces = []
     for start in range(0, length, block_len):
-      piece = cut(part(x, start, start + n_block * block_len), n_block)
+      piece = split_blocks(slice_tokens(x, start, start + n_block * block_len), n_block)
       pieces.append(piece[:, :, :, : length - start])
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=3)
 
   return jax.tree.map(windows, row)
 
 
-def last_read(memory: Any, row: Any, lengths: Array | None) -> Any:
+def last_tokens(memory: Any, row: Any, lengths: Array | None) -> Any:
   """The last M tokens of the memory followed by the first `lengths` [B] (None: all) of the row."""
   M, T = (jax.tree.leaves(x)[0].shape[2] for x in (memory, row))
   if lengths is None and T >= M:
-    return part(row, T - M, T)
-  both = concat(memory, row)
+    return slice_tokens(row, T - M, T)
+  both = concatenate(memory, row)
   if lengths is None:
-    return part(both, T, T + M)
+    return slice_tokens(both, T, T + M)
   take = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, M, axis=1))
   return jax.tree.map(lambda x: take(x, lengths), both)
 
 
-def pad(row: Any, n: int, filler: Any) -> Any:
+def pad_tokens(row: Any, n: int, filler: Any) -> Any:
   """Appends n tokens; `filler` has a constant for each field."""
 
   def append(x: Array, value: int) -> Array:
@@ -118,11 +120,11 @@ def pad(row: Any, n: int, filler: Any) -> Any:
   return jax.tree.map(append, row, filler)
 
 
-def scan(
+def scan_blocks(
   attend: Callable[..., Any], carry: Any, group: Any, n_block: int, *, remat: bool
 ) -> tuple[Any, Array]:
   """Calls `attend` block by block; axis 2 of `group` holds all of them."""
-  by_block = cut(group, n_block)
+  by_block = split_blocks(group, n_block)
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((*x.shape[:2], *x.shape[3:]), x.dtype), by_block
   )

@@ -49,7 +49,7 @@ class Ring(NamedTuple):
   codes: Codes | None  # None: plain keys, and nothing beyond the window
 
 
-class Keys(NamedTuple):
+class DecodeParams(NamedTuple):
   """What is the same for every token."""
 
   content_bias: Array  # [H, K] u
@@ -120,12 +120,12 @@ def to_state(ring: Ring, *, position: Array, written: Array) -> AttentionState |
   )
 
 
-def attend(
+def decode_step(
   ring: Ring,
   q: Array,
   k: Array,
   v: Array,
-  keys: Keys,
+  keys: DecodeParams,
   *,
   written: Array,
   document: Array,
@@ -188,7 +188,7 @@ def attend(
     values.append(codes.means)
   mixed = sum(
     jnp.einsum("...pn,...nv->...pv", _merged(weights).astype(rows.dtype), rows, **_F32)
-    for weights, rows in zip(softmax.normalized(scores), values)
+    for weights, rows in zip(softmax.softmax_weights(scores), values)
   )
   leaving = jax.lax.dynamic_index_in_dim(rows_v, (slot + 1) % W, rows_v.ndim - 2, keepdims=False)
   ring = Ring(rows_k, rows_v, docs, leaving.reshape(ring.leaving.shape), codes)

@@ -129,8 +129,8 @@ def full_attention(
     state.memory_docs[:, None],
   )
 
-  row = blocking.concat(memory, sequence) if is_causal else sequence
-  row = blocking.pad(row, -row.docs.shape[2] % C, _Tokens(0, 0, NO_DOCUMENT))
+  row = blocking.concatenate(memory, sequence) if is_causal else sequence
+  row = blocking.pad_tokens(row, -row.docs.shape[2] % C, _Tokens(0, 0, NO_DOCUMENT))
   # Zero rows around r_M, ..., r_0 (..., r_-M): no bias beyond the reach, whatever a tile touches.
   if relative_keys is None:
     relative_keys = jnp.zeros((1, G, K))
@@ -140,20 +140,20 @@ def full_attention(
   layout = _Layout(
     L, C, M if is_causal else None, edge + (0 if is_causal else relative_keys.shape[0] // 2)
   )
-  query_docs = blocking.cut(blocking.pad(docs[:, None], R * L - T, NO_DOCUMENT), R)[
+  query_docs = blocking.split_blocks(blocking.pad_tokens(docs[:, None], R * L - T, NO_DOCUMENT), R)[
     :, 0
   ]  # [B, R, L]
   content, position = (
-    jnp.moveaxis(blocking.queries(q, bias, scale, G, L), 2, 0)
+    jnp.moveaxis(blocking.lay_out_queries(q, bias, scale, G, L), 2, 0)
     for bias in (content_bias, position_bias)
   )
   values = _attend(
     layout, content, position, row.keys, row.values, relative, query_docs, row.docs[:, 0]
   )
-  values = blocking.outputs(jnp.moveaxis(values, 0, 2), L, T)
+  values = blocking.restore_layout(jnp.moveaxis(values, 0, 2), L, T)
   if not is_causal:
     return FullOutput(values, None)
-  memory = blocking.last_read(memory, sequence, lengths)
+  memory = blocking.last_tokens(memory, sequence, lengths)
   return FullOutput(
     values,
     KeyValueState(
@@ -183,11 +183,11 @@ def _tile_scores(
 ) -> Array:
   """Scores [B, G, A, C] of a block and a tile; relative [G, L+C-1, K] by falling distance."""
   L, C = layout.block_len, layout.tile_len
-  by_distance = matmul.shared_scores(position, relative, **_F32)
+  by_distance = matmul.dots_per_head(position, relative, **_F32)
   by_head = by_distance.reshape(*by_distance.shape[:2], -1, L, L + C - 1)
   # Row i looks up distances that start L-1-i columns later.
   bias = positions.align_distances(by_head, L)[..., L - 1 : L - 1 + C]
-  return matmul.scores(content, keys, **_F32) + bias.reshape(*by_distance.shape[:3], C)
+  return matmul.dots(content, keys, **_F32) + bias.reshape(*by_distance.shape[:3], C)
 
 
 def _tile_mask(layout: _Layout, query_docs: Array, key_docs: Array, r: Array, c: Array) -> Array:
@@ -290,7 +290,7 @@ def _backward(layout, residuals, gradient):
         functools.partial(_tile_scores, layout), content, position, k, rel
       )
       weights = jnp.exp(_masked(scores, _tile_mask(layout, docs, k_docs, r, c)) - log_total)
-      d_scores = weights * (matmul.scores(gradient, v, **_F32) - common)
+      d_scores = weights * (matmul.dots(gradient, v, **_F32) - common)
       parts = transposed(d_scores)
       d_v = matmul.pool(weights.astype(v.dtype), gradient, **_F32)
 

@@ -41,7 +41,7 @@ def nearest_codes(k: Array, codebook: Array) -> Array:
   codebook = jax.lax.stop_gradient(codebook).astype(jnp.float32)
   # TF32 would move keys across cell boundaries: CPU and GPU would choose other codes.
   # |k|^2 is the same for every code, so the argmin needs only the rest of the square.
-  dots = matmul.shared_scores(k.swapaxes(1, 2), codebook, precision=matmul.EXACT)
+  dots = matmul.dots_per_head(k.swapaxes(1, 2), codebook, precision=matmul.EXACT)
   distances = jnp.sum(codebook**2, axis=-1)[:, None] - 2.0 * dots  # [B, G, T, S]
   return jnp.argmin(distances, axis=-1).astype(jnp.int32).swapaxes(1, 2)
 

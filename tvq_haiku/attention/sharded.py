@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tvq_haiku.attention import blocking, compressive_cache, quantization
-from tvq_haiku.attention.blocking import Tokens
+from tvq_haiku.attention.blocking import KeyValues
 from tvq_haiku.attention.compressive_cache import Cache
 from tvq_haiku.attention.full import FullOutput, full_attention
 from tvq_haiku.attention.state import AttentionState
@@ -42,7 +42,7 @@ class _Operands(NamedTuple):
   codebook: Array | None = None
 
 
-def attend(
+def sharded_attention(
   attention: Callable[..., Any],
   q: Array,
   k: Array,
@@ -102,7 +102,7 @@ def attend(
     ):
       cut, attention = SEQUENCE, functools.partial(_attend_piece, n_piece=n_piece)
   heads, width = sharding.HEADS, sharding.WIDTH
-  tokens = (sharding.ROWS, cut)
+  tokens = (sharding.BATCH_AXES, cut)
   rules = sharding.STATE_RULES | {
     "q": (*tokens, heads),
     "k": (*tokens, heads),
@@ -122,7 +122,7 @@ def attend(
     last = path[-1]
     axes = rules[last.name if isinstance(last, jax.tree_util.GetAttrKey) else last.key]
     axes = [by_letter.get(axis, axis) if isinstance(axis, str) else axis for axis in axes]
-    return sharding.fitting(axes, leaf.shape, sizes)
+    return sharding.fit_spec(axes, leaf.shape, sizes)
 
   specs = functools.partial(jax.tree_util.tree_map_with_path, spec)
 
@@ -167,21 +167,23 @@ def _attend_piece(
   k_hat = quantization.straight_through(
     k.astype(jnp.float32), quantization.look_up(codes, codebook)
   )
-  piece = Tokens(
+  piece = KeyValues(
     jnp.where((jnp.arange(T) < here[:, None])[:, None], codes.swapaxes(1, 2), S),
     k_hat.swapaxes(1, 2),
     v.swapaxes(1, 2),
     segment_ids[:, None],
   )
-  memory = Tokens(
+  memory = KeyValues(
     state.memory_codes,
     state.memory_keys,
     state.memory_values.astype(v.dtype),
     state.memory_docs[:, None],
   )
-  memory = _from_before(blocking.part(piece, T - M, T), 1, n_piece, otherwise=memory)
+  memory = _from_before(blocking.slice_tokens(piece, T - M, T), 1, n_piece, otherwise=memory)
 
-  leaving = blocking.cut(blocking.part(blocking.concat(memory, piece), 0, T), 1)
+  leaving = blocking.split_blocks(
+    blocking.slice_tokens(blocking.concatenate(memory, piece), 0, T), 1
+  )
   cache = Cache(
     state.cache_counts[:, :, None], state.cache_means[:, :, None], state.cache_doc[:, None, None]
   )

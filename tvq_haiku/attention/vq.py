@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvq_haiku.attention import block_scores, blocking, compressive_cache, quantization
-from tvq_haiku.attention.block_scores import Keys, Queries
-from tvq_haiku.attention.blocking import Tokens
+from tvq_haiku.attention.block_scores import Queries, SharedKeys
+from tvq_haiku.attention.blocking import KeyValues
 from tvq_haiku.attention.compressive_cache import Cache
 from tvq_haiku.attention.state import AttentionState, initial_attention_state
 from tvq_haiku.config import REDUCTIONS
@@ -187,13 +187,13 @@ def vq_attention(
   n_read = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
   if segment_ids is None:
     segment_ids = jnp.broadcast_to(jnp.maximum(state.memory_docs[:, -1:], 0), (B, T))
-  sequence = Tokens(
+  sequence = KeyValues(
     jnp.where((jnp.arange(T) < n_read[:, None])[:, None], codes.swapaxes(1, 2), S),
     k_hat.swapaxes(1, 2),
     v.swapaxes(1, 2),
     segment_ids[:, None],
   )
-  memory = Tokens(
+  memory = KeyValues(
     state.memory_codes,
     state.memory_keys,
     state.memory_values.astype(v.dtype),
@@ -204,15 +204,16 @@ def vq_attention(
   )
   if relative_keys is not None:
     relative_keys = jnp.flip(relative_keys, axis=0).astype(q.dtype).swapaxes(0, 1)
-  keys = Keys(codebook, relative_keys)
+  keys = SharedKeys(codebook, relative_keys)
 
   # 2. Cut into R blocks of L, and attend.
   L = min(block_len, T)
   R = -(-T // L)
-  row = blocking.pad(sequence, R * L - T, Tokens(S, 0, 0, 0))
+  row = blocking.pad_tokens(sequence, R * L - T, KeyValues(S, 0, 0, 0))
   scale = K**-0.5 if scale is None else scale
   queries = Queries(
-    blocking.queries(q, content_bias, scale, G, L), blocking.queries(q, position_bias, scale, G, L)
+    blocking.lay_out_queries(q, content_bias, scale, G, L),
+    blocking.lay_out_queries(q, position_bias, scale, G, L),
   )
   if reduction == "auto":
     reduction = fastest_reduction(R, remat=remat)
@@ -221,7 +222,7 @@ def vq_attention(
     values, cache = _causal(queries, row, memory, cache, n_read, keys, remat=remat, **settings)
   else:
     values = _encoder(queries, row, memory, cache, keys, remat=remat, **settings)
-  values = blocking.outputs(values, L, T)
+  values = blocking.restore_layout(values, L, T)
   if order is not None:
     back = jnp.argsort(order, axis=1)
     values, codes = padding.reorder(values, back), padding.reorder(codes, back)
@@ -229,7 +230,7 @@ def vq_attention(
     return AttentionOutput(values, codes, None)
 
   # 3. Remember.
-  memory = blocking.last_read(memory, sequence, lengths)
+  memory = blocking.last_tokens(memory, sequence, lengths)
   state = AttentionState(
     state.position + n_read,
     memory.codes,
@@ -259,11 +260,11 @@ def fastest_reduction(n_block: int, *, remat: bool) -> str:
 
 def _causal(
   queries: Queries,
-  row: Tokens,
-  memory: Tokens,
+  row: KeyValues,
+  memory: KeyValues,
   cache: Cache,
   n_read: Array,
-  keys: Keys,
+  keys: SharedKeys,
   *,
   agg_cache: bool,
   grad_thru_cache: bool,
@@ -278,33 +279,33 @@ def _causal(
   # cache after them must not hold them. Only padding would have seen them there.
   leaves = jnp.arange(R * L) < n_read[:, None, None]  # [B, 1, R·L]
 
-  def attend(carry: tuple[Tokens, Cache], group: tuple[Queries, Tokens, Array]):
+  def attend(carry: tuple[KeyValues, Cache], group: tuple[Queries, KeyValues, Array]):
     queries, tokens, leaves = group
     n_block = queries.content.shape[2]
     memory, cache = carry
-    row = blocking.concat(memory, tokens)
-    leaving = blocking.cut(blocking.part(row, 0, n_block * L), n_block)
-    codes = jnp.where(blocking.cut(leaves, n_block), leaving.codes, S)
+    row = blocking.concatenate(memory, tokens)
+    leaving = blocking.split_blocks(blocking.slice_tokens(row, 0, n_block * L), n_block)
+    codes = jnp.where(blocking.split_blocks(leaves, n_block), leaving.codes, S)
     chunks = compressive_cache.summarize(codes, leaving.values, leaving.docs, S)
     every = compressive_cache.prefixes(
       cache, chunks, "serial" if reduction == "scan" else reduction
     )
-    before = blocking.preceding(row, M, n_block, L)
-    past = blocking.part(every, 0, n_block)
+    before = blocking.preceding_windows(row, M, n_block, L)
+    past = blocking.slice_tokens(every, 0, n_block)
     if not grad_thru_cache:
       before, past = jax.lax.stop_gradient((before, past))
     values = block_scores.attend(
-      queries, (before, blocking.cut(tokens, n_block)), (past,), keys, agg_cache=agg_cache
+      queries, (before, blocking.split_blocks(tokens, n_block)), (past,), keys, agg_cache=agg_cache
     )
     carry = (
-      blocking.part(row, n_block * L, n_block * L + M),
-      blocking.part(every, n_block, n_block + 1),
+      blocking.slice_tokens(row, n_block * L, n_block * L + M),
+      blocking.slice_tokens(every, n_block, n_block + 1),
     )
     return carry if grad_thru_cache else jax.lax.stop_gradient(carry), values
 
   group = (queries, row, leaves)
   if reduction == "scan":
-    (_, cache), values = blocking.scan(attend, (memory, cache), group, R, remat=remat)
+    (_, cache), values = blocking.scan_blocks(attend, (memory, cache), group, R, remat=remat)
   else:
     attend = jax.checkpoint(attend) if remat else attend
     (_, cache), values = attend((memory, cache), group)
@@ -313,10 +314,10 @@ def _causal(
 
 def _encoder(
   queries: Queries,
-  row: Tokens,
-  empty: Tokens,
+  row: KeyValues,
+  empty: KeyValues,
   cache: Cache,
-  keys: Keys,
+  keys: SharedKeys,
   *,
   agg_cache: bool,
   grad_thru_cache: bool,
@@ -328,14 +329,14 @@ def _encoder(
   L = row.docs.shape[2] // R
   M, S = empty.docs.shape[2], keys.codebook.shape[1]
 
-  def side(row: Tokens) -> tuple[Tokens, Cache]:
-    row = blocking.concat(empty, row)
-    chunks = blocking.cut(blocking.part(row, 0, R * L), R)
+  def side(row: KeyValues) -> tuple[KeyValues, Cache]:
+    row = blocking.concatenate(empty, row)
+    chunks = blocking.split_blocks(blocking.slice_tokens(row, 0, R * L), R)
     chunks = compressive_cache.summarize(chunks.codes, chunks.values, chunks.docs, S)
     every = compressive_cache.prefixes(
       cache, chunks, "serial" if reduction == "scan" else reduction
     )
-    near, far = blocking.preceding(row, M, R, L), blocking.part(every, 0, R)
+    near, far = blocking.preceding_windows(row, M, R, L), blocking.slice_tokens(every, 0, R)
     return (near, far) if grad_thru_cache else jax.lax.stop_gradient((near, far))
 
   def attend(carry: None, group: tuple[Any, ...]):
@@ -346,9 +347,9 @@ def _encoder(
 
   # What follows a block is what precedes it in the row read backwards.
   before, past = side(row)
-  after, future = blocking.flip(side(blocking.flip(row)))
+  after, future = blocking.reverse(side(blocking.reverse(row)))
   after = jax.tree.map(lambda x: jnp.flip(x, axis=3), after)
-  group = (queries, before, blocking.cut(row, R), after, past, future)
+  group = (queries, before, blocking.split_blocks(row, R), after, past, future)
   if reduction == "scan":
-    return blocking.scan(attend, None, group, R, remat=remat)[1]
+    return blocking.scan_blocks(attend, None, group, R, remat=remat)[1]
   return (jax.checkpoint(attend) if remat else attend)(None, group)[1]

@@ -28,7 +28,7 @@ from tvq_haiku.training import train_step as train_step_lib
 from tvq_haiku.types import Array
 from tvq_haiku.utils import files, optional, progress
 
-BEST = "best"
+BEST_DIRECTORY = "best"
 _CONFIG = "config.json"
 _STEPS = "checkpoints"
 _ITEM = "default"  # orbax's name for all of a checkpoint
@@ -53,7 +53,7 @@ class Checkpoint(NamedTuple):
   data_step: int  # batches read
 
 
-class Writer:
+class CheckpointWriter:
   """Writes the checkpoints of a run while it goes on; of several hosts, all together.
 
   What is on disk appears whole or not at all. Leaving the context waits for the last one.
@@ -82,7 +82,7 @@ class Writer:
     self._path = files.prepare_directory(directory)
     if exists(self._path):
       check_same_run(self._path, config, train_cfg)
-    elif multihost.is_first():
+    elif multihost.is_main_process():
       text = json.dumps(
         {
           "format": _FORMAT,
@@ -91,8 +91,8 @@ class Writer:
         },
         indent=2,
       )
-      files.write_whole(self._path / _CONFIG, text + "\n")
-    multihost.meet("writer")
+      files.write_atomically(self._path / _CONFIG, text + "\n")
+    multihost.barrier("writer")
     self._pending: int | None = None
     self._error: Exception | None = None
     self._thread: threading.Thread | None = None
@@ -117,7 +117,7 @@ class Writer:
     """
     self.wait()
     step = int(checkpoint.train_state.step)
-    newest = max(steps(self._path), default=None)
+    newest = max(saved_steps(self._path), default=None)
     if newest is not None and newest >= step:
       raise CheckpointError(
         f"{self._path} already holds a checkpoint of step {newest}: one of step {step} "
@@ -154,7 +154,7 @@ class Writer:
   def _complete(self, step: int) -> None:
     try:
       self._manager.wait_until_finished()
-      if multihost.is_first():
+      if multihost.is_main_process():
         files.write_manifest(self._path / _STEPS / str(step), _MANIFEST)
     except Exception as error:  # raised by `wait`
       self._error = error
@@ -163,7 +163,7 @@ class Writer:
     return self
 
   def __exit__(self, kind: Any, *_) -> None:
-    if kind is not None and not multihost.is_alone():
+    if kind is not None and not multihost.is_single_process():
       return  # the others may be gone: nobody waits for them
     with contextlib.ExitStack() as stack:
       stack.callback(self._close)
@@ -179,7 +179,7 @@ class Writer:
     try:
       yield
     except Exception as error:
-      if multihost.is_of_another(error):
+      if multihost.is_peer_failure(error):
         raise
       what = "checkpoints" if step is None else f"the checkpoint of step {step}"
       raise OSError(
@@ -190,8 +190,8 @@ class Writer:
 def save_checkpoint(
   directory: str | os.PathLike, checkpoint: Checkpoint, *, max_to_keep: int = 2
 ) -> None:
-  """Writes one checkpoint, and returns when it is there: see `Writer`."""
-  with Writer(
+  """Writes one checkpoint, and returns when it is there: see `CheckpointWriter`."""
+  with CheckpointWriter(
     directory, checkpoint.config, checkpoint.train_cfg, max_to_keep=max_to_keep
   ) as writer:
     writer.save(checkpoint)
@@ -205,7 +205,7 @@ def exists(directory: str | os.PathLike) -> bool:
   """
   path = pathlib.Path(directory).absolute()
   if (path / _CONFIG).is_file():
-    return bool(steps(path))
+    return bool(saved_steps(path))
   if (path / _STEPS).is_dir() and any((path / _STEPS).iterdir()):
     raise CheckpointError(
       f"{path} holds checkpoints but no {_CONFIG}, without which they cannot be "
@@ -235,7 +235,7 @@ def load_config(directory: str | os.PathLike) -> tuple[TransformerConfig, TrainC
     ) from error
 
 
-def steps(directory: str | os.PathLike) -> list[int]:
+def saved_steps(directory: str | os.PathLike) -> list[int]:
   """The numbers of updates of all checkpoints, the newest last."""
   path = pathlib.Path(directory).absolute() / _STEPS
   # Orbax gives a checkpoint its name when it is whole.
@@ -246,7 +246,7 @@ def latest_step(directory: str | os.PathLike) -> int | None:
   """The number of updates of the newest checkpoint, or None."""
   if not (pathlib.Path(directory).absolute() / _CONFIG).is_file():
     return None
-  return max(steps(directory), default=None)
+  return max(saved_steps(directory), default=None)
 
 
 def load_checkpoint(
@@ -265,7 +265,7 @@ def load_checkpoint(
   """
   path = pathlib.Path(directory).absolute()
   config, train_cfg = load_config(path)
-  there = steps(path)
+  there = saved_steps(path)
   if not there:
     raise CheckpointError(f"{path} holds no checkpoint yet: {_STEPS}/ is empty or missing.")
   if step is not None:
@@ -280,28 +280,30 @@ def load_checkpoint(
       if (path / _STEPS / str(step)).exists():  # else the run that goes on has removed it meanwhile
         damage.append(str(error))
       continue
-    if multihost.is_first():
+    if multihost.is_main_process():
       for line in damage:
-        progress.say(f"warning: {line} Step {step} is used instead.")
+        progress.log(f"warning: {line} Step {step} is used instead.")
     return found
   if not damage:
     return load_checkpoint(path, mesh=mesh)  # what replaced them
   problem = f"{damage[0]} No older one can be read either." if len(damage) > 1 else damage[0]
-  if exists(path / BEST):
+  if exists(path / BEST_DIRECTORY):
     problem += (
-      f" {path / BEST} may still be whole: its parameters can be exported, and another run begun "
+      f" {path / BEST_DIRECTORY} may still be whole: its parameters can be exported, and another run begun "
       "with them."
     )
   raise CheckpointError(problem)
 
 
-def set_aside(directory: str | os.PathLike, *, after: int) -> None:
+def discard_later(directory: str | os.PathLike, *, after: int) -> None:
   """Moves the checkpoints of later steps, from which the run does not go on, to damaged/."""
   path = pathlib.Path(directory).absolute()
-  later = [step for step in steps(path) if step > after] if multihost.is_first() else []
+  later = (
+    [step for step in saved_steps(path) if step > after] if multihost.is_main_process() else []
+  )
   for step in later:
     (path / _DAMAGED).mkdir(exist_ok=True)
-    place, aside = path / _STEPS / str(step), files.unused(path / _DAMAGED / str(step))
+    place, aside = path / _STEPS / str(step), files.unused_path(path / _DAMAGED / str(step))
     try:
       with contextlib.suppress(OSError):
         place.chmod(0o755)  # or it cannot be moved
@@ -311,7 +313,7 @@ def set_aside(directory: str | os.PathLike, *, after: int) -> None:
         f"{place} cannot be used, nor moved to {aside} ({error.strerror}). Remove it to "
         f"go on from step {after}."
       ) from error
-  multihost.meet("set aside")
+  multihost.barrier("set aside")
 
 
 def _read(
@@ -332,20 +334,20 @@ def _read(
   )
   target = _to_tree(Checkpoint(config, train_cfg, state, jax.random.key(0), 0))
   problem = ""
-  if multihost.is_first():
+  if multihost.is_main_process():
     try:
       if not (place / _MANIFEST).exists():
-        progress.say(f"warning: {place} has no {_MANIFEST}: it is read without being checked.")
+        progress.log(f"warning: {place} has no {_MANIFEST}: it is read without being checked.")
       files.check_manifest(place, _MANIFEST)
     except (OSError, ValueError) as error:
       problem = first_line(error).rstrip(".")
-  if multihost.told(bool(problem)):
+  if multihost.broadcast(bool(problem)):
     raise CheckpointError(f"{place} is damaged or incomplete: {problem}.")
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.restore(place / _ITEM, target)
   except Exception as error:  # orbax and tensorstore raise whatever they like
-    if multihost.is_of_another(error):
+    if multihost.is_peer_failure(error):
       raise
     reason = first_line(error).rstrip(".")
     raise CheckpointError(f"{place} is damaged or incomplete: {reason}.") from error
@@ -391,7 +393,7 @@ def _to_tree(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _orbax() -> Any:
-  return optional.load("orbax.checkpoint", extra="train", purpose="checkpoints")
+  return optional.require("orbax.checkpoint", extra="train", purpose="checkpoints")
 
 
 def first_line(error: Exception) -> str:

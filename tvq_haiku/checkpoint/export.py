@@ -51,7 +51,7 @@ def export_params(file: str | os.PathLike, config: TransformerConfig, params: An
   }
   content = _safetensors().save(arrays, {"format": _FORMAT, "config": config.to_json()})
   file = pathlib.Path(file).absolute()
-  files.write_whole(files.prepare_directory(file.parent) / file.name, content)
+  files.write_atomically(files.prepare_directory(file.parent) / file.name, content)
 
 
 def import_params(file: str | os.PathLike) -> tuple[TransformerConfig, Any]:
@@ -82,4 +82,4 @@ def import_params(file: str | os.PathLike) -> tuple[TransformerConfig, Any]:
 
 
 def _safetensors() -> Any:
-  return optional.load("safetensors.numpy", extra="train", purpose="files of parameters")
+  return optional.require("safetensors.numpy", extra="train", purpose="files of parameters")

@@ -47,4 +47,4 @@ def image_grid(images: np.ndarray, *, columns: int | None = None) -> Any:
       _GAP + place * (size + _GAP) for place, size in zip(divmod(i, columns), (height, width))
     )
     page[top : top + height, left : left + width] = image
-  return optional.load("PIL.Image", extra="images", purpose="image files").fromarray(page)
+  return optional.require("PIL.Image", extra="images", purpose="image files").fromarray(page)

@@ -141,9 +141,9 @@ def train_pieces(lines: Iterable[str], file: str | os.PathLike, *, size: int) ->
     ) from error
   file = pathlib.Path(file)
   files.prepare_directory(file.parent)
-  files.write_whole(file, model.getvalue())
+  files.write_atomically(file, model.getvalue())
   return PieceVocabulary(file)
 
 
 def _sentencepiece() -> Any:
-  return optional.load("sentencepiece", extra="train", purpose="vocabularies of pieces")
+  return optional.require("sentencepiece", extra="train", purpose="vocabularies of pieces")

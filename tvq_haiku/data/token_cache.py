@@ -20,7 +20,7 @@ import zlib
 
 import numpy as np
 
-from tvq_haiku.data.sources.base import Piece, Source
+from tvq_haiku.data.sources.base import Chunk, Source
 from tvq_haiku.data.stream import TokenStream
 from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
 from tvq_haiku.utils import files, progress
@@ -30,7 +30,7 @@ _CHUNK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class SplitStatistics:
   """What was counted while a split was encoded."""
 
   n_document: int
@@ -48,7 +48,7 @@ class Split(NamedTuple):
   """A split, ready to be read."""
 
   stream: TokenStream
-  facts: Facts
+  facts: SplitStatistics
 
 
 def open_split(
@@ -114,7 +114,7 @@ def _write(source: Source, split: str, vocabulary: Vocabulary, draft: pathlib.Pa
   total = source.n_byte(split)
   with (
     (draft / "tokens.bin").open("wb") as file,
-    progress.show(f"encoding {source.name} {split}", total) as shown,
+    progress.bar(f"encoding {source.name} {split}", total) as shown,
   ):
     for piece in _readable(source, split):
       try:
@@ -143,13 +143,13 @@ def _write(source: Source, split: str, vocabulary: Vocabulary, draft: pathlib.Pa
   np.save(draft / "ends.npy", np.array(ends, np.int64))
   shares = uses[uses > 0] / n_token
   entropy = float((shares * -np.log2(shares)).sum()) + 0.0  # 0, not -0
-  facts = Facts(
+  facts = SplitStatistics(
     len(ends), n_byte, n_word, n_token, entropy, checksum, vocabulary.fingerprint, dtype.str, offset
   )
-  files.write_whole(draft / "facts.json", json.dumps(dataclasses.asdict(facts), indent=1))
+  files.write_atomically(draft / "facts.json", json.dumps(dataclasses.asdict(facts), indent=1))
 
 
-def _readable(source: Source, split: str) -> Iterator[Piece]:
+def _readable(source: Source, split: str) -> Iterator[Chunk]:
   """What is read; that it cannot be read must not pass for a full disk."""
   try:
     yield from source.read(split)
@@ -168,8 +168,8 @@ def verify(split: Split) -> None:
     )
 
 
-def _facts(place: pathlib.Path) -> Facts:
-  return Facts(**json.loads((place / "facts.json").read_text()))
+def _facts(place: pathlib.Path) -> SplitStatistics:
+  return SplitStatistics(**json.loads((place / "facts.json").read_text()))
 
 
 def _is_whole(place: pathlib.Path) -> bool:

@@ -20,7 +20,7 @@ def write_text(
   """A file of `n_byte` bytes."""
   path = files.prepare_directory(directory) / name
   if not path.exists():
-    files.write_whole(path, b"".join(austen_novels.austen().values())[:n_byte])
+    files.write_atomically(path, b"".join(austen_novels.austen().values())[:n_byte])
   return path
 
 
@@ -32,9 +32,9 @@ def write_books(directory: str | os.PathLike, *, n_byte: int = 20_000) -> pathli
   for i, (split, (title, text)) in enumerate(zip(splits, sorted(austen_novels.austen().items()))):
     path = files.prepare_directory(root / split) / f"{i + 1}.txt"
     if not path.exists():
-      files.write_whole(path, text[:n_byte].decode(errors="ignore"))
+      files.write_atomically(path, text[:n_byte].decode(errors="ignore"))
     rows.append(f"{i + 1},{title},1815,\n")
-  files.write_whole(root / "metadata.csv", "".join(rows))
+  files.write_atomically(root / "metadata.csv", "".join(rows))
   return root
 
 

@@ -140,15 +140,15 @@ def _run(
     raise ValueError(f"{name}: causal=False: an encoder does not predict.")
   ByteVocabulary.check(name, config.n_vocab)
   checks.check_params(params, transformer.params_shapes(config))
-  categorical = optional.load(
+  categorical = optional.require(
     "constriction", extra="compress", purpose="arithmetic coding"
   ).stream.model
-  weights = decoder_lib.prepare(config, params)
-  state = decoder_lib.start(config, transformer.initial_state(config, rows))
+  weights = decoder_lib.prepare_weights(config, params)
+  state = decoder_lib.start_decoding(config, transformer.initial_state(config, rows))
   pieces = _pieces(n_byte, rows)
   longest = -(-n_byte // rows)
   tokens = np.full(rows, ByteVocabulary.EOS, np.int32)
-  with progress.show(name, n_byte, enabled=show_progress) as shown:
+  with progress.bar(name, n_byte, enabled=show_progress) as shown:
     for place in range(longest):
       probabilities, state = _step(config, weights, tokens, state)
       for row, p in enumerate(np.asarray(probabilities)):
@@ -161,11 +161,13 @@ def _run(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _step(
   config: TransformerConfig,
-  weights: decoder_lib.Weights,
+  weights: decoder_lib.DecoderWeights,
   tokens: Array,
   state: decoder_lib.DecodeState,
 ) -> tuple[Array, decoder_lib.DecodeState]:
-  logits, state = decoder_lib.step(config, weights, tokens, state, jnp.ones(tokens.shape, bool))
+  logits, state = decoder_lib.decode_token(
+    config, weights, tokens, state, jnp.ones(tokens.shape, bool)
+  )
   return jax.nn.softmax(logits), state
 
 
@@ -186,4 +188,6 @@ def _fingerprint(params: Mapping[str, Mapping[str, Array]], config: TransformerC
 
 
 def _queue() -> Any:
-  return optional.load("constriction", extra="compress", purpose="arithmetic coding").stream.queue
+  return optional.require(
+    "constriction", extra="compress", purpose="arithmetic coding"
+  ).stream.queue

@@ -79,7 +79,7 @@ def make_eval_step(
       rows = train_cfg.global_batch_size
     checks.check_batch(batch, (rows, window_len), config.n_vocab)
     if mesh is not None:
-      batch = sharding.place(batch, mesh, rows)
+      batch = sharding.put_batch(batch, mesh, rows)
     return _eval_step(config, mesh, params, batch, state)
 
   return checked
@@ -93,7 +93,7 @@ def _eval_step(
   batch: Batch,
   state: transformer.TransformerState,
 ) -> tuple[EvalSums, transformer.TransformerState]:
-  with sharding.use(mesh):
+  with sharding.use_mesh(mesh):
     out = transformer.make_transformer(config).apply(
       params, None, batch["inputs"], state, doc_ids=batch.get("doc_ids")
     )
@@ -160,7 +160,7 @@ def evaluate(
   state = _initial_state(config, batch_size, mesh)
   layout = dict(batch_size=batch_size, window_len=window_len, align=align)
   sums: list[EvalSums] = []
-  with progress.show(
+  with progress.bar(
     "evaluating", packing.count_windows(stream, **layout), enabled=show_progress
   ) as shown:
     for batch in packing.windows(stream, **layout):

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
   n_token: int  # of the window, on this device
 
 
-def plan(
+def plan_memory(
   config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int] | None = None
 ) -> Plan:
   """The plan for a mesh of `sizes`; None: one device.
@@ -55,14 +55,14 @@ def plan(
   shardings = sharding.train_state_shardings(state, mesh)
   parameters, whole = (
     _local_bytes(state.params, shardings.params),
-    n_bytes(state.params),
+    tree_bytes(state.params),
   )  # of float32
-  data, fsdp, model, pieces = (sizes.get(axis, 1) for axis in sharding.AXES)
+  data, fsdp, model, pieces = (sizes.get(axis, 1) for axis in sharding.MESH_AXES)
   n_part = train_cfg.n_accumulate
   n_token = train_cfg.global_batch_size * train_cfg.update_len // (data * fsdp * pieces * n_part)
   size = config.compute_dtype.itemsize
-  kept = remat_lib.residual_bytes(config, n_token) // model
-  if remat_lib.chosen_remat(config, n_token) == "layer":
+  kept = remat_lib.activation_bytes(config, n_token) // model
+  if remat_lib.resolve_remat(config, n_token) == "layer":
     kept = kept // config.n_layer + config.n_layer * n_token * config.d_model * size
   states = jax.eval_shape(lambda: transformer.initial_state(config, train_cfg.global_batch_size))
   remembered = _local_bytes(states, sharding.state_shardings(states, mesh, config.kv_heads))
@@ -86,7 +86,7 @@ def plan(
   )
 
 
-def n_bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
   """Of all arrays, or shapes, whole."""
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -101,9 +101,11 @@ def _local_bytes(shapes: Any, shardings: Any) -> int:
   )
 
 
-def describe(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int]) -> str:
+def describe_plan(
+  config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int]
+) -> str:
   """The plan in lines for people to read."""
-  found = plan(config, train_cfg, sizes)
+  found = plan_memory(config, train_cfg, sizes)
 
   def line(parts: Mapping[str, int]) -> str:
     total = sum(parts.values())
@@ -118,6 +120,6 @@ def describe(config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[s
       f"  holds               about {line(found.memory)}",
       f"  sends and receives  about {line(found.traffic)} for an update",
       f"  reads               {found.n_token:,} tokens at a time, with "
-      f"remat={remat_lib.chosen_remat(config, found.n_token)}",
+      f"remat={remat_lib.resolve_remat(config, found.n_token)}",
     ]
   )

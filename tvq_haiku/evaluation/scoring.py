@@ -81,7 +81,7 @@ def score(
   groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
   total = sum(-(-(int(n_byte[group[0]]) + 1) // window_len) for group in groups)
   done = 0
-  with progress.show("scoring", total, enabled=show_progress) as shown:
+  with progress.bar("scoring", total, enabled=show_progress) as shown:
     for group in groups:
       B, longest = len(group), int(n_byte[group[0]]) + 1
       T = min(window_len, longest)

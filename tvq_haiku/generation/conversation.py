@@ -23,6 +23,7 @@ _CHUNK = 16  # tokens drawn between two pieces
 class Conversation:
   """A byte-level model's state, kept between prompts.
 
+  >>> import jax
   >>> import numpy as np
   >>> config = TransformerConfig.tiny()
   >>> params = transformer.make_transformer(config).init(
@@ -52,19 +53,19 @@ class Conversation:
     checks.check_params(params, transformer.params_shapes(config))
     if state is not None:
       checks.check_state(state, transformer.initial_state, config, 1)
-    self._sampling = sampling.make_sampling(
+    self._sampling = sampling.make_sampling_params(
       temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
     )
     self._params, self._config, self._rng = params, config, rng
-    self._weights = decoder_lib.prepare(config, params)
+    self._weights = decoder_lib.prepare_weights(config, params)
     self._state, self._logits = state, None
-    self._now: generate_lib.Writing | None = None
+    self._now: generate_lib.GenerationState | None = None
 
   @property
   def state(self) -> transformer.TransformerState:
     """After all that was read and written so far."""
     if self._now is not None:
-      return decoder_lib.finish(self._now.state)
+      return decoder_lib.finish_decoding(self._now.state)
     return transformer.initial_state(self._config, 1) if self._state is None else self._state
 
   def write(
@@ -96,17 +97,17 @@ class Conversation:
       prompt = np.append(ByteVocabulary.EOS, prompt).astype(np.int32)
     if not prompt.size and logits is None:
       raise ValueError("Conversation: prompt: it must not be empty after a given state.")
-    keys = sampling.row_keys(self._rng, [prompt])
-    self._state, self._logits = generate_lib.read(
+    keys = sampling.example_rngs(self._rng, [prompt])
+    self._state, self._logits = generate_lib.prefill(
       self._params, self._config, [prompt], state, logits
     )
     stop = tuple(map(tuple, endings))
-    self._now = generate_lib.begin(self._config, self._state, self._logits, stop=stop)
+    self._now = generate_lib.start_generation(self._config, self._state, self._logits, stop=stop)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     pending: list[int] = []
     left, ended = max_new_tokens, False
     while left > 0 and not ended:
-      drawn, self._now = generate_lib.write(
+      drawn, self._now = generate_lib.sample_tokens(
         self._config,
         self._weights,
         self._now,

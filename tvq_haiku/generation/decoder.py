@@ -37,7 +37,7 @@ class Attention(NamedTuple):
 
   norm: Norm
   into: Array  # [H·K + G·K + G·V (+ H·V), D]: q, k, v (and gate)
-  keys: decode.Keys
+  keys: decode.DecodeParams
   out: Array  # [D, H·V]
 
 
@@ -49,7 +49,7 @@ class MLP(NamedTuple):
   down: Array  # [D, F]
 
 
-class Weights(NamedTuple):
+class DecoderWeights(NamedTuple):
   """Of a whole model."""
 
   embeddings: Array  # [X, D]
@@ -66,12 +66,14 @@ class DecodeState(NamedTuple):
   document: Array  # [B] int32
   position: Array  # [B] int32: tokens read of it
   read: Array  # [B] int32: tokens read in all
-  written: Array  # [B] int32: tokens read since `start`
+  written: Array  # [B] int32: tokens read since `start_decoding`
   rings: tuple[tuple[decode.Ring, decode.Ring | None], ...]  # of N layers
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def prepare(config: TransformerConfig, params: Mapping[str, Mapping[str, Array]]) -> Weights:
+def prepare_weights(
+  config: TransformerConfig, params: Mapping[str, Mapping[str, Array]]
+) -> DecoderWeights:
   """Lays the parameters of `make_transformer(config)` out for decoding; once for any number of steps."""
   c, dtype = config, config.compute_dtype
   scale = c.d_k**-0.25
@@ -91,7 +93,7 @@ def prepare(config: TransformerConfig, params: Mapping[str, Mapping[str, Array]]
     codebook = None
     if c.attn_type == "vq":
       codebook = quantization.codebook_of(get("quantizer", "c_sum"), get("quantizer", "c_count"))
-    keys = decode.Keys(
+    keys = decode.DecodeParams(
       *(scale * params[under][bias][i].reshape(c.n_head, c.d_k) for bias in "uv"),
       relative=(scale * relative).astype(dtype).swapaxes(0, 1),
       codebook=codebook,
@@ -102,7 +104,7 @@ def prepare(config: TransformerConfig, params: Mapping[str, Mapping[str, Array]]
   logits, bias = embedding["embeddings"], embedding["output_bias"]
   if not c.e_tie:
     logits, bias = (params["transformer/unembedding"][leaf].T for leaf in ("kernel", "bias"))
-  return Weights(
+  return DecoderWeights(
     embeddings=embedding["embeddings"],
     position_scale=params["transformer/position"]["scale"] if c.pe_abs else None,
     layers=tuple(
@@ -115,7 +117,7 @@ def prepare(config: TransformerConfig, params: Mapping[str, Mapping[str, Array]]
   )
 
 
-def start(config: TransformerConfig, state: transformer.TransformerState) -> DecodeState:
+def start_decoding(config: TransformerConfig, state: transformer.TransformerState) -> DecodeState:
   """The same memory, in rings."""
 
   def rings(states: Any, i: int) -> decode.Ring | None:
@@ -135,8 +137,8 @@ def start(config: TransformerConfig, state: transformer.TransformerState) -> Dec
 
 
 @jax.jit
-def finish(state: DecodeState) -> transformer.TransformerState:
-  """The inverse of `start`, after some tokens."""
+def finish_decoding(state: DecodeState) -> transformer.TransformerState:
+  """The inverse of `start_decoding`, after some tokens."""
 
   def stacked(rings: tuple[decode.Ring | None, ...]) -> Any:
     if rings[0] is None:
@@ -150,18 +152,22 @@ def finish(state: DecodeState) -> transformer.TransformerState:
   )
 
 
-def step(
-  config: TransformerConfig, weights: Weights, tokens: Array, state: DecodeState, active: Array
+def decode_token(
+  config: TransformerConfig,
+  weights: DecoderWeights,
+  tokens: Array,
+  state: DecodeState,
+  active: Array,
 ) -> tuple[Array, DecodeState]:
   """Reads one token of each row.
 
   Args:
     config: the model.
-    weights: of `prepare`.
+    weights: of `prepare_weights`.
     tokens: [B] int32.
-    state: of `start`, or of the step before.
+    state: of `start_decoding`, or of the step before.
     active: [B] bool. A row that is not keeps its state, and its logits mean nothing; it can not
-      become active again before a new `start`.
+      become active again before a new `start_decoding`.
 
   Returns:
     logits [B, X] f32 of the next token, and the state after this one.
@@ -202,7 +208,7 @@ def _attention(
   if c.gated:
     v = jax.nn.silu(v)
   q, k = (layers.rms_normalize(y.reshape(B, -1, K)) * K**-0.25 for y in (q, k))
-  values, memory = decode.attend(
+  values, memory = decode.decode_step(
     memory,
     q.astype(c.compute_dtype),
     k,

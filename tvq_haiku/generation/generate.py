@@ -17,7 +17,7 @@ from tvq_haiku.config import TransformerConfig
 from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
 from tvq_haiku.generation import decoder as decoder_lib
 from tvq_haiku.generation import sampling as sampling_lib
-from tvq_haiku.generation.sampling import Sampling
+from tvq_haiku.generation.sampling import SamplingParams
 from tvq_haiku.model import transformer
 from tvq_haiku.types import Array
 from tvq_haiku.utils import checks, progress
@@ -36,7 +36,7 @@ class GenerateOutput(NamedTuple):
   logits: Array  # [B, X] f32: of the token after those
 
 
-class Writing(NamedTuple):
+class GenerationState(NamedTuple):
   """Where B texts stand between two tokens."""
 
   state: decoder_lib.DecodeState
@@ -45,7 +45,7 @@ class Writing(NamedTuple):
   tail: Array  # [B, n] int32: the last tokens drawn, as many as the longest stop sequence has
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
   """Some tokens of B texts."""
 
   tokens: Array  # [B, n] int32; 0 after the end
@@ -111,7 +111,7 @@ def generate(
   if not config.causal:
     raise ValueError("generate: causal=False: an encoder does not continue a text.")
   try:
-    sampling = sampling_lib.make_sampling(
+    sampling = sampling_lib.make_sampling_params(
       temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
     )
   except ValueError as error:
@@ -138,7 +138,7 @@ def generate(
   stop = tuple(tuple(int(token) for token in sequence) for sequence in stop)
   if not all(stop):
     raise ValueError("generate: stop: a stop sequence must have at least one token.")
-  keys = sampling_lib.row_keys(rng, rows)
+  keys = sampling_lib.example_rngs(rng, rows)
   if state is None:
     state = transformer.initial_state(config, B)
   checks.check_state(state, transformer.initial_state, config, B)
@@ -156,14 +156,14 @@ def generate(
       if row.size == 0 and eos_id is None:
         raise ValueError(f"generate: prompt {b} is empty: it needs an eos_id to begin with.")
     rows = [row if row.size else np.array([eos_id], np.int32) for row in rows]
-  state, logits = read(params, config, rows, state, logits)
-  weights = decoder_lib.prepare(config, params)
-  now = begin(config, state, logits, stop=stop)
+  state, logits = prefill(params, config, rows, state, logits)
+  weights = decoder_lib.prepare_weights(config, params)
+  now = start_generation(config, state, logits, stop=stop)
   parts, left = [], int(max_new_tokens)
   n = min(_LONGEST_LOOP, _next_power(left))
-  with progress.show("writing", left, enabled=show_progress) as shown:
+  with progress.bar("writing", left, enabled=show_progress) as shown:
     while left > 0 and not (parts and np.all(now.ended)):
-      part, now = write(
+      part, now = sample_tokens(
         config,
         weights,
         now,
@@ -186,7 +186,7 @@ def generate(
     joined("tokens"),
     joined("logprobs"),
     sum(part.lengths for part in parts),
-    state=decoder_lib.finish(now.state),
+    state=decoder_lib.finish_decoding(now.state),
     logits=now.logits,
   )
 
@@ -214,7 +214,7 @@ def _rows(prompts: Array, lengths: Any, config: TransformerConfig) -> list[np.nd
   return [row[:n].astype(np.int32) for row, n in zip(prompts, lengths)]
 
 
-def read(
+def prefill(
   params: Any,
   config: TransformerConfig,
   rows: Sequence[np.ndarray],
@@ -269,36 +269,39 @@ def _read_window(
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="stop")
-def begin(
+def start_generation(
   config: TransformerConfig,
   state: transformer.TransformerState,
   logits: Array,
   *,
   stop: tuple[tuple[int, ...], ...] = (),
-) -> Writing:
-  """What `write` goes on from, after `read`."""
+) -> GenerationState:
+  """What `sample_tokens` goes on from, after `prefill`."""
   B = logits.shape[0]
   n = max([1, *map(len, stop)])
-  return Writing(
-    decoder_lib.start(config, state), logits, jnp.zeros((B,), bool), jnp.full((B, n), -1, jnp.int32)
+  return GenerationState(
+    decoder_lib.start_decoding(config, state),
+    logits,
+    jnp.zeros((B,), bool),
+    jnp.full((B, n), -1, jnp.int32),
   )
 
 
 @functools.partial(
   jax.jit, static_argnums=0, static_argnames=("n", "eos_id", "stop"), donate_argnames="now"
 )
-def write(
+def sample_tokens(
   config: TransformerConfig,
-  weights: decoder_lib.Weights,
-  now: Writing,
+  weights: decoder_lib.DecoderWeights,
+  now: GenerationState,
   keys: Array,
-  sampling: Sampling,
+  sampling: SamplingParams,
   limit: int | Array,
   *,
   n: int,
   eos_id: int | None,
   stop: tuple[tuple[int, ...], ...] = (),
-) -> tuple[Drawn, Writing]:
+) -> tuple[SampledTokens, GenerationState]:
   """Draws up to `limit` <= n tokens for each row, until all have ended.
 
   Args:
@@ -317,16 +320,16 @@ def write(
     lambda key, place, row: sampling_lib.sample_token(jax.random.fold_in(key, place), row, sampling)
   )
 
-  def goes_on(carry: tuple[Array, Writing, Array, Array]) -> Array:
+  def goes_on(carry: tuple[Array, GenerationState, Array, Array]) -> Array:
     i, now, _, _ = carry
     return (i < limit) & ~jnp.all(now.ended)
 
-  def one(carry: tuple[Array, Writing, Array, Array]):
+  def one(carry: tuple[Array, GenerationState, Array, Array]):
     i, now, tokens, logprobs = carry
     active = ~now.ended
     token = jnp.where(active, draw(keys, now.state.read, now.logits), 0)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(now.logits), token[:, None], axis=1)[:, 0]
-    logits, state = decoder_lib.step(config, weights, token, now.state, active)
+    logits, state = decoder_lib.decode_token(config, weights, token, now.state, active)
     tail = jnp.concatenate([now.tail[:, 1:], token[:, None]], axis=1)
     ended = now.ended
     if eos_id is not None:
@@ -334,13 +337,13 @@ def write(
     for sequence in stop:
       ended |= jnp.all(tail[:, -len(sequence) :] == jnp.array(sequence), axis=1)
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=1)
-    now = Writing(state, jnp.where(active[:, None], logits, now.logits), ended, tail)
+    now = GenerationState(state, jnp.where(active[:, None], logits, now.logits), ended, tail)
     return i + 1, now, put(tokens, token), put(logprobs, jnp.where(active, logprob, 0.0))
 
   written = now.state.written
   start = (jnp.zeros((), jnp.int32), now, jnp.zeros((B, n), jnp.int32), jnp.zeros((B, n)))
   _, now, tokens, logprobs = jax.lax.while_loop(goes_on, one, start)
-  return Drawn(tokens, logprobs, now.state.written - written), now
+  return SampledTokens(tokens, logprobs, now.state.written - written), now
 
 
 def continue_text(

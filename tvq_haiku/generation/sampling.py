@@ -21,7 +21,7 @@ _ROUNDING = 1e-6  # relative, of a sum of probabilities in float32
   data_fields=["temperature", "top_p", "min_p"],
 )
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
   """How to draw; None switches a rule off. Other numbers need no other compiled program."""
 
   temperature: float | Array | None = None  # None: the likeliest token
@@ -30,14 +30,14 @@ class Sampling:
   min_p: float | Array | None = None
 
 
-def make_sampling(
+def make_sampling_params(
   *,
   temperature: float = 1.0,
   top_p: float = 1.0,
   top_k: int | None = None,
   min_p: float | None = None,
-) -> Sampling:
-  """The rules as a `Sampling`, checked.
+) -> SamplingParams:
+  """The rules as a `SamplingParams`, checked.
 
   Args:
     temperature: divides the logits; 0 takes the likeliest token.
@@ -62,8 +62,8 @@ def make_sampling(
     if not valid:
       raise ValueError(f"{name}={value!r} {rule}.")
   if temperature == 0:
-    return Sampling()
-  return Sampling(
+    return SamplingParams()
+  return SamplingParams(
     float(temperature),
     None if top_p == 1 else float(top_p),
     None if top_k is None else int(top_k),
@@ -71,7 +71,7 @@ def make_sampling(
   )
 
 
-def sample_token(rng: Array, logits: Array, sampling: Sampling) -> Array:
+def sample_token(rng: Array, logits: Array, sampling: SamplingParams) -> Array:
   """Draws one token from logits [X].
 
   Probabilities are those of the tempered softmax over all X; the rules are applied to them side by
@@ -104,7 +104,7 @@ def sample_token(rng: Array, logits: Array, sampling: Sampling) -> Array:
   return tokens[choice].astype(jnp.int32)
 
 
-def row_keys(rng: Array, prompts: list[np.ndarray]) -> Array:
+def example_rngs(rng: Array, prompts: list[np.ndarray]) -> Array:
   """One key for each prompt, that does not depend on the other rows of its batch.
 
   A key is `rng` with the prompt folded in, and with the number of earlier rows with the same

@@ -17,7 +17,7 @@ from tvq_haiku.parallel import sharding
 from tvq_haiku.types import Array
 
 
-class BranchContext(NamedTuple):
+class LayerContext(NamedTuple):
   """What every attention of the model is told about the sequence."""
 
   doc_ids: Array | None  # [B, T] int32; None: one document
@@ -60,7 +60,7 @@ def initial_state(config: TransformerConfig, batch_size: int) -> State:
   return state_lib.initial_attention_state(n_code=config.n_code, **sizes)
 
 
-class Attention(hk.Module):
+class AttentionLayer(hk.Module):
   """Attention of any number of heads, gated (the paper's SHGA) or not, quantized or full."""
 
   def __init__(self, config: TransformerConfig, *, name: str = "attention"):
@@ -68,7 +68,7 @@ class Attention(hk.Module):
     self._config = config
 
   def __call__(
-    self, x: Array, state: State, context: BranchContext, sequence_rng: Array | None
+    self, x: Array, state: State, context: LayerContext, sequence_rng: Array | None
   ) -> tuple[Array, BranchOutput]:
     """Adds the branch to its input.
 
@@ -116,7 +116,7 @@ class Attention(hk.Module):
       scale=1.0,
     )
     if c.attn_type == "full":
-      out = sharded.attend(
+      out = sharded.sharded_attention(
         full.full_attention, q, k.astype(c.compute_dtype), v, state=state, **settings
       )
       output = BranchOutput(out.state, jnp.zeros(()), jnp.zeros(()), {})
@@ -124,7 +124,7 @@ class Attention(hk.Module):
       codebook = quantizer.VectorQuantizer(
         n_head=G, n_code=c.n_code, d_k=c.d_k, gamma=c.c_gamma, name="quantizer"
       )
-      out = sharded.attend(
+      out = sharded.sharded_attention(
         vq.vq_attention,
         q,
         k,
@@ -143,7 +143,7 @@ class Attention(hk.Module):
     if c.gated:
       branch = _gate(branch, gate)
     branch = layers.Projection(c.d_model, rows="model", name="out")(branch)
-    x = layers.residual(
+    x = layers.add_branch(
       x,
       branch,
       p_dropres=c.p_dropres,
@@ -170,7 +170,7 @@ class Attention(hk.Module):
     k: Array,
     out: vq.AttentionOutput,
     codebook: quantizer.VectorQuantizer,
-    context: BranchContext,
+    context: LayerContext,
   ) -> BranchOutput:
     commit = surrogate = jnp.zeros(())
     values = {}

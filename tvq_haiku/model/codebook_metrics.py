@@ -56,7 +56,7 @@ def codebook_metrics(codebook: Array, counts: Array) -> dict[str, Array]:
 
 
 @jax.jit
-def codebook_use(params: Any) -> dict[str, Array]:
+def codebook_usage(params: Any) -> dict[str, Array]:
   """How evenly the codes are used, from a model's parameters alone: cheap enough for every log line.
 
   Args:

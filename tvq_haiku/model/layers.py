@@ -35,8 +35,8 @@ class Projection(hk.Module):
   def __init__(
     self,
     *widths: int,
-    rows: sharding.Axes = None,
-    columns: Sequence[sharding.Axes] = (),
+    rows: sharding.AxisNames = None,
+    columns: Sequence[sharding.AxisNames] = (),
     name: str = "projection",
   ):
     super().__init__(name=name)
@@ -159,7 +159,7 @@ class AbsolutePositions(hk.Module):
     return scale * positions.sinusoids(index, width=self._width, lam=self._lam)
 
 
-def residual(
+def add_branch(
   x: Array,
   branch: Array,
   *,

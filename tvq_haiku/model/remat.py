@@ -14,7 +14,7 @@ _SHARE = {"cpu": 0.65}
 _ELSEWHERE = 0.4
 
 
-def residual_bytes(config: TransformerConfig, n_token: int) -> int:
+def activation_bytes(config: TransformerConfig, n_token: int) -> int:
   """What the backward pass keeps of the layers when nothing is computed again, about.
 
   Args:
@@ -41,16 +41,16 @@ def residual_bytes(config: TransformerConfig, n_token: int) -> int:
   return c.n_layer * n_token * (attention + (2 * c.mlp_width + 4 * c.d_model) * size)
 
 
-def chosen_remat(config: TransformerConfig, n_token: int) -> str:
+def resolve_remat(config: TransformerConfig, n_token: int) -> str:
   """What `remat='auto'` stands for: 'none' where the residuals fit into memory, else 'layer'."""
   if config.remat != "auto":
     return config.remat
   device = jax.devices()[0]
-  budget = _SHARE.get(device.platform, _ELSEWHERE) * memory_bytes(device)
-  return "none" if residual_bytes(config, n_token) <= budget else "layer"
+  budget = _SHARE.get(device.platform, _ELSEWHERE) * device_memory_bytes(device)
+  return "none" if activation_bytes(config, n_token) <= budget else "layer"
 
 
-def memory_bytes(device: jax.Device) -> int:
+def device_memory_bytes(device: jax.Device) -> int:
   """The memory of a device; of a CPU, that of the machine."""
   if device.platform == "cpu":
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

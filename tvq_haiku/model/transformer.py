@@ -71,7 +71,7 @@ def _initial_state(config: TransformerConfig, batch_size: int) -> TransformerSta
   )
 
 
-def map_rows(
+def map_batch_axis(
   function: Callable[[Array, int], Array], state: TransformerState, *, first: int = 0
 ) -> TransformerState:
   """`function(field, axis of its rows)` of every field; axes count from `first`."""
@@ -132,7 +132,7 @@ class Transformer(hk.Module):
     index, document, position = padding.document_positions(
       row, before.document, before.position, restart=c.doc_mask
     )
-    context = attention_layer.BranchContext(
+    context = attention_layer.LayerContext(
       doc_ids=row.doc_ids if c.doc_mask else None,
       lengths=row.lengths,
       is_token=row.is_token,
@@ -147,7 +147,7 @@ class Transformer(hk.Module):
       x += layers.AbsolutePositions(width=c.d_model, lam=c.pe_lam, name="position")(index)
     if is_training and c.p_dropemb:
       x = layers.dropout(hk.next_rng_key(), c.p_dropemb, x)
-    x = sharding.constrain(x.astype(c.policy.output_dtype), sharding.ROWS, "sequence")
+    x = sharding.constrain(x.astype(c.policy.output_dtype), sharding.BATCH_AXES, "sequence")
     with layers.mixed_precision(c.policy):
       x, branches = self._layers(x, state, context, sequence_rng)
     x = padding.restore(x, row)
@@ -172,7 +172,7 @@ class Transformer(hk.Module):
     self,
     x: Array,
     state: TransformerState,
-    context: attention_layer.BranchContext,
+    context: attention_layer.LayerContext,
     sequence_rng: Array | None,
   ):
     """N layers as one scanned layer: compile time does not grow with N."""
@@ -182,14 +182,16 @@ class Transformer(hk.Module):
       sequence_rng = hk.next_rng_key() if sequence_rng is None else sequence_rng
       keys = jax.random.split(sequence_rng, (c.n_layer, 2))
 
-    n_token = sharding.rows_per_device(x.shape[0] * x.shape[1])
-    c = c.replace(remat=remat_lib.chosen_remat(c, n_token))
+    n_token = sharding.per_device(x.shape[0] * x.shape[1])
+    c = c.replace(remat=remat_lib.resolve_remat(c, n_token))
 
     def layer(x: Array, states, keys):
       first, second = (None, None) if keys is None else keys
-      x, output = attention_layer.Attention(c, name="attention_1")(x, states[0], context, first)
+      x, output = attention_layer.AttentionLayer(c, name="attention_1")(
+        x, states[0], context, first
+      )
       if not c.gated:
-        return layers.residual(
+        return layers.add_branch(
           x,
           layers.MLP(c.mlp_width, name="mlp")(x),
           p_dropres=c.p_dropres,
@@ -197,7 +199,9 @@ class Transformer(hk.Module):
           rng=second,
           is_training=context.is_training,
         ), (output,)
-      x, other = attention_layer.Attention(c, name="attention_2")(x, states[1], context, second)
+      x, other = attention_layer.AttentionLayer(c, name="attention_2")(
+        x, states[1], context, second
+      )
       return x, (output, other)
 
     # A few layers are unrolled: a loop would copy what each of them keeps for the backward pass.

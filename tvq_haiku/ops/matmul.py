@@ -28,7 +28,7 @@ def project(x: Array, kernel: Array, **settings) -> Array:
   return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def scores(x: Array, y: Array, **settings) -> Array:
+def dots(x: Array, y: Array, **settings) -> Array:
   """[..., n, K] with [..., m, K] -> [..., n, m], the inner products of all pairs of rows."""
   return jnp.einsum("znk,zmk->znm", _merged(x), _merged(y), **settings).reshape(
     *x.shape[:-1], y.shape[-2]
@@ -49,12 +49,12 @@ def pool(weights: Array, values: Array, **settings) -> Array:
   )
 
 
-def shared_scores(x: Array, y: Array, **settings) -> Array:
+def dots_per_head(x: Array, y: Array, **settings) -> Array:
   """[B, G, ..., n, K] with [G, m, K] -> [B, G, ..., n, m]: `y` is that of the head."""
   if y.shape[0] == 1:
     return project(x, y[0].T, **settings)
   y = y.reshape(y.shape[0], *(1,) * (x.ndim - 4), *y.shape[1:])
-  return scores(x, jnp.broadcast_to(y, (*x.shape[:-2], *y.shape[-2:])), **settings)
+  return dots(x, jnp.broadcast_to(y, (*x.shape[:-2], *y.shape[-2:])), **settings)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

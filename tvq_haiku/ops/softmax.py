@@ -18,7 +18,7 @@ _F32 = dict(preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
-def attend(scores: Sequence[Array], values: Sequence[Array]) -> Array:
+def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   """Values weighted by one softmax over all sets.
 
   Args:
@@ -34,7 +34,7 @@ def attend(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   return _forward(scores, values)[0]
 
 
-def normalized(scores: Sequence[Array]) -> list[Array]:
+def softmax_weights(scores: Sequence[Array]) -> list[Array]:
   """The weights [..., n] f32 of one softmax over all sets."""
   greatest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
   weights = [jnp.exp(x - greatest) for x in scores]
@@ -44,7 +44,7 @@ def normalized(scores: Sequence[Array]) -> list[Array]:
 
 def _forward(scores: Sequence[Array], values: Sequence[Array]):
   dtype = values[0].dtype
-  weights = [x.astype(dtype) for x in normalized(scores)]
+  weights = [x.astype(dtype) for x in softmax_weights(scores)]
   mixed = sum(matmul.mix(w, v, **_F32) for w, v in zip(weights, values)).astype(dtype)
   return mixed, (weights, list(values), mixed)
 
@@ -55,9 +55,9 @@ def _backward(residuals, gradient: Array):
   weights, values, mixed = residuals
   f32 = jnp.float32
   common = jnp.sum(gradient.astype(f32) * mixed.astype(f32), axis=-1, keepdims=True)
-  d_scores = [w * (matmul.scores(gradient, v, **_F32) - common) for w, v in zip(weights, values)]
+  d_scores = [w * (matmul.dots(gradient, v, **_F32) - common) for w, v in zip(weights, values)]
   d_values = [matmul.pool(w, gradient, **_F32).astype(v.dtype) for w, v in zip(weights, values)]
   return d_scores, d_values
 
 
-attend.defvjp(_forward, _backward)
+softmax_mix.defvjp(_forward, _backward)

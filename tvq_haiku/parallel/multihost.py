@@ -21,7 +21,7 @@ _NAME = "hosts"
 _PEERS = re.compile(r"[A-Z_]+: .*\b(?i:gloo|nccl|coordination service)\b", re.DOTALL)
 
 
-def start(
+def initialize(
   coordinator: str | None = None,
   n_process: int | None = None,
   process: int | None = None,
@@ -65,44 +65,44 @@ def start(
     ) from error
 
 
-def is_joined() -> bool:
+def is_initialized() -> bool:
   """Whether this process has joined others."""
   return jax.distributed.is_initialized()
 
 
-def is_alone() -> bool:
+def is_single_process() -> bool:
   """Whether this process is the only one."""
   return jax.process_count() == 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
   """Whether this process is the one that writes."""
   return jax.process_index() == 0
 
 
-def is_of_another(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
   """Whether an error says that another process is gone; JAX has no type of its own for that.
 
   >>> is_of_another(ValueError("UNKNOWN: Gloo AllGather failed"))  # nobody was joined
   False
   """
-  return is_joined() and (isinstance(error, RuntimeError) or bool(_PEERS.match(str(error))))
+  return is_initialized() and (isinstance(error, RuntimeError) or bool(_PEERS.match(str(error))))
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
   """Waits until every process is here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
-def told(value: int) -> int:
+def broadcast(value: int) -> int:
   """What the first process says."""
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
 
 
-class Votes:
+class StopVote:
   """What any process asks for, known to all at the same call.
 
   Of several processes none waits: a call sends this one's wishes and tells what all wished at the
@@ -138,14 +138,14 @@ class Votes:
     self._before = None
 
 
-class SharedRequest:
+class SharedStopRequest:
   """A request that becomes true for all processes at the same question, if any has it.
 
   All must ask equally often.
   """
 
   def __init__(self, request: object):
-    self._request, self._votes, self._asked = request, Votes(), False
+    self._request, self._votes, self._asked = request, StopVote(), False
 
   def __bool__(self) -> bool:
     self._asked = self._asked or self._votes(self._request)[0]

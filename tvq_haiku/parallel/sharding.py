@@ -22,14 +22,14 @@ import numpy as np
 
 from tvq_haiku.types import Array
 
-Axes = str | tuple[str, ...] | None  # what cuts one dimension
+AxisNames = str | tuple[str, ...] | None  # what cuts one dimension
 
-AXES = ("data", "fsdp", "model", "sequence")
-ROWS = ("data", "fsdp")  # of the batch
+MESH_AXES = ("data", "fsdp", "model", "sequence")
+BATCH_AXES = ("data", "fsdp")  # of the batch
 
 # Parameter path -> what cuts its dimensions, the axis of layers aside; the first match counts.
 # Of parts that lie side by side in one kernel, columns are not cut: no cut would suit them all.
-RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
+PARAM_RULES: tuple[tuple[str, tuple[AxisNames, ...]], ...] = (
   (r"embedding/embeddings", ("model", "fsdp")),  # [X, D]
   (r"unembedding/kernel", ("fsdp", "model")),  # [D, X]
   (r"attention_\d/q/kernel", ("fsdp", "model")),  # [D, H·K]
@@ -42,16 +42,16 @@ RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
 )
 # Fields of what an attention remembers. HEADS and WIDTH are what `model` cuts: the one or the other.
 HEADS, WIDTH = "heads", "width"
-STATE_RULES: Mapping[str, tuple[Axes, ...]] = {
-  "document": (ROWS,),
-  "position": (ROWS,),
-  "memory_codes": (ROWS, HEADS, None),
-  "memory_keys": (ROWS, HEADS, None, None),
-  "memory_values": (ROWS, HEADS, None, WIDTH),
-  "memory_docs": (ROWS, None),
-  "cache_counts": (ROWS, HEADS, None),
-  "cache_means": (ROWS, HEADS, None, WIDTH),
-  "cache_doc": (ROWS,),
+STATE_RULES: Mapping[str, tuple[AxisNames, ...]] = {
+  "document": (BATCH_AXES,),
+  "position": (BATCH_AXES,),
+  "memory_codes": (BATCH_AXES, HEADS, None),
+  "memory_keys": (BATCH_AXES, HEADS, None, None),
+  "memory_values": (BATCH_AXES, HEADS, None, WIDTH),
+  "memory_docs": (BATCH_AXES, None),
+  "cache_counts": (BATCH_AXES, HEADS, None),
+  "cache_means": (BATCH_AXES, HEADS, None, WIDTH),
+  "cache_doc": (BATCH_AXES,),
 }
 
 
@@ -64,9 +64,9 @@ def parse_mesh(text: str) -> dict[str, int]:
   sizes: dict[str, int] = {}
   for part in text.split(","):
     name, _, size = part.strip().partition(":")
-    if name not in AXES or name in sizes or not re.fullmatch("[1-9][0-9]*", size):
+    if name not in MESH_AXES or name in sizes or not re.fullmatch("[1-9][0-9]*", size):
       raise ValueError(
-        f"mesh={text!r}: {part!r} must be AXIS:SIZE with an axis of {', '.join(AXES)}, "
+        f"mesh={text!r}: {part!r} must be AXIS:SIZE with an axis of {', '.join(MESH_AXES)}, "
         "each at most once."
       )
     sizes[name] = int(size)
@@ -94,7 +94,7 @@ def make_mesh(text: str) -> Mesh:
   )
 
 
-def use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
   """While a function is traced: what `constrain` and `axis_size` refer to."""
   return (
     contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
@@ -106,13 +106,13 @@ def axis_sizes() -> Mapping[str, int]:
   return jax.sharding.get_abstract_mesh().shape
 
 
-def rows_per_device(n_row: int) -> int:
+def per_device(n_row: int) -> int:
   """How many of so many rows of a batch, or tokens of a window, one device gets."""
   sizes = axis_sizes()
-  return -(-n_row // math.prod(sizes.get(axis, 1) for axis in (*ROWS, "sequence")))
+  return -(-n_row // math.prod(sizes.get(axis, 1) for axis in (*BATCH_AXES, "sequence")))
 
 
-def head_axes(n_kv_head: int, sizes: Mapping[str, int] | None = None) -> dict[str, Axes]:
+def head_axes(n_kv_head: int, sizes: Mapping[str, int] | None = None) -> dict[str, AxisNames]:
   """What cuts key/value heads, and what cuts the width of values."""
   sizes = axis_sizes() if sizes is None else sizes
   evenly = n_kv_head % sizes.get("model", 1) == 0
@@ -129,12 +129,14 @@ def state_shardings(state: Any, mesh: Mesh, n_kv_head: int) -> Any:
       for axis in STATE_RULES[path[-1].name]
     ]
     layers = (None,) * (len(leaf.shape) - len(axes))
-    return NamedSharding(mesh, fitting((*layers, *axes), leaf.shape, mesh.shape))
+    return NamedSharding(mesh, fit_spec((*layers, *axes), leaf.shape, mesh.shape))
 
   return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def fitting(axes: Sequence[Axes], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+def fit_spec(
+  axes: Sequence[AxisNames], shape: Sequence[int], sizes: Mapping[str, int]
+) -> PartitionSpec:
   """A spec of those axes that the mesh has and that divide their dimensions.
 
   >>> tuple(fitting((("data", "fsdp"), "model"), (8, 3), {"fsdp": 4, "model": 2}))
@@ -149,10 +151,10 @@ def fitting(axes: Sequence[Axes], shape: Sequence[int], sizes: Mapping[str, int]
   return PartitionSpec(*spec)
 
 
-def constrain(x: Array, *axes: Axes) -> Array:
+def constrain(x: Array, *axes: AxisNames) -> Array:
   """`x`, cut along `axes` in the mesh in use; as it was if there is none."""
   sizes = axis_sizes()
-  return jax.lax.with_sharding_constraint(x, fitting(axes, x.shape, sizes)) if sizes else x
+  return jax.lax.with_sharding_constraint(x, fit_spec(axes, x.shape, sizes)) if sizes else x
 
 
 def param_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
@@ -161,8 +163,8 @@ def param_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Par
   >>> tuple(param_spec("transformer/layers/attention_1/out/kernel", (2, 8, 6), {"model": 2}))
   (None, 'model', None)
   """
-  axes = next(axes for pattern, axes in RULES if re.search(pattern, path))
-  return fitting((None, *axes) if "/layers/" in path else axes, shape, sizes)
+  axes = next(axes for pattern, axes in PARAM_RULES if re.search(pattern, path))
+  return fit_spec((None, *axes) if "/layers/" in path else axes, shape, sizes)
 
 
 def train_state_shardings(shapes: Any, mesh: Mesh) -> Any:
@@ -189,7 +191,7 @@ def train_state_shardings(shapes: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh, n_row: int) -> NamedSharding:
   """Of arrays [B, T] of tokens: rows are dealt out, and every device along `sequence` has them all."""
-  return NamedSharding(mesh, fitting((ROWS,), (n_row, 1), mesh.shape))
+  return NamedSharding(mesh, fit_spec((BATCH_AXES,), (n_row, 1), mesh.shape))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -197,7 +199,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def host_share(mesh: Mesh | None, n_row: int) -> tuple[int, int]:
+def process_share(mesh: Mesh | None, n_row: int) -> tuple[int, int]:
   """Which of how many equal shares of the rows of a batch this host needs."""
   if mesh is None:
     return 0, 1
@@ -212,12 +214,12 @@ def host_share(mesh: Mesh | None, n_row: int) -> tuple[int, int]:
   return min(starts) // mine, n_row // mine
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh, n_row: int) -> dict[str, Array]:
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, n_row: int) -> dict[str, Array]:
   """A global batch [B, T] on the devices, of which each host gives all rows or its share of them."""
   sharding = batch_sharding(mesh, n_row)
 
   def put(x: np.ndarray) -> Array:
-    first = 0 if len(x) == n_row else host_share(mesh, n_row)[0] * len(x)
+    first = 0 if len(x) == n_row else process_share(mesh, n_row)[0] * len(x)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
       rows, columns = index

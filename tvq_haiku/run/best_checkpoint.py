@@ -27,7 +27,7 @@ class Validated(NamedTuple):
   best_loss: float = math.inf
 
 
-def validated(directory: str | os.PathLike) -> Validated:
+def read_validations(directory: str | os.PathLike) -> Validated:
   """What `keep_best` noted in the directory of a run."""
   file = pathlib.Path(directory) / _VALIDATION
   if not file.exists():
@@ -36,7 +36,7 @@ def validated(directory: str | os.PathLike) -> Validated:
     return Validated(**json.loads(file.read_text()))
   except (TypeError, ValueError) as error:
     raise checkpoints.CheckpointError(
-      f"{file} is damaged: {checkpoints.first_line(error)}. Remove it, and {checkpoints.BEST}/ beside it, "
+      f"{file} is damaged: {checkpoints.first_line(error)}. Remove it, and {checkpoints.BEST_DIRECTORY}/ beside it, "
       "to begin validation anew."
     ) from error
 
@@ -55,16 +55,16 @@ def keep_best(
     Whether it is.
   """
   path, step = pathlib.Path(directory), int(checkpoint.train_state.step)
-  best = path / checkpoints.BEST
-  before = validated(path)
-  better = bool(multihost.told(loss < before.best_loss))
+  best = path / checkpoints.BEST_DIRECTORY
+  before = read_validations(path)
+  better = bool(multihost.broadcast(loss < before.best_loss))
   if better:
     # Later ones are from before the run went back to an older checkpoint. And it is there already if
     # the process died before it was noted.
-    checkpoints.set_aside(best, after=step)
-    if step not in checkpoints.steps(best):
+    checkpoints.discard_later(best, after=step)
+    if step not in checkpoints.saved_steps(best):
       checkpoints.save_checkpoint(best, checkpoint, max_to_keep=1)
   now = Validated(step, step, loss) if better else before._replace(step=step)
-  if multihost.is_first():
-    files.write_whole(path / _VALIDATION, json.dumps(now._asdict()))
+  if multihost.is_main_process():
+    files.write_atomically(path / _VALIDATION, json.dumps(now._asdict()))
   return better

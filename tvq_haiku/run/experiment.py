@@ -35,7 +35,7 @@ from tvq_haiku.run import metric_writers, trainer
 from tvq_haiku.training import train_step as train_step_lib
 from tvq_haiku.utils import checks, files
 
-VOCABULARY = "vocab.model"
+VOCABULARY_FILE = "vocab.model"
 _DATA = "data.json"
 _IDENTITY = ("vocabulary", "n_byte", "n_token", "checksum")  # of data
 _SAMPLES = "samples"
@@ -116,7 +116,7 @@ class Experiment:
       batch_size=self.eval_rows,
       window_len=self.eval_window,
       align=self.align,
-      show_progress=multihost.is_first(),
+      show_progress=multihost.is_main_process(),
       stop=stop,
       mesh=mesh,
     )
@@ -160,7 +160,7 @@ def train(
   try:
     lock = (
       files.lock(workdir / ".lock", wait=False)
-      if multihost.is_first()
+      if multihost.is_main_process()
       else contextlib.nullcontext()
     )
     with lock:
@@ -192,7 +192,7 @@ def _train(
   if checkpoints.exists(workdir):
     checkpoints.check_same_run(workdir, e.config, e.train_cfg)
   splits = {name: e.open_split(name) for name in ("train", "validation")}
-  host, n_host = sharding.host_share(e.mesh, e.train_cfg.global_batch_size)
+  host, n_host = sharding.process_share(e.mesh, e.train_cfg.global_batch_size)
   batches = packing.PackedBatches(
     splits["train"].stream,
     batch_size=e.train_cfg.global_batch_size,
@@ -213,15 +213,17 @@ def _train(
     raise checkpoints.CheckpointError(
       f"{workdir} holds a run on other data: {'; '.join(differences)}. Use another directory."
     )
-  begin = trainer.start(e.config, e.train_cfg, workdir, seed=e.seed, mesh=e.mesh, params=params)
+  begin = trainer.resume_or_initialize(
+    e.config, e.train_cfg, workdir, seed=e.seed, mesh=e.mesh, params=params
+  )
   with contextlib.ExitStack() as stack:
     record = None
-    if multihost.is_first():
+    if multihost.is_main_process():
       if isinstance(e.vocabulary, PieceVocabulary):  # so that the run can be used without it
-        files.write_whole(workdir / VOCABULARY, e.vocabulary.file.read_bytes())
-      files.write_whole(workdir / _DATA, json.dumps(facts, indent=1))
+        files.write_atomically(workdir / VOCABULARY_FILE, e.vocabulary.file.read_bytes())
+      files.write_atomically(workdir / _DATA, json.dumps(facts, indent=1))
       record = stack.enter_context(
-        metric_writers.open_records(
+        metric_writers.open_writers(
           workdir,
           step=int(begin.train_state.step),
           tensorboard=tensorboard,
@@ -266,7 +268,7 @@ def _trained_on(workdir: pathlib.Path) -> dict[str, Any]:
     ) from error
 
 
-def load(
+def load_run(
   workdir: pathlib.Path, *, weights: str = "best", changes: Mapping[str, Any] | None = None
 ) -> checkpoints.Checkpoint:
   """A checkpoint of an experiment's run.
@@ -280,7 +282,7 @@ def load(
     CheckpointError: there is none.
     ValueError: the changes need other parameters.
   """
-  best = workdir / checkpoints.BEST
+  best = workdir / checkpoints.BEST_DIRECTORY
   if weights == "best" and checkpoints.exists(best):
     try:
       run = checkpoints.load_checkpoint(best)
@@ -320,11 +322,11 @@ def evaluate(
     "rows": experiment.eval_rows,
   }
   file = experiment.workdir / f"{split_name}.figures.json"
-  files.write_whole(file, json.dumps(metric_writers.finite(figures), indent=1) + "\n")
+  files.write_atomically(file, json.dumps(metric_writers.finite(figures), indent=1) + "\n")
   return figures
 
 
-def write_samples(
+def sample_texts(
   experiment: Experiment,
   run: checkpoints.Checkpoint,
   prompts: Sequence[bytes],
@@ -346,13 +348,13 @@ def write_samples(
   )
   whole = [prompt.decode(errors="replace") + text for prompt, text in zip(prompts, texts)]
   file = _sample_file(experiment, run, "txt")
-  files.write_whole(
+  files.write_atomically(
     file, "\n\n".join(f"--- {i} ---\n{text}" for i, text in enumerate(whole)) + "\n"
   )
   return whole, file
 
 
-def draw_samples(
+def sample_images(
   experiment: Experiment, run: checkpoints.Checkpoint, n: int, **settings: Any
 ) -> pathlib.Path:
   """A grid of n images, in a file under samples/."""
@@ -373,12 +375,12 @@ def draw_samples(
     io.BytesIO(),
   )
   image_grid.image_grid(grid).save(content, format="png")
-  files.write_whole(file, content.getvalue())
+  files.write_atomically(file, content.getvalue())
   return file
 
 
 def _sample_file(experiment: Experiment, run: checkpoints.Checkpoint, ending: str) -> pathlib.Path:
   directory = files.prepare_directory(experiment.workdir / _SAMPLES)
-  return files.unused(
+  return files.unused_path(
     directory / f"step-{int(run.train_state.step)}-seed-{experiment.seed}.{ending}"
   )

@@ -26,7 +26,7 @@ _EVENTS = "tensorboard"
 _WANDB_ID = "wandb_id"
 
 
-class Record(Protocol):
+class RecordMetrics(Protocol):
   """What a loop calls with its measurements."""
 
   def __call__(self, step: int, values: Mapping[str, float]) -> None:
@@ -34,14 +34,14 @@ class Record(Protocol):
 
 
 @contextlib.contextmanager
-def open_records(
+def open_writers(
   workdir: str | os.PathLike,
   *,
   step: int = 0,
   tensorboard: bool = True,
   wandb: str | None = None,
   settings: Mapping[str, Any] | None = None,
-) -> Iterator[Record]:
+) -> Iterator[RecordMetrics]:
   """Opens the records of a run that goes on after `step` updates.
 
   What was noted of later steps, before the process died, is forgotten: it will come again.
@@ -112,14 +112,14 @@ def _line_files(workdir: pathlib.Path) -> list[pathlib.Path]:
   return [file for file in (workdir / _OLDER_LINES, workdir / _LINES) if file.exists()]
 
 
-def _json_lines(workdir: pathlib.Path, step: int, stack: contextlib.ExitStack) -> Record:
+def _json_lines(workdir: pathlib.Path, step: int, stack: contextlib.ExitStack) -> RecordMetrics:
   for file in _line_files(workdir):
     kept = [
       line
       for line in file.read_text(errors="replace").splitlines(keepends=True)
       if line.endswith("\n") and _step(line) <= step
     ]
-    files.write_whole(file, "".join(kept))
+    files.write_atomically(file, "".join(kept))
   stream = (workdir / _LINES).open("a")
   stack.callback(lambda: stream.close())
 
@@ -142,15 +142,15 @@ def _step(line: str) -> float:
     return math.inf
 
 
-def _tensorboard(directory: pathlib.Path, step: int, stack: contextlib.ExitStack) -> Record:
+def _tensorboard(directory: pathlib.Path, step: int, stack: contextlib.ExitStack) -> RecordMetrics:
   # Its SummaryWriter writes in a thread, and waits for it for ever if the disk is full.
-  files_of = optional.load(
+  files_of = optional.require(
     "tensorboardX.event_file_writer", extra="train", purpose="TensorBoard's event files"
   )
-  event_of = optional.load(
+  event_of = optional.require(
     "tensorboardX.proto.event_pb2", extra="train", purpose="TensorBoard's event files"
   )
-  scalar = optional.load(
+  scalar = optional.require(
     "tensorboardX.summary", extra="train", purpose="TensorBoard's event files"
   ).scalar
   goes_on = directory.exists()
@@ -197,11 +197,11 @@ def _wandb(
   project: str,
   settings: Mapping[str, Any] | None,
   stack: contextlib.ExitStack,
-) -> Record:
-  wandb = optional.load("wandb", extra="wandb", purpose="Weights & Biases")
+) -> RecordMetrics:
+  wandb = optional.require("wandb", extra="wandb", purpose="Weights & Biases")
   file = workdir / _WANDB_ID  # so that a run which goes on is the same run there
   if not file.exists():
-    files.write_whole(file, uuid.uuid4().hex[:8])
+    files.write_atomically(file, uuid.uuid4().hex[:8])
   run = wandb.init(
     project=project,
     dir=str(workdir),

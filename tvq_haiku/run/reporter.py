@@ -12,11 +12,11 @@ import numpy as np
 
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.evaluation import flops
-from tvq_haiku.run.metric_writers import Record
+from tvq_haiku.run.metric_writers import RecordMetrics
 from tvq_haiku.utils import progress
 
 
-class Report:
+class Reporter:
   """Takes the metrics of every step, and reads them one step late: no device waits for it."""
 
   def __init__(
@@ -24,7 +24,7 @@ class Report:
     config: TransformerConfig,
     train_cfg: TrainConfig,
     shown: progress.Progress,
-    record: Record | None,
+    record: RecordMetrics | None,
     *,
     token_name: str,
     peak_flops: float | None,
@@ -93,7 +93,7 @@ class Report:
       self.last_skipped = update - n + i + 1
       values = ", ".join(f"{name} {metrics[name][i]:.4g}" for name in ("loss", "grad_norm"))
       if self._is_shown:
-        progress.say(f"warning: update {self.last_skipped} is skipped: {values}")
+        progress.log(f"warning: update {self.last_skipped} is skipped: {values}")
 
   def validation(self, update: int, found: Mapping[str, float]) -> None:
     """Says and records what validation found."""

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from tvq_haiku.config import TrainConfig, TransformerConfig
-from tvq_haiku.data.token_cache import Facts
+from tvq_haiku.data.token_cache import SplitStatistics
 from tvq_haiku.evaluation import flops, memory_plan
 from tvq_haiku.model import transformer
 
 
-def n_params(config: TransformerConfig) -> int:
+def count_params(config: TransformerConfig) -> int:
   """How many numbers the model's parameters are.
 
   >>> n_params(TransformerConfig.enwik8())
@@ -25,12 +25,12 @@ def n_params(config: TransformerConfig) -> int:
 
 def state_bytes(config: TransformerConfig) -> int:
   """What the model remembers of one row, at any length of context."""
-  return memory_plan.n_bytes(jax.eval_shape(lambda: transformer.initial_state(config, 1)))
+  return memory_plan.tree_bytes(jax.eval_shape(lambda: transformer.initial_state(config, 1)))
 
 
 def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
   """The resolved configuration, and what it amounts to."""
-  parts = memory_plan.plan(config, train_cfg).memory
+  parts = memory_plan.plan_memory(config, train_cfg).memory
   forward = 2 * flops.forward_multiply_adds(config, train_cfg.sequence_len) / train_cfg.sequence_len
   tokens = train_cfg.global_batch_size * train_cfg.update_len
   return "\n".join(
@@ -41,7 +41,7 @@ def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
       "Training:",
       *_settings(train_cfg),
       "",
-      f"Parameters:        {n_params(config):,}",
+      f"Parameters:        {count_params(config):,}",
       f"FLOPs per token:   {forward:,.0f} forward, "
       f"{flops.training_flops(config, train_cfg.sequence_len):,.0f} in training",
       f"An update:         {tokens:,} tokens; a step: {train_cfg.updates_per_step} updates",
@@ -54,7 +54,7 @@ def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
   )
 
 
-def describe_data(name: str, facts: Facts, *, has_words: bool = True) -> str:
+def describe_data(name: str, facts: SplitStatistics, *, has_words: bool = True) -> str:
   """What was counted in a split; `has_words` if it is one of texts."""
   words = f"{facts.n_word:>13,} words " if has_words else ""
   return (

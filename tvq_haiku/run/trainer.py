@@ -19,7 +19,7 @@ from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing, prefetch
 from tvq_haiku.parallel import multihost, sharding
 from tvq_haiku.run import best_checkpoint, reporter
-from tvq_haiku.run.metric_writers import Record
+from tvq_haiku.run.metric_writers import RecordMetrics
 from tvq_haiku.training import nan_debug
 from tvq_haiku.training import train_step as train_step_lib
 from tvq_haiku.utils import files, progress
@@ -62,7 +62,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 Validate = Callable[[Any, object], Mapping[str, float] | None]
 
 
-def start(
+def resume_or_initialize(
   config: TransformerConfig,
   train_cfg: TrainConfig,
   workdir: str | os.PathLike,
@@ -93,9 +93,9 @@ def start(
       raise checkpoints.CheckpointError(
         f"{workdir} holds a run of another seed than {seed}. Use its seed, or another directory."
       )
-    checkpoints.set_aside(workdir, after=int(saved.train_state.step))
+    checkpoints.discard_later(workdir, after=int(saved.train_state.step))
     return saved
-  multihost.meet("start")  # before anyone writes
+  multihost.barrier("start")  # before anyone writes
   state = train_step_lib.init_train_state(config, train_cfg, init_rng, params, mesh=mesh)
   return checkpoints.Checkpoint(config, train_cfg, state, rng, 0)
 
@@ -112,7 +112,7 @@ def fit(
   save_seconds: float = 60.0,
   max_to_keep: int = 2,
   token_name: str = "token",
-  record: Record | None = None,
+  record: RecordMetrics | None = None,
   log_every: int = 10,
   peak_flops: float | None = None,
   validate: Validate | None = None,
@@ -130,11 +130,11 @@ def fit(
     config: the model.
     train_cfg: how to train; the batches must have its sizes.
     batches: their position is set to where the checkpoint was taken. Of several hosts, each has
-      its share: see `sharding.host_share`.
+      its share: see `sharding.process_share`.
     workdir: of the run, which all hosts share.
     seed: of parameters and dropout.
     mesh: devices that share the work; None: one.
-    begin: from `start`, with the same arguments; None: calls it.
+    begin: from `resume_or_initialize`, with the same arguments; None: calls it.
     save_seconds: time between checkpoints.
     max_to_keep: so many of the last checkpoints are kept.
     token_name: what progress calls a token, such as "byte".
@@ -152,7 +152,7 @@ def fit(
     The last checkpoint; its step is short of `n_max_step` if the run was asked to end.
 
   Raises:
-    CheckpointError: see `start`.
+    CheckpointError: see `resume_or_initialize`.
     NumericalError: too many updates in a row were skipped.
     OSError: something cannot be written.
   """
@@ -167,7 +167,11 @@ def fit(
   workdir = files.prepare_directory(workdir)
   per_batch = train_cfg.updates_per_step
   n_batches = -(-train_cfg.n_max_step // per_batch)
-  now = start(config, train_cfg, workdir, seed=seed, mesh=mesh) if begin is None else begin
+  now = (
+    resume_or_initialize(config, train_cfg, workdir, seed=seed, mesh=mesh)
+    if begin is None
+    else begin
+  )
   batches.step = now.data_step
   if now.data_step >= n_batches and (validate is None or _was_validated(workdir, now)):
     return now
@@ -175,37 +179,40 @@ def fit(
   def reaches(done: int, every: int) -> bool:
     return done * per_batch // every > (done - 1) * per_batch // every or done == n_batches
 
-  if now.data_step and multihost.is_first():
-    progress.say(f"going on after {int(now.train_state.step)} of {n_batches * per_batch} updates")
+  if now.data_step and multihost.is_main_process():
+    progress.log(f"going on after {int(now.train_state.step)} of {n_batches * per_batch} updates")
   step = train_step_lib.make_train_step(config, train_cfg, mesh)
   place = (
     jax.device_put
     if mesh is None
-    else functools.partial(sharding.place, mesh=mesh, n_row=train_cfg.global_batch_size)
+    else functools.partial(sharding.put_batch, mesh=mesh, n_row=train_cfg.global_batch_size)
   )
   with (
     stop_on_signals() as request,
-    checkpoints.Writer(workdir, config, train_cfg, max_to_keep=max_to_keep) as writer,
+    checkpoints.CheckpointWriter(workdir, config, train_cfg, max_to_keep=max_to_keep) as writer,
     prefetch.to_device(batches, place=place) as ready,
-    progress.show(
-      "training", n_batches * per_batch, now.data_step * per_batch, enabled=multihost.is_first()
+    progress.bar(
+      "training",
+      n_batches * per_batch,
+      now.data_step * per_batch,
+      enabled=multihost.is_main_process(),
     ) as shown,
   ):
-    votes = multihost.Votes()
-    report = reporter.Report(
+    votes = multihost.StopVote()
+    report = reporter.Reporter(
       config,
       train_cfg,
       shown,
       record,
       token_name=token_name,
       peak_flops=peak_flops,
-      is_shown=multihost.is_first(),
+      is_shown=multihost.is_main_process(),
     )
 
     def check() -> bool:
       """Whether validation came to its end; if not, none of the hosts' did."""
       writer.wait()
-      found = validate(now.train_state.params, multihost.SharedRequest(request))
+      found = validate(now.train_state.params, multihost.SharedStopRequest(request))
       if found is not None:
         report.validation(int(now.train_state.step), found)
         best_checkpoint.keep_best(workdir, now, found["loss_lm"])
@@ -264,7 +271,7 @@ def _numerical_error(
   state: train_step_lib.TrainState,
   batch: Any,
   rng: jax.Array,
-  report: reporter.Report,
+  report: reporter.Reporter,
 ) -> nan_debug.NumericalError:
   """What to say when updates were skipped; names the first tensor that is to blame, if it can."""
   last = report.last_skipped
@@ -273,7 +280,7 @@ def _numerical_error(
     before = state._replace(step=jnp.full_like(state.step, (last - 1) // n * n))
   first = "what it comes from can only be looked for on one host"
   if jax.process_count() == 1:
-    given = train_step_lib.first_skipped(config, train_cfg, before, batch, rng)
+    given = train_step_lib.replay_to_skipped(config, train_cfg, before, batch, rng)
     found = nan_debug.first_non_finite(config, **given) if given else None
     first = (
       f"the first that is not finite is the {found}"
@@ -289,4 +296,4 @@ def _numerical_error(
 
 
 def _was_validated(workdir: os.PathLike, now: checkpoints.Checkpoint) -> bool:
-  return best_checkpoint.validated(workdir).step >= int(now.train_state.step)
+  return best_checkpoint.read_validations(workdir).step >= int(now.train_state.step)

@@ -35,7 +35,7 @@ def first_non_finite(
   computation and without compiling, then at the losses, and last at the gradients.
 
   Args:
-    config: as in `gradients.of_loss`, like all that follow.
+    config: as in `gradients.loss_gradients`, like all that follow.
     params: of the model.
     rng: of dropout.
     batch: of the window.
@@ -89,7 +89,7 @@ def first_non_finite(
   for name, value in (("loss", loss), ("loss_lm", aux.loss_lm), ("loss_commit", aux.loss_commit)):
     if not np.isfinite(value):
       return f"{name}: {value}"
-  _, _, gradients = jax.jit(gradients_lib.of_loss, static_argnums=0)(
+  _, _, gradients = jax.jit(gradients_lib.loss_gradients, static_argnums=0)(
     config, params, rng, batch, state, sequence_rng=sequence_rng
   )
   for module, leaves in gradients.items():

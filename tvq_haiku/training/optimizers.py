@@ -151,7 +151,7 @@ def codebook_is_finite(gradients: Any) -> jax.Array:
   )
 
 
-def weights_norm(gradients: Any) -> jax.Array:
+def weight_gradient_norm(gradients: Any) -> jax.Array:
   """The global norm that clipping sees: of all gradients but the codebook's."""
   return optax.tree.norm(
     [

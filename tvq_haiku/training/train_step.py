@@ -91,7 +91,7 @@ def make_train_step(
     config: the model.
     train_cfg: optimizer and sizes; the batch must have them.
     mesh: devices to share the work, or a text for `sharding.make_mesh`. The result is that of one
-      device but for rounding; the batch is global, as numpy arrays or by `sharding.place`, and
+      device but for rounding; the batch is global, as numpy arrays or by `sharding.put_batch`, and
       `train_state` is from `init_train_state` with the same mesh.
     with_metrics: report the quantizer's metrics too.
 
@@ -110,13 +110,14 @@ def make_train_step(
   n_updates = train_cfg.updates_per_step
 
   def train_step(train_state: TrainState, batch: Batch, rng: Array):
-    with sharding.use(mesh):
+    with sharding.use_mesh(mesh):
       return all_windows(train_state, batch, rng)
 
   def all_windows(train_state: TrainState, batch: Batch, rng: Array):
     rng, sequence_rng = jax.random.split(jax.random.fold_in(rng, train_state.step))
     windows = jax.tree.map(
-      lambda x: sharding.constrain(x, None, sharding.ROWS, "sequence"), _windows(batch, n_updates)
+      lambda x: sharding.constrain(x, None, sharding.BATCH_AXES, "sequence"),
+      _windows(batch, n_updates),
     )
     state = transformer.initial_state(config, train_cfg.global_batch_size)
     if mesh is not None:
@@ -150,7 +151,7 @@ def make_train_step(
   return checked
 
 
-def first_skipped(
+def replay_to_skipped(
   config: TransformerConfig,
   train_cfg: TrainConfig,
   train_state: TrainState,
@@ -167,7 +168,7 @@ def first_skipped(
     rng: of the step.
 
   Returns:
-    The arguments of `gradients.of_loss` and of `numerics.first_non_finite`.
+    The arguments of `gradients.loss_gradients` and of `numerics.first_non_finite`.
   """
   rng, sequence_rng = jax.random.split(jax.random.fold_in(rng, train_state.step))
   update = jax.jit(_update, static_argnums=(0, 1))
@@ -205,7 +206,7 @@ def _update(
   """One update of carry = (train state, the model's state) on one window."""
   before, state = carry
   params, _, step = before
-  loss, aux, gradients = gradients_lib.of_loss(
+  loss, aux, gradients = gradients_lib.loss_gradients(
     config,
     params,
     jax.random.fold_in(rng, step),
@@ -218,7 +219,7 @@ def _update(
   updates, opt_state = optimizers.make_optimizer(train_cfg).update(
     gradients, before.opt_state, params
   )
-  norm = optimizers.weights_norm(gradients)
+  norm = optimizers.weight_gradient_norm(gradients)
   is_good = jnp.isfinite(loss) & jnp.isfinite(norm) & optimizers.codebook_is_finite(gradients)
   (params, opt_state), state = jax.tree.map(
     lambda new, old: jnp.where(is_good, new, old),
@@ -233,7 +234,7 @@ def _update(
     learning_rate=optimizers.learning_rate_schedule(train_cfg)(step),
     skipped=1.0 - is_good.astype(jnp.float32),
   )
-  metrics |= codebook_metrics.codebook_use(params) | aux.metrics
+  metrics |= codebook_metrics.codebook_usage(params) | aux.metrics
   return (TrainState(params, opt_state, step + 1), state), metrics
 
 

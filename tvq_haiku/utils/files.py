@@ -30,7 +30,7 @@ def prepare_directory(directory: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def write_whole(file: pathlib.Path, content: str | bytes) -> None:
+def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
   """Writes a file that appears whole or not at all, even if the process dies on the way."""
   draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
   try:
@@ -42,7 +42,7 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
     draft.unlink(missing_ok=True)
 
 
-def unused(path: pathlib.Path) -> pathlib.Path:
+def unused_path(path: pathlib.Path) -> pathlib.Path:
   """`path`, or, if it is there already, the first of path-2, path-3, ... that is not."""
   for i in itertools.count(1):
     place = path if i == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
@@ -64,7 +64,9 @@ def lock(file: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
 
 def write_manifest(directory: pathlib.Path, name: str) -> None:
   """Notes size and CRC-32 of every file under `directory` in its file `name`."""
-  write_whole(directory / name, json.dumps(_contents(directory, name), indent=1, sort_keys=True))
+  write_atomically(
+    directory / name, json.dumps(_contents(directory, name), indent=1, sort_keys=True)
+  )
 
 
 def check_manifest(directory: pathlib.Path, name: str) -> None:

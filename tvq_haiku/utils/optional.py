@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 
-def load(module: str, *, extra: str, purpose: str) -> Any:
+def require(module: str, *, extra: str, purpose: str) -> Any:
   """Imports `module`.
 
   Raises:

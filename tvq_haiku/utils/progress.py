@@ -20,13 +20,13 @@ class Progress(Protocol):
     """Says that `step` steps are done, and something about them."""
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
   """A line on standard error, for people who wait."""
   print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def show(name: str, total: int, start: int = 0, *, enabled: bool = True) -> Iterator[Progress]:
+def bar(name: str, total: int, start: int = 0, *, enabled: bool = True) -> Iterator[Progress]:
   """Shows progress from `start` to `total` on standard error.
 
   >>> with show("counting", 2) as progress:
@@ -36,7 +36,7 @@ def show(name: str, total: int, start: int = 0, *, enabled: bool = True) -> Iter
     yield lambda step, note="": None
     return
   if sys.stderr.isatty():
-    tqdm = optional.load("tqdm", extra="train", purpose="progress bars")
+    tqdm = optional.require("tqdm", extra="train", purpose="progress bars")
     # A bar inside of another one goes away when it is full.
     with tqdm.tqdm(
       total=total,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 SPLITS = ("train", "validation", "test")
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
   """Some of a document."""
 
   content: bytes
@@ -30,11 +30,11 @@ class Source(Protocol):
   def n_byte(self, split: str) -> int:
     """About how much there is to read."""
 
-  def read(self, split: str) -> Iterator[Piece]:
+  def read(self, split: str) -> Iterator[Chunk]:
     """All of a split, in order, in pieces that fit into memory."""
 
 
-def lines(pieces: Iterator[Piece], n_byte: int) -> Iterator[str]:
+def lines(pieces: Iterator[Chunk], n_byte: int) -> Iterator[str]:
   r"""The lines of `pieces` that are not empty, without their breaks, until they are `n_byte` long.
 
   >>> list(lines(iter([Piece(b"Anne\n\nElliot", True, "a")]), 8))

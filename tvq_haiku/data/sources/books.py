@@ -12,7 +12,7 @@ from absl import logging
 import numpy as np
 
 from tvq_haiku.data.sources import base
-from tvq_haiku.data.sources.base import Piece
+from tvq_haiku.data.sources.base import Chunk
 
 _EXPECTED = (
   "Expected: the directories train (28,602 books), validation (50) and test (100), one .txt "
@@ -50,7 +50,7 @@ class Books:
   def n_byte(self, split: str) -> int:
     return sum(file.stat().st_size for file in self._files[split])
 
-  def read(self, split: str) -> Iterator[Piece]:
+  def read(self, split: str) -> Iterator[Chunk]:
     return _read(self._files[split])
 
   def missing(self) -> list[str]:
@@ -70,11 +70,11 @@ class Books:
     return base.lines(_read([books[i] for i in order]), n_byte)
 
 
-def _read(books: list[pathlib.Path]) -> Iterator[Piece]:
+def _read(books: list[pathlib.Path]) -> Iterator[Chunk]:
   for file in books:
     content = file.read_bytes()
     try:
       content.decode()
     except UnicodeDecodeError as error:
       raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}.") from error
-    yield Piece(content, ends=True, file=file)
+    yield Chunk(content, ends=True, file=file)

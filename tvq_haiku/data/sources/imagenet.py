@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 
 from tvq_haiku.data.sources import base
-from tvq_haiku.data.sources.base import Piece
+from tvq_haiku.data.sources.base import Chunk
 
 _CHUNK = 256  # images in memory at a time
 _DAMAGE = (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile)
@@ -91,12 +91,12 @@ class DownsampledImages:
   def n_byte(self, split: str) -> int:
     return self.document_len * sum(end - start for _, start, end in self._parts(split))
 
-  def read(self, split: str) -> Iterator[Piece]:
+  def read(self, split: str) -> Iterator[Chunk]:
     for file, start, end in self._parts(split):
       for planes in self._images(file, start, end):
         pixels = planes.reshape(-1, 3, self.size, self.size).transpose(0, 2, 3, 1)
         for image in np.ascontiguousarray(pixels):
-          yield Piece(image.tobytes(), ends=True, file=file)
+          yield Chunk(image.tobytes(), ends=True, file=file)
 
   def _n_image(self, file: pathlib.Path) -> int:
     with self._member(file) as stream:

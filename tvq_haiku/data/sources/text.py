@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 
 from tvq_haiku.data.sources import base
-from tvq_haiku.data.sources.base import Piece
+from tvq_haiku.data.sources.base import Chunk
 
 _CHUNK = 1 << 24
 _LONGEST_LINE = 1 << 16
@@ -93,7 +93,7 @@ class Enwik8:
     start, end = _bounds(self._size)[split]
     return end - start
 
-  def read(self, split: str) -> Iterator[Piece]:
+  def read(self, split: str) -> Iterator[Chunk]:
     start, end = _bounds(self._size)[split]
     try:
       with self._open() as stream:
@@ -112,7 +112,7 @@ class Enwik8:
       raise ValueError(f"{self._file}: {self._size} bytes leave none for the split {split!r}.")
     for first in range(start, end, _CHUNK):
       last = min(first + _CHUNK, end)
-      yield Piece(whole[first:last], ends=last == end, file=self._file)
+      yield Chunk(whole[first:last], ends=last == end, file=self._file)
 
   def _open(self) -> BinaryIO:
     if self._file.suffix != ".zip":
@@ -173,7 +173,7 @@ class TextFiles:
   def n_byte(self, split: str) -> int:
     return sum(end - start for _, start, end in self._parts(split))
 
-  def read(self, split: str) -> Iterator[Piece]:
+  def read(self, split: str) -> Iterator[Chunk]:
     return self._read(self._parts(split))
 
   def sample(self, n_byte: int, *, seed: int) -> Iterator[str]:
@@ -182,7 +182,7 @@ class TextFiles:
     order = np.random.default_rng(seed).permutation(len(parts))
     return base.lines(self._read([parts[i] for i in order]), n_byte)
 
-  def _read(self, parts: list[tuple[pathlib.Path, int, int]]) -> Iterator[Piece]:
+  def _read(self, parts: list[tuple[pathlib.Path, int, int]]) -> Iterator[Chunk]:
     for file, start, end in parts:
       with file.open("rb") as stream:
         stream.seek(start)
@@ -196,4 +196,4 @@ class TextFiles:
           cut = chunk.rfind(b"\n") + 1 if left else len(chunk)
           cut = cut or _last_character(chunk)
           kept = chunk[cut:]
-          yield Piece(chunk[:cut], ends=not left, file=file)
+          yield Chunk(chunk[:cut], ends=not left, file=file)
