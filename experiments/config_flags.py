@@ -67,6 +67,6 @@ def explicit_flags(cls: type) -> dict[str, Any]:
 def apply_flags(config: Any, given: Mapping[str, Any]) -> Any:
   """`config` with the fields of `explicit_flags`; what does not go together is a wrong flag."""
   try:
-    return config.replace(**explicit_flags)
+    return config.replace(**given)
   except ValueError as error:
     raise flags.IllegalFlagValueError(f"--config: {error}") from error
