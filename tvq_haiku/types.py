@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import chex
 import haiku as hk
@@ -16,3 +17,10 @@ Batch = Mapping[str, Array]  # "inputs", "targets", "doc_ids", "loss_mask": [B, 
 HostBatch = dict[str, np.ndarray]  # the same in host memory, before it is put on devices
 OptState = optax.OptState  # what the optimizer remembers, in its own containers
 Params = hk.Params  # module path -> parameter name -> array; shapes may stand in for arrays
+
+
+class StopRequest(Protocol):
+  """A flag that a loop polls between two steps; a plain `bool` is one."""
+
+  def __bool__(self) -> bool:
+    """Returns whether the loop should stop."""
