@@ -441,7 +441,7 @@ def _describe_data(
   for split in base.SPLITS:
     print(
       summary.describe_data(
-        split, experiment.open_split(split).facts, has_words=experiment.image_size is None
+        split, experiment.open_split(split).statistics, has_words=experiment.image_size is None
       )
     )
 

@@ -51,7 +51,7 @@ def test_round_trips_and_counts(tmp_path):
       split = token_cache.open_split(source, name, vocabulary, tmp_path / "cache")
       raw = [piece.content for piece in source.read(name)]
       assert b"".join(decoded(split, vocabulary)) == b"".join(raw)
-      facts = split.facts
+      facts = split.statistics
       assert facts.n_byte == source.n_byte(name) == sum(map(len, raw))
       assert facts.n_document == len(split.stream.ends) == len(raw)
       assert facts.n_word == len(b" ".join(raw).split())
@@ -70,7 +70,7 @@ def test_a_split_is_encoded_once(tmp_path, monkeypatch):
   first = token_cache.open_split(source, "train", BYTES, tmp_path / "cache")
   monkeypatch.setattr(type(source), "read", lambda *_: pytest.fail("read again"))
   again = token_cache.open_split(source, "train", BYTES, tmp_path / "cache")
-  assert again.facts == first.facts
+  assert again.statistics == first.statistics
   np.testing.assert_array_equal(again.stream.values, first.stream.values)
 
 
@@ -140,7 +140,7 @@ def test_empty_books_are_no_documents(tmp_path):
   toy_datasets.write_books(tmp_path / "books", n_byte=100)
   (tmp_path / "books" / "train" / "2.txt").write_text("")
   split = token_cache.open_split(data.Books(tmp_path / "books"), "train", BYTES, tmp_path / "cache")
-  assert split.facts.n_document == 3 and split.facts.n_token == 303
+  assert split.statistics.n_document == 3 and split.statistics.n_token == 303
 
 
 ENCODE = """
@@ -159,7 +159,7 @@ elif sys.argv[3:]:
       time.sleep(float(sys.argv[3]))
   source.read = slowly
 try:
-  print(token_cache.open_split(source, "train", data.ByteVocabulary, sys.argv[2]).facts.n_byte, flush=True)
+  print(token_cache.open_split(source, "train", data.ByteVocabulary, sys.argv[2]).statistics.n_byte, flush=True)
 except OSError as error:
   print(error, flush=True)
 """
@@ -183,7 +183,7 @@ def test_a_killed_process_leaves_nothing_that_is_read(tmp_path):
   left = {path.suffix for path in (tmp_path / "cache").iterdir()}
   assert left == {".lock", ".draft"}
   split = token_cache.open_split(data.Books(tmp_path / "books"), "train", BYTES, tmp_path / "cache")
-  assert split.facts.n_byte == 20_000
+  assert split.statistics.n_byte == 20_000
   assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock", ""}
 
 
@@ -193,7 +193,9 @@ def test_of_two_processes_one_encodes_and_the_other_waits(tmp_path, monkeypatch)
     assert process.stdout.readline() == "piece\n"
     source = data.Books(tmp_path / "books")
     monkeypatch.setattr(type(source), "read", lambda *_: pytest.fail("encoded twice"))
-    assert token_cache.open_split(source, "train", BYTES, tmp_path / "cache").facts.n_byte == 20_000
+    assert (
+      token_cache.open_split(source, "train", BYTES, tmp_path / "cache").statistics.n_byte == 20_000
+    )
     assert process.stdout.read().endswith("20000\n")
 
 
@@ -227,7 +229,9 @@ def test_empty_ends_are_not_whole(tmp_path):
   first = token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
   (place,) = (tmp_path / "cache").glob("pg19*")
   (place / "ends.npy").write_bytes(b"")
-  assert token_cache.open_split(source, "test", BYTES, tmp_path / "cache").facts == first.facts
+  assert (
+    token_cache.open_split(source, "test", BYTES, tmp_path / "cache").statistics == first.statistics
+  )
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

@@ -304,7 +304,7 @@ def test_a_summary_counts_what_there_is(runs):
   assert parts["parameters"] == 4 * summary.count_params(CONFIG) and min(parts.values()) > 0
   text = summary.describe_model(CONFIG, TRAIN)
   assert f"{summary.count_params(CONFIG):,}" in text and "d_model           16" in text
-  line = summary.describe_data("train", experiment.open_split("train").facts)
+  line = summary.describe_data("train", experiment.open_split("train").statistics)
   assert "2,700 tokens" in line and "unigram entropy" in line
 
 

@@ -13,9 +13,9 @@ import jax
 
 @contextlib.contextmanager
 def to_device(
-  batches: Iterator[Any], *, ahead: int = 2, place: Callable[[Any], Any] = jax.device_put
+  batches: Iterator[Any], *, ahead: int = 2, device_put: Callable[[Any], Any] = jax.device_put
 ) -> Iterator[Iterator[Any]]:
-  """Reads `batches` in a thread of its own, `ahead` of them in advance, and has `place` put them on devices.
+  """Reads `batches` in a thread of its own, `ahead` of them in advance, and has `device_put` put them on devices.
 
   What the iterator raises is raised where its batch would have come; leaving the context ends the
   thread.
@@ -39,7 +39,7 @@ def to_device(
   def read() -> None:
     try:
       for batch in batches:
-        if not put(("batch", place(batch))):
+        if not put(("batch", device_put(batch))):
           return
       put(("end", None))
     except BaseException as error:  # handed over, not lost with the thread

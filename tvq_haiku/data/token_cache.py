@@ -48,7 +48,7 @@ class Split(NamedTuple):
   """A split, ready to be read."""
 
   stream: TokenStream
-  facts: SplitStatistics
+  statistics: SplitStatistics
 
 
 def open_split(
@@ -162,7 +162,7 @@ def verify(split: Split) -> None:
   values, checksum = split.stream.values, 0
   for start in range(0, len(values), _CHUNK):
     checksum = zlib.crc32(np.ascontiguousarray(values[start : start + _CHUNK]), checksum)
-  if checksum != split.facts.checksum:
+  if checksum != split.statistics.checksum:
     raise ValueError(
       f"{values.filename} is damaged: remove its directory, and it will be made again."
     )

@@ -106,7 +106,7 @@ class Experiment:
       stop: when it becomes true, the result is None.
       mesh: where the parameters are; None: one device.
     """
-    n = split.facts.n_token
+    n = split.statistics.n_token
     if max_tokens is not None and max_tokens < n:
       n = max(max_tokens // self.align, 1) * self.align
     found = likelihood.evaluate(
@@ -124,9 +124,9 @@ class Experiment:
       return None
     if found.tokens != n:
       raise RuntimeError(f"{found.tokens} tokens were read of {n}.")
-    measures = self.measures if n == split.facts.n_token else ()
+    measures = self.measures if n == split.statistics.n_token else ()
     return {"loss_lm": found.nats_per_token} | {
-      name: MEASURES[name](found, split.facts) for name in measures
+      name: MEASURES[name](found, split.statistics) for name in measures
     }
 
 
@@ -202,7 +202,7 @@ def _train(
     seed=e.seed,
     aligned=e.image_size is not None,
   )
-  facts = {name: dataclasses.asdict(split.facts) for name, split in splits.items()}
+  facts = {name: dataclasses.asdict(split.statistics) for name, split in splits.items()}
   before = _trained_on(workdir) if checkpoints.exists(workdir) else {}
   if differences := [
     f"{split} {name}={before[split][name]!r} there, {facts[split][name]!r} now"
@@ -317,8 +317,8 @@ def evaluate(
   found = experiment.likelihood(run.config, run.train_state.params, split)
   figures = found | {
     "step": int(run.train_state.step),
-    "tokens": split.facts.n_token,
-    "bytes": split.facts.n_byte,
+    "tokens": split.statistics.n_token,
+    "bytes": split.statistics.n_byte,
     "rows": experiment.eval_rows,
   }
   file = experiment.workdir / f"{split_name}.figures.json"

@@ -190,7 +190,7 @@ def fit(
   with (
     stop_on_signals() as request,
     checkpoints.CheckpointWriter(workdir, config, train_cfg, max_to_keep=max_to_keep) as writer,
-    prefetch.to_device(batches, place=place) as ready,
+    prefetch.to_device(batches, device_put=place) as ready,
     progress.bar(
       "training",
       n_batches * per_batch,
