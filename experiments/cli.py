@@ -29,7 +29,7 @@ from tvq_haiku.model import transformer
 from tvq_haiku.parallel import multihost, sharding
 from tvq_haiku.run import best_checkpoint, summary
 from tvq_haiku.run import experiment as experiment_lib
-from tvq_haiku.utils import checks, progress
+from tvq_haiku.utils import progress
 
 flags.adopt_module_key_flags(config_flags)  # so that --help lists them
 
@@ -356,7 +356,7 @@ def _train(experiment: experiment_lib.Experiment) -> None:
   elif _INIT.value is not None:
     try:
       params = export.import_params(_INIT.value)[1]
-      checks.check_params(params, transformer.params_shapes(config))
+      transformer.check_params(params, config)
     except (OSError, ValueError) as error:
       raise ValueError(f"--init={_INIT.value}: {error}") from error
   run = experiment_lib.train(

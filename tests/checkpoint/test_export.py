@@ -40,7 +40,7 @@ def test_truncated(tmp_path):
 
 
 def test_of_another_configuration(tmp_path):
-  with pytest.raises(ValueError, match="params are not of this config"):
+  with pytest.raises(ValueError, match="params do not fit this config"):
     tvq.export_params(tmp_path / "file", CONFIG.replace(n_code=7), helpers.random_params(CONFIG))
   assert not (tmp_path / "file").exists()
 
@@ -50,7 +50,7 @@ def test_parameters_that_are_not_of_the_configuration_beside_them(tmp_path):
   tvq.export_params(file, CONFIG, helpers.random_params(CONFIG))
   settings = {"format": "tvq_haiku", "config": CONFIG.replace(n_code=7).to_json()}
   safetensors_numpy.save_file(safetensors_numpy.load_file(file), file, settings)
-  with pytest.raises(ValueError, match=r"does not hold .*: params are not of this config"):
+  with pytest.raises(ValueError, match=r"does not hold .*: params do not fit this config"):
     tvq.import_params(file)
 
 

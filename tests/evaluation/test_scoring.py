@@ -53,5 +53,5 @@ def test_what_cannot_be_scored():
     tvq.score({}, helpers.tiny(), ["Anne"])
   with pytest.raises(ValueError, match="causal=False: an encoder sees"):
     tvq.score(PARAMS, CONFIG.replace(causal=False), ["Anne"])
-  with pytest.raises(ValueError, match="params are not of this config"):
+  with pytest.raises(ValueError, match="params do not fit this config"):
     tvq.score(PARAMS, CONFIG.replace(d_k=8), ["Anne"])

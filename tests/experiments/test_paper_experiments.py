@@ -84,7 +84,7 @@ def test_parameters_are_exported_and_begun_with(books, place):
   assert lines[-1]["validation_loss_lm"] < 0.9 * before[0]["loss_lm"]  # it does not begin anew
   status, out, err = run(short.replace("=again", "=other") + " --config.d_model=64", place)
   assert status == 1 and len(err.splitlines()) == 1, err
-  assert "--init=books/params.safetensors: params are not of this config" in err
+  assert "--init=books/params.safetensors: params do not fit this config" in err
   status, out, err = run(
     short.replace("params.safetensors", "vocab.model") + " --workdir=third", place
   )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tvq_haiku as tvq
-from tvq_haiku.model import layers
+from tvq_haiku.model import layers, transformer
 from tvq_haiku.model import remat as remat_lib
 
 import helpers
@@ -307,3 +307,22 @@ def test_remat_changes_nothing():
     gradients.append(jax.jit(jax.grad(loss))(params))
   for other in gradients[1:]:
     helpers.assert_trees_close(gradients[0], other)
+
+
+def test_check_params_names_the_parameter_and_both_shapes():
+  config = tiny()
+  shapes = tvq.params_shapes(config)
+  transformer.check_params(shapes, config)
+  transformer.check_params(helpers.random_params(config), config)
+  name = "transformer/unembedding"
+  for params, message in (
+    (
+      {**shapes, name: {**shapes[name], "bias": np.zeros(3)}},
+      r"has shape \(3,\), expected \(11,\)",
+    ),
+    ({**shapes, name: {"kernel": shapes[name]["kernel"]}}, r"is missing, expected shape \(11,\)"),
+  ):
+    with pytest.raises(ValueError, match=f"params do not fit this config: {name}/bias {message}"):
+      transformer.check_params(params, config)
+  with pytest.raises(ValueError, match=r"other/bias has shape \(3,\), but this config has no such"):
+    transformer.check_params({**shapes, "other": {"bias": np.zeros(3)}}, config)

@@ -217,7 +217,7 @@ def test_damaged_facts(runs, tmp_path, text):
 
 def test_changes_that_need_other_parameters_are_refused(runs):
   experiment, _ = runs["text"]
-  with pytest.raises(ValueError, match="params are not of this config"):
+  with pytest.raises(ValueError, match="params do not fit this config"):
     experiment_lib.load_run(experiment.workdir, changes={"d_model": 32})
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import transformer
-from tvq_haiku.utils import checks, files, optional
+from tvq_haiku.utils import files, optional
 
 _FORMAT = "tvq_haiku"
 
@@ -43,7 +43,7 @@ def export_params(file: str | os.PathLike, config: TransformerConfig, params: An
   ...   import_params(f"{directory}/model.safetensors")[0] == config
   True
   """
-  checks.check_params(params, transformer.params_shapes(config))
+  transformer.check_params(params, config)
   arrays = {
     f"{module}/{name}": np.ascontiguousarray(jax.device_get(value))
     for module, leaves in params.items()
@@ -73,7 +73,7 @@ def import_params(file: str | os.PathLike) -> tuple[TransformerConfig, Any]:
     for path, value in arrays.items():
       module, _, name = path.rpartition("/")
       params.setdefault(module, {})[name] = jnp.asarray(value)
-    checks.check_params(params, transformer.params_shapes(config))
+    transformer.check_params(params, config)
   except Exception as error:  # safetensors has an error of its own
     raise ValueError(
       f"{file} does not hold the parameters of a model: {str(error).splitlines()[0]}"

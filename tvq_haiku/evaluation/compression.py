@@ -28,7 +28,7 @@ from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.generation import decoder as decoder_lib
 from tvq_haiku.model import transformer
 from tvq_haiku.types import Array
-from tvq_haiku.utils import checks, optional, progress
+from tvq_haiku.utils import optional, progress
 
 _MAGIC = b"TVQZ"
 _VERSION = 1
@@ -139,7 +139,7 @@ def _run(
   if not config.causal:
     raise ValueError(f"{name}: causal=False: an encoder does not predict.")
   ByteVocabulary.check(name, config.n_vocab)
-  checks.check_params(params, transformer.params_shapes(config))
+  transformer.check_params(params, config)
   categorical = optional.require(
     "constriction", extra="compress", purpose="arithmetic coding"
   ).stream.model

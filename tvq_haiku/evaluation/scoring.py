@@ -19,7 +19,7 @@ from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.model import transformer
 from tvq_haiku.training import losses
 from tvq_haiku.types import Array
-from tvq_haiku.utils import checks, progress
+from tvq_haiku.utils import progress
 
 
 class Scores(NamedTuple):
@@ -73,7 +73,7 @@ def score(
   for name, value in (("batch_size", batch_size), ("window_len", window_len)):
     if value < 1:
       raise ValueError(f"score: {name}={value!r} must be at least 1.")
-  checks.check_params(params, transformer.params_shapes(config))
+  transformer.check_params(params, config)
   documents = [ByteVocabulary.encode(text) for text in texts]
   n_byte = np.array([len(document) for document in documents], np.int64)
   logprobs = np.zeros(len(documents), np.float64)

@@ -50,7 +50,7 @@ class Conversation:
     ByteVocabulary.check("Conversation", config.n_vocab)
     if not config.causal:
       raise ValueError("Conversation: causal=False: an encoder does not continue a text.")
-    checks.check_params(params, transformer.params_shapes(config))
+    transformer.check_params(params, config)
     if state is not None:
       checks.check_state(state, transformer.initial_state, config, 1)
     self._sampling = sampling.make_sampling_params(

@@ -116,7 +116,7 @@ def generate(
     )
   except ValueError as error:
     raise ValueError(f"generate: {error}") from None
-  checks.check_params(params, transformer.params_shapes(config))
+  transformer.check_params(params, config)
   rows = _rows(prompts, lengths, config)
   B = len(rows)
   for name, value, valid, rule in (

@@ -33,7 +33,7 @@ from tvq_haiku.model import transformer
 from tvq_haiku.parallel import multihost, sharding
 from tvq_haiku.run import metric_writers, trainer
 from tvq_haiku.training import train_step as train_step_lib
-from tvq_haiku.utils import checks, files
+from tvq_haiku.utils import files
 
 VOCABULARY_FILE = "vocab.model"
 _DATA = "data.json"
@@ -293,7 +293,7 @@ def load_run(
   else:
     run = checkpoints.load_checkpoint(workdir)
   config = run.config.replace(**(changes or {}))
-  checks.check_params(run.train_state.params, transformer.params_shapes(config))
+  transformer.check_params(run.train_state.params, config)
   return run._replace(config=config)
 
 

@@ -51,7 +51,7 @@ def init_train_state(
   optimizer = optimizers.make_optimizer(train_cfg)
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
   if params is not None:
-    checks.check_params(params, transformer.params_shapes(config))
+    transformer.check_params(params, config)
 
   def initial(rng: Array, params: Any) -> TrainState:
     if params is None:
