@@ -1,4 +1,4 @@
-"""Configurations say what is wrong with them."""
+"""Validation, precision policies, help texts and JSON of the configurations."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import tvq_haiku as tvq
+from tvq_haiku import config as config_lib
 
 
 @pytest.mark.parametrize(
@@ -19,29 +20,33 @@ import tvq_haiku as tvq
     (dict(n_layer=2.0), "n_layer=2.0: must be an integer"),
     (dict(n_head=True), "n_head=True: must be an integer"),
     (dict(e_tie=1), "e_tie=1: must be a bool"),
-    (dict(pe_lam="x"), "pe_lam='x': must be a number"),
-    (dict(p_dropres=-0.1), r"p_dropres=-0.1: a dropout rate must lie in \[0, 1\)"),
+    (dict(pe_lam="x"), "pe_lam='x': must be a finite number"),
+    (dict(p_dropres=-0.1), r"p_dropres=-0.1: a dropout rate must be in \[0, 1\)"),
     (dict(p_droplyr=1.0), "p_droplyr=1.0: a dropout rate"),
-    (dict(c_gamma=1.0), "c_gamma=1.0"),
-    (dict(c_beta=-1.0), "c_beta=-1.0"),
-    (dict(e_scale=0.0), "e_scale=0.0"),
-    (dict(pe_lam=0.0), "pe_lam=0.0"),
+    (dict(c_gamma=1.0), r"c_gamma=1.0: must be in \[0, 1\)"),
+    (dict(c_revive=1.0), r"c_revive=1.0: must be in \[0, 1\)"),
+    (dict(c_beta=-1.0), "c_beta=-1.0: must be at least 0"),
+    (dict(e_scale=0.0), "e_scale=0.0: must be positive"),
+    (dict(pe_lam=0.0), "pe_lam=0.0: must be positive"),
     (
       dict(precision="float33"),
       "precision='float33': must be 'float32', 'bfloat16' or a jmp policy",
     ),
-    (dict(precision="half"), "precision='half': must be"),
+    (dict(precision=""), "precision='': must be 'float32', 'bfloat16' or a jmp policy"),
     (dict(precision="params=bfloat16,compute=bfloat16"), "with float32 parameters"),
-    (dict(e_scale=float("inf")), "e_scale=inf: must be a number"),
+    (dict(e_scale=float("inf")), "e_scale=inf: must be a finite number"),
     (dict(head_type="gqa"), "head_type='gqa': must be one of"),
     (dict(attn_type="linear"), "attn_type='linear': must be one of"),
     (dict(reduction="loop"), "reduction='loop': must be one of"),
     (dict(remat="all"), "remat='all': must be one of"),
-    (dict(head_type="mqa", n_head=4, n_kv_head=2), "head_type='mqa', n_kv_head=2: mqa has one"),
+    (
+      dict(head_type="mqa", n_head=4, n_kv_head=2),
+      "head_type='mqa', n_kv_head=2: n_kv_head must be 1",
+    ),
     (dict(n_head=4, n_kv_head=3), "n_head=4, n_kv_head=3: n_kv_head must divide n_head"),
   ],
 )
-def test_model_settings_that_cannot_be(changes, message):
+def test_invalid_model_settings_are_named(changes, message):
   with pytest.raises(ValueError, match=message):
     tvq.TransformerConfig(**{"n_vocab": 259, **changes})
 
@@ -51,20 +56,21 @@ def test_model_settings_that_cannot_be(changes, message):
   [
     (dict(optimizer="sgd"), "optimizer='sgd': must be one of"),
     (dict(lr_schedule="step"), "lr_schedule='step': must be one of"),
-    (dict(lr_max=-1e-3), "lr_max=-0.001: must not be negative"),
-    (dict(wd_lam=-0.1), "wd_lam=-0.1: must not be negative"),
+    (dict(lr_max=-1e-3), "lr_max=-0.001: must be at least 0"),
+    (dict(wd_lam=-0.1), "wd_lam=-0.1: must be at least 0"),
     (dict(grad_clip=0.0), "grad_clip=0.0: must be positive, or None"),
     (dict(update_len=100), "sequence_len=512, update_len=100: update_len must divide"),
-    (dict(n_warmup_step=1000), "n_warmup_step=1000, n_max_step=1000: the warm-up must end"),
+    (dict(n_warmup_step=1000), "n_warmup_step=1000, n_max_step=1000: n_warmup_step must be less"),
     (dict(global_batch_size=0), "global_batch_size=0: must be at least 1"),
+    (dict(n_accumulate=3), "global_batch_size=8, n_accumulate=3: n_accumulate must divide"),
   ],
 )
-def test_training_settings_that_cannot_be(changes, message):
+def test_invalid_training_settings_are_named(changes, message):
   with pytest.raises(ValueError, match=message):
     tvq.TrainConfig(**changes)
 
 
-def test_unknown_names_are_refused():
+def test_unknown_settings_are_refused():
   with pytest.raises(TypeError, match="d_modl"):
     tvq.TransformerConfig(n_vocab=259, d_modl=3)
   with pytest.raises(ValueError, match=r"unknown settings \['d_modl'\]"):
@@ -73,7 +79,7 @@ def test_unknown_names_are_refused():
     tvq.TrainConfig.from_json("[]")
 
 
-def test_configs_are_frozen_and_survive_json():
+def test_configs_are_frozen_and_round_trip_through_json():
   for config in (
     tvq.TransformerConfig.enwik8(),
     tvq.TransformerConfig.pg19(d_model=64),
@@ -94,13 +100,52 @@ def test_configs_are_frozen_and_survive_json():
   [
     ("float32", jnp.float32),
     ("bfloat16", jnp.bfloat16),
-    ("params=float32,compute=float16,output=float32", jnp.float16),
+    ("params=float32,compute=bfloat16,output=float32", jnp.bfloat16),
   ],
 )
 def test_precision_names_a_policy(precision, compute):
   config = tvq.TransformerConfig.tiny(precision=precision)
   assert config.compute_dtype == compute
   assert config.policy.param_dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  "precision",
+  [
+    "float16",
+    "params=float32,compute=float16,output=float32",
+    "params=float32,compute=float32,output=float16",
+  ],
+)
+def test_float16_is_refused_because_there_is_no_loss_scaling(precision):
+  with pytest.raises(ValueError, match=r"loss scaling.*use 'bfloat16' or 'float32'") as error:
+    tvq.TransformerConfig.tiny(precision=precision)
+  assert f"precision={precision!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("cls", [tvq.TransformerConfig, tvq.TrainConfig])
+def test_every_field_has_a_help_text_that_the_docstring_contains(cls):
+  texts = config_lib.field_help(cls)
+  assert list(texts) == [field.name for field in dataclasses.fields(cls)]
+  docstring = " ".join(cls.__doc__.split())
+  for name, text in texts.items():
+    assert f"{name}: {text}" in docstring
+
+
+@pytest.mark.parametrize(
+  "name, choices",
+  [
+    ("head_type", config_lib.HEAD_TYPES),
+    ("attn_type", config_lib.ATTN_TYPES),
+    ("reduction", config_lib.REDUCTIONS),
+    ("remat", config_lib.REMATS),
+    ("optimizer", config_lib.OPTIMIZERS),
+    ("lr_schedule", config_lib.LR_SCHEDULES),
+  ],
+)
+def test_help_texts_list_all_choices(name, choices):
+  texts = config_lib.field_help(tvq.TransformerConfig) | config_lib.field_help(tvq.TrainConfig)
+  assert all(f"'{choice}'" in texts[name] for choice in choices)
 
 
 @pytest.mark.parametrize(

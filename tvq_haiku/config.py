@@ -1,185 +1,197 @@
-"""Frozen configurations: what the model is, and how it is trained.
+"""Frozen, validated configurations of the model and of its training.
 
-Field names are those of the paper's code, so that its settings can be pasted in.
+Field names are the paper code's own, so that its settings can be pasted in. Every field has a help
+text (`field_help`), from which the class docstrings and the flags of the launchers are made. The
+capital letters in it are the letters of array shapes that are used throughout the package.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import typing
 from typing import Any, Self
 
 import jax.numpy as jnp
 import jmp
 
+from tvq_haiku.utils.settings import REQUIRED, Settings, document_fields, setting
+from tvq_haiku.utils.settings import field_help as field_help
+
+HEAD_TYPES = ("shga", "mha", "mqa")
+ATTN_TYPES = ("vq", "full")
+REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
+REMATS = ("none", "block", "dots", "layer", "auto")
+OPTIMIZERS = ("adamw", "lion", "adafactor")
+LR_SCHEDULES = ("cosine", "linear", "inv_sqrt")
+
 _PRECISIONS = {
   "float32": "params=float32,compute=float32,output=float32",
   "bfloat16": "params=float32,compute=bfloat16,output=bfloat16",
 }
-_HEAD_TYPES = ("shga", "mha", "mqa")
-_ATTN_TYPES = ("vq", "full")
-REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
-_REMATS = ("none", "block", "dots", "layer", "auto")
-_OPTIMIZERS = ("adamw", "lion", "adafactor")
-_LR_SCHEDULES = ("cosine", "linear", "inv_sqrt")
+
+# The settings that the paper's three models have in common.
+_PAPER = dict(d_k=128, n_code=512, n_layer=24, block_len=512, mem_len=512, precision="bfloat16")
 
 
-def _require(config: Any, condition: bool, names: str, rule: str) -> None:
-  """Raises a ValueError that prints the fields `names` when `condition` fails."""
-  if not condition:
-    values = ", ".join(f"{n}={getattr(config, n)!r}" for n in names.split())
-    raise ValueError(f"{type(config).__name__}: {values}: {rule}.")
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_types(config: Any) -> None:
-  """Holds every field against its annotation; ints are welcome as floats."""
-  for name, hint in typing.get_type_hints(type(config)).items():
-    value = getattr(config, name)
-    if type(None) in typing.get_args(hint):
-      if value is None:
-        continue
-      hint = typing.get_args(hint)[0]
-    if hint is float:
-      _require(config, _is_number(value), name, "must be a number")
-    elif hint is int:
-      _require(config, _is_number(value) and isinstance(value, int), name, "must be an integer")
-    else:
-      _require(config, isinstance(value, hint), name, f"must be a {hint.__name__}")
-
-
-class _JsonMixin:
-  """What both configurations share: copying with changes, and JSON."""
-
-  def replace(self, **changes: Any) -> Self:
-    """A copy with some fields changed, validated again."""
-    return type(self)(**{**dataclasses.asdict(self), **changes})
-
-  def to_json(self) -> str:
-    return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
-
-  @classmethod
-  def from_json(cls, text: str) -> Self:
-    """The inverse of `to_json`; unknown names are an error."""
-    settings = json.loads(text)
-    if not isinstance(settings, dict):
-      raise ValueError(f"{cls.__name__}: expected a JSON object, got {type(settings).__name__}.")
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-      raise ValueError(f"{cls.__name__}: unknown settings {unknown}; known are {sorted(known)}.")
-    return cls(**settings)
-
-
+@document_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig(_JsonMixin):
-  """The model. Every field but `n_vocab` has a default.
+class TransformerConfig(Settings):
+  """Architecture, numerics and losses of the model. Only `n_vocab` has no default.
 
   >>> config = TransformerConfig(n_vocab=259, d_model=64, d_v=128)
   >>> config.replace(n_head=2).n_head
   2
   """
 
-  n_vocab: int  # X
-  d_model: int = 256  # D
-  d_k: int = 64  # K, per head
-  d_v: int = 512  # V, per head
-  n_head: int = 1  # H
-  n_kv_head: int | None = None  # G; None: as many as n_head, or 1 for mqa
-  n_code: int = 256  # S
-  n_layer: int = 2  # N; two attentions in each
-  block_len: int = 256  # L
-  mem_len: int = 256  # M
-  head_type: str = "shga"  # gated, twice a layer; mha, mqa: ungated, and an MLP
-  attn_type: str = "vq"  # full: plain keys, in quadratic time, and mem_len tokens of context
-  reduction: str = "auto"  # how blocks get their caches: see vq_attention
-  causal: bool = True  # False: an encoder, whose tokens attend both sides of their own call
-  agg_cache: bool = True  # False: tokens farther than mem_len are not attended
-  grad_thru_cache: bool = True  # False: gradients stop at the start of each block
-  doc_mask: bool = True  # False: attention crosses documents, as in the paper
-  pe_abs: bool = False
-  pe_lam: float = 100_000.0
-  p_dropemb: float = 0.0
-  p_dropsin: float = 0.0
-  p_dropres: float = 0.0
-  p_droplyr: float = 0.0
-  c_beta: float = 1e-4
-  c_gamma: float = 0.99
-  c_revive: float = 0.0  # codes used less than this per update, on average, become recent keys
-  e_tie: bool = False
-  e_preln: bool = False
-  e_scale: float = 1.0
-  precision: str = "float32"
-  remat: str = "auto"  # what the backward pass computes again: see README
+  # Sizes.
+  n_vocab: int = setting(REQUIRED, "Vocabulary size X; token ids are in [0, n_vocab).")
+  d_model: int = setting(256, "Model width D; must be even.")
+  d_k: int = setting(64, "Width K of the queries and keys of one head.")
+  d_v: int = setting(512, "Width V of the values of one head.")
+  n_head: int = setting(1, "Number of query heads H per attention.")
+  n_kv_head: int | None = setting(
+    None, "Number of key/value heads G; must divide n_head. None: 1 for 'mqa', else n_head."
+  )
+  n_code: int = setting(
+    256, "Number of codes S per codebook; every key/value head has one codebook."
+  )
+  n_layer: int = setting(2, "Number of layers N, each with two residual branches: see head_type.")
+  block_len: int = setting(
+    256,
+    "Block length L in tokens: the queries of a block share one window and one cache. It changes "
+    "speed, memory and the gradients of keys, but not the logits.",
+  )
+  mem_len: int = setting(
+    256,
+    "Memory length M in tokens: the tokens before each block that are attended one by one; older "
+    "tokens are compressed into the cache. With attn_type='full': the length of the context.",
+  )
+
+  # Attention.
+  head_type: str = setting(
+    "shga",
+    "Branches of a layer. 'shga': two gated attentions. 'mha': an ungated attention and an MLP. "
+    "'mqa': like 'mha', with one key/value head.",
+  )
+  attn_type: str = setting(
+    "vq", "'vq': quantized keys, linear time. 'full': plain keys, quadratic time, no cache."
+  )
+  reduction: str = setting(
+    "auto",
+    "How the caches of all blocks are computed: 'scan' (block by block, least memory), 'serial', "
+    "'matmul' or 'assoc_scan' (all blocks at once); 'auto' chooses by the device and the number of "
+    "blocks. Results agree up to rounding.",
+  )
+  causal: bool = setting(
+    True, "True: tokens attend to earlier tokens. False: a bidirectional encoder without state."
+  )
+  agg_cache: bool = setting(
+    True, "True: queries attend to the cache. False: tokens farther than mem_len are masked."
+  )
+  grad_thru_cache: bool = setting(
+    True, "True: gradients flow to the values of earlier blocks. False: they stop at each block."
+  )
+  doc_mask: bool = setting(
+    True,
+    "True: tokens attend only to their own document, and absolute positions restart with it. "
+    "False: attention crosses document boundaries, as in the paper.",
+  )
+
+  # Positions.
+  pe_abs: bool = setting(False, "Whether to add absolute sinusoidal positions to the embeddings.")
+  pe_lam: float = setting(
+    100_000.0, "Base of the sinusoids: their wavelengths are 2*pi*pe_lam^(2i/d_model) tokens."
+  )
+
+  # Dropout; all rates are in [0, 1).
+  p_dropemb: float = setting(0.0, "Dropout rate of the embeddings, per element.")
+  p_dropsin: float = setting(
+    0.0, "Dropout rate of the relative-position sinusoids, per element; one mask per sequence."
+  )
+  p_dropres: float = setting(0.0, "Dropout rate of the output of each branch, per element.")
+  p_droplyr: float = setting(
+    0.0, "LayerDrop rate: probability that a sequence skips a branch; one mask per sequence."
+  )
+
+  # Codebook.
+  c_beta: float = setting(1e-4, "Weight of the commitment loss.")
+  c_gamma: float = setting(
+    0.99, "Decay per update of the codebook's exponential moving averages, in [0, 1)."
+  )
+  c_revive: float = setting(
+    0.0,
+    "Threshold in [0, 1): codes whose average number of keys per update is lower are replaced by "
+    "random keys of the batch. 0: no code is replaced, as in the paper.",
+  )
+
+  # Logits.
+  e_tie: bool = setting(False, "Whether the output projection shares the embedding matrix.")
+  e_preln: bool = setting(False, "Whether to apply RMSNorm before the output projection.")
+  e_scale: float = setting(1.0, "Factor that multiplies the logits.")
+
+  # Numerics.
+  precision: str = setting(
+    "float32",
+    "Dtype of activations: 'float32', 'bfloat16', or a jmp policy with float32 parameters such as "
+    "'params=float32,compute=bfloat16,output=float32'. Parameters are always float32.",
+  )
+  remat: str = setting(
+    "auto",
+    "Activations that the backward pass recomputes instead of keeping them. 'none': nothing. "
+    "'block': attention scores. 'dots': everything but the outputs of projections. 'layer': "
+    "everything inside a layer. 'auto': 'none' if the activations fit into device memory, else "
+    "'layer'.",
+  )
 
   def __post_init__(self):
-    _check_types(self)
-    sizes = [
-      "n_vocab",
-      "d_model",
-      "d_k",
-      "d_v",
-      "n_head",
-      "n_code",
-      "n_layer",
-      "block_len",
-      "mem_len",
-    ]
-    if self.n_kv_head is not None:
-      sizes.append("n_kv_head")
-    for name in sizes:
-      _require(self, getattr(self, name) >= 1, name, "must be at least 1")
-    _require(
-      self, self.d_model % 2 == 0, "d_model", "must be even (half of the sinusoids are cosines)"
+    self._check_types()
+    self._check_minimum(
+      1, "n_vocab d_model d_k d_v n_head n_kv_head n_code n_layer block_len mem_len"
     )
-    _require(
-      self, self.n_head % self.kv_heads == 0, "n_head n_kv_head", "n_kv_head must divide n_head"
+    self._check_choice("head_type", HEAD_TYPES)
+    self._check_choice("attn_type", ATTN_TYPES)
+    self._check_choice("reduction", REDUCTIONS)
+    self._check_choice("remat", REMATS)
+    self._require(
+      self.d_model % 2 == 0, "d_model", "must be even, because half of the sinusoids are cosines"
     )
-    for name in ("p_dropemb", "p_dropsin", "p_dropres", "p_droplyr"):
-      _require(self, 0.0 <= getattr(self, name) < 1.0, name, "a dropout rate must lie in [0, 1)")
-    _require(self, self.c_beta >= 0.0, "c_beta", "must not be negative")
-    _require(self, 0.0 <= self.c_gamma < 1.0, "c_gamma", "must lie in [0, 1)")
-    _require(
-      self,
-      0.0 <= self.c_revive < 1.0,
-      "c_revive",
-      "must lie in [0, 1): a revived code counts as used once",
+    self._require(
+      self.n_head % self.kv_heads == 0, "n_head n_kv_head", "n_kv_head must divide n_head"
     )
-    _require(self, self.pe_lam > 0.0, "pe_lam", "must be positive")
-    _require(self, self.e_scale > 0.0, "e_scale", "must be positive")
-    for name, values in (
-      ("head_type", _HEAD_TYPES),
-      ("attn_type", _ATTN_TYPES),
-      ("reduction", REDUCTIONS),
-      ("remat", _REMATS),
-    ):
-      _require(self, getattr(self, name) in values, name, f"must be one of {values}")
-    _require(
-      self,
+    self._require(
       self.head_type != "mqa" or self.kv_heads == 1,
       "head_type n_kv_head",
-      "mqa has one key/value head",
+      "n_kv_head must be 1 or None for 'mqa'",
     )
+    for name in ("p_dropemb", "p_dropsin", "p_dropres", "p_droplyr"):
+      self._require(0.0 <= getattr(self, name) < 1.0, name, "a dropout rate must be in [0, 1)")
+    self._check_minimum(0, "c_beta")
+    self._require(0.0 <= self.c_gamma < 1.0, "c_gamma", "must be in [0, 1)")
+    self._require(
+      0.0 <= self.c_revive < 1.0,
+      "c_revive",
+      "must be in [0, 1), because the count of a revived code is set to 1",
+    )
+    for name in ("pe_lam", "e_scale"):
+      self._require(getattr(self, name) > 0.0, name, "must be positive")
+    self._check_precision()
+
+  def _check_precision(self) -> None:
+    """Raises a ValueError unless `precision` names a policy that trains without loss scaling."""
     try:
       policy = self.policy
-      known = policy.param_dtype == jnp.float32 and {policy.compute_dtype, policy.output_dtype} <= {
-        jnp.float32,
-        jnp.bfloat16,
-        jnp.float16,
-      }
+      parameters, activations = policy.param_dtype, {policy.compute_dtype, policy.output_dtype}
     except (KeyError, ValueError):
-      known = False
-    _require(
-      self,
-      known,
+      parameters, activations = None, set()
+    self._require(
+      jnp.float16 not in activations,
       "precision",
-      "must be 'float32', 'bfloat16' or a jmp policy with float32 "
-      "parameters, such as 'params=float32,compute=bfloat16,output=bfloat16'",
+      "float16 would need loss scaling, which is not implemented; use 'bfloat16' or 'float32'",
+    )
+    self._require(
+      parameters == jnp.float32 and activations <= {jnp.float32, jnp.bfloat16},
+      "precision",
+      "must be 'float32', 'bfloat16' or a jmp policy with float32 parameters, such as "
+      "'params=float32,compute=bfloat16,output=float32'",
     )
 
   @property
@@ -191,161 +203,127 @@ class TransformerConfig(_JsonMixin):
 
   @property
   def gated(self) -> bool:
-    """Whether a layer is two gated attentions; else it is one attention and an MLP."""
+    """Whether a layer consists of two gated attentions, not of one attention and an MLP."""
     return self.head_type == "shga"
 
   @property
   def mlp_width(self) -> int:
-    """Of the hidden layer; the wider one of mqa makes up for its fewer keys and values."""
+    """MLP hidden width: 4·D, or 5·D for MQA, which has fewer key/value parameters."""
     return (5 if self.head_type == "mqa" else 4) * self.d_model
 
   @property
   def policy(self) -> jmp.Policy:
-    """The mixed-precision policy that `precision` names."""
+    """The mixed-precision policy that `precision` names.
+
+    | arrays                                                          | dtype           |
+    |-----------------------------------------------------------------|-----------------|
+    | parameters, gradients, optimizer state (Lion: bfloat16 moments) | float32         |
+    | code counts, codebook sums, distances of keys to codes          | float32         |
+    | attention scores, softmax statistics                            | float32         |
+    | cache means and their accumulation                              | float32         |
+    | statistics of norms, logits, losses                             | float32         |
+    | q, k, v and all other inputs of the large matrix products       | `compute_dtype` |
+    | outputs of projections, residual stream                         | `output_dtype`  |
+
+    Counts and moving averages would stop changing in bfloat16, where 256 + 1 = 256.
+    """
     return jmp.get_policy(_PRECISIONS.get(self.precision, self.precision))
 
   @property
   def compute_dtype(self) -> jnp.dtype:
+    """Dtype of the inputs of matrix products."""
     return jnp.dtype(self.policy.compute_dtype)
 
   @classmethod
   def tiny(cls, **changes: Any) -> Self:
-    """A model that trains in seconds on a laptop, for tests and first steps."""
-    return cls(
-      **{
-        **dict(
-          n_vocab=259, d_model=32, d_k=16, d_v=64, n_code=16, n_layer=2, block_len=16, mem_len=16
-        ),
-        **changes,
-      }
+    """Returns a model that trains in seconds on a laptop, for tests and first steps."""
+    settings = dict(
+      n_vocab=259, d_model=32, d_k=16, d_v=64, n_code=16, n_layer=2, block_len=16, mem_len=16
     )
+    return cls(**(settings | changes))
 
   @classmethod
   def enwik8(cls, **changes: Any) -> Self:
-    """The paper's byte-level text model: 187,679,750 parameters."""
-    return cls(
-      **{
-        **dict(
-          n_vocab=259,
-          d_model=768,
-          d_k=128,
-          d_v=1536,
-          n_code=512,
-          n_layer=24,
-          block_len=512,
-          mem_len=512,
-          p_dropsin=0.2,
-          p_dropres=0.5,
-          p_droplyr=0.3,
-          precision="bfloat16",
-        ),
-        **changes,
-      }
-    )
+    """Returns the paper's byte-level text model: 187,679,750 parameters."""
+    settings = dict(n_vocab=259, d_model=768, d_v=1536, p_dropsin=0.2, p_dropres=0.5, p_droplyr=0.3)
+    return cls(**(_PAPER | settings | changes))
 
   @classmethod
   def pg19(cls, **changes: Any) -> Self:
-    """The paper's open-vocabulary book model: 1,314,659,584 parameters."""
-    return cls(
-      **{
-        **dict(
-          n_vocab=32_000,
-          d_model=2048,
-          d_k=128,
-          d_v=4096,
-          n_code=512,
-          n_layer=24,
-          block_len=512,
-          mem_len=512,
-          doc_mask=False,
-          p_dropsin=0.1,
-          p_dropres=0.1,
-          p_droplyr=0.1,
-          e_tie=True,
-          e_preln=True,
-          e_scale=0.005,
-          precision="bfloat16",
-        ),
-        **changes,
-      }
-    )
+    """Returns the paper's open-vocabulary book model: 1,314,659,584 parameters."""
+    sizes = dict(n_vocab=32_000, d_model=2048, d_v=4096, doc_mask=False)
+    dropout = dict(p_dropsin=0.1, p_dropres=0.1, p_droplyr=0.1)
+    logits = dict(e_tie=True, e_preln=True, e_scale=0.005)
+    return cls(**(_PAPER | sizes | dropout | logits | changes))
 
   @classmethod
   def imagenet64(cls, **changes: Any) -> Self:
-    """The paper's model of 64x64 images as 12,288 bytes: 1,249,622,276 parameters."""
-    return cls(
-      **{
-        **dict(
-          n_vocab=259,
-          d_model=2048,
-          d_k=128,
-          d_v=4096,
-          n_code=512,
-          n_layer=24,
-          block_len=512,
-          mem_len=512,
-          pe_abs=True,
-          p_dropsin=0.1,
-          e_tie=True,
-          e_preln=True,
-          e_scale=0.005,
-          precision="bfloat16",
-        ),
-        **changes,
-      }
-    )
+    """Returns the paper's model of 64x64 images as 12,288 bytes: 1,249,622,276 parameters."""
+    sizes = dict(n_vocab=259, d_model=2048, d_v=4096, pe_abs=True, p_dropsin=0.1)
+    logits = dict(e_tie=True, e_preln=True, e_scale=0.005)
+    return cls(**(_PAPER | sizes | logits | changes))
 
 
+@document_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(_JsonMixin):
-  """Optimizer, schedule and the shape of a batch.
+class TrainConfig(Settings):
+  """Optimizer, learning-rate schedule and batch size.
 
-  A step reads `[global_batch_size, sequence_len]` tokens and makes `sequence_len / update_len`
-  updates; `n_warmup_step` and `n_max_step` count updates.
+  A training step reads a batch of `[global_batch_size, sequence_len]` tokens and makes
+  `sequence_len / update_len` optimizer updates.
 
   >>> TrainConfig(sequence_len=512, update_len=128).updates_per_step
   4
   """
 
-  optimizer: str = "adamw"
-  lr_max: float = 4e-4
-  lr_schedule: str = "cosine"
-  n_warmup_step: int = 100
-  n_max_step: int = 1000
-  grad_clip: float | None = 0.1  # None: gradients are not clipped
-  wd_lam: float = 0.0  # decoupled, and not multiplied by the learning rate
-  sequence_len: int = 512
-  update_len: int = 512
-  global_batch_size: int = 8
-  n_accumulate: int = 1  # parts of a batch whose gradients are computed in turn, in less memory
+  optimizer: str = setting("adamw", "Optimizer: 'adamw', 'lion' or 'adafactor'.")
+  lr_max: float = setting(4e-4, "Peak learning rate, reached at the end of the warm-up.")
+  lr_schedule: str = setting(
+    "cosine",
+    "Decay after the warm-up: 'cosine' or 'linear' (to lr_max/10 at n_max_step), or 'inv_sqrt' "
+    "(lr_max * sqrt(n_warmup_step / update), at least lr_max/10).",
+  )
+  n_warmup_step: int = setting(100, "Updates of linear warm-up from 0; less than n_max_step.")
+  n_max_step: int = setting(1000, "Number of updates of the training run.")
+  grad_clip: float | None = setting(
+    0.1, "Global norm to which gradients are clipped, codebook excluded. None: no clipping."
+  )
+  wd_lam: float = setting(
+    0.0, "Decoupled weight decay per update; not multiplied by the learning rate."
+  )
+  sequence_len: int = setting(512, "Tokens per batch element; a multiple of update_len.")
+  update_len: int = setting(
+    512, "Tokens per batch element and update: the length of truncated backpropagation."
+  )
+  global_batch_size: int = setting(8, "Batch size B over all devices and processes.")
+  n_accumulate: int = setting(
+    1,
+    "Number of microbatches whose gradients are accumulated for an update, to save activation "
+    "memory; must divide global_batch_size.",
+  )
 
   def __post_init__(self):
-    _check_types(self)
-    _require(self, self.optimizer in _OPTIMIZERS, "optimizer", f"must be one of {_OPTIMIZERS}")
-    _require(
-      self, self.lr_schedule in _LR_SCHEDULES, "lr_schedule", f"must be one of {_LR_SCHEDULES}"
+    self._check_types()
+    self._check_choice("optimizer", OPTIMIZERS)
+    self._check_choice("lr_schedule", LR_SCHEDULES)
+    self._check_minimum(0, "lr_max wd_lam n_warmup_step")
+    self._check_minimum(1, "n_max_step sequence_len update_len global_batch_size n_accumulate")
+    self._require(
+      self.grad_clip is None or self.grad_clip > 0.0,
+      "grad_clip",
+      "must be positive, or None to disable clipping",
     )
-    for name in ("lr_max", "wd_lam", "n_warmup_step"):
-      _require(self, getattr(self, name) >= 0, name, "must not be negative")
-    for name in ("n_max_step", "sequence_len", "update_len", "global_batch_size", "n_accumulate"):
-      _require(self, getattr(self, name) >= 1, name, "must be at least 1")
-    _require(
-      self, self.grad_clip is None or self.grad_clip > 0, "grad_clip", "must be positive, or None"
-    )
-    _require(
-      self,
+    self._require(
       self.n_warmup_step < self.n_max_step,
       "n_warmup_step n_max_step",
-      "the warm-up must end before the last update",
+      "n_warmup_step must be less than n_max_step",
     )
-    _require(
-      self,
+    self._require(
       self.sequence_len % self.update_len == 0,
       "sequence_len update_len",
       "update_len must divide sequence_len",
     )
-    _require(
-      self,
+    self._require(
       self.global_batch_size % self.n_accumulate == 0,
       "global_batch_size n_accumulate",
       "n_accumulate must divide global_batch_size",
@@ -353,59 +331,28 @@ class TrainConfig(_JsonMixin):
 
   @property
   def updates_per_step(self) -> int:
+    """Number of optimizer updates per training step."""
     return self.sequence_len // self.update_len
 
   @classmethod
   def enwik8(cls, **changes: Any) -> Self:
-    """The paper's training on bytes of text."""
-    return cls(
-      **{
-        **dict(
-          lr_max=4e-4,
-          n_warmup_step=10_000,
-          n_max_step=125_000,
-          wd_lam=2e-4,
-          sequence_len=8192,
-          update_len=2048,
-          global_batch_size=128,
-        ),
-        **changes,
-      }
-    )
+    """Returns the paper's training on bytes of text."""
+    schedule = dict(lr_max=4e-4, n_warmup_step=10_000, n_max_step=125_000, wd_lam=2e-4)
+    sizes = dict(sequence_len=8192, update_len=2048, global_batch_size=128)
+    return cls(**(schedule | sizes | changes))
 
   @classmethod
   def pg19(cls, **changes: Any) -> Self:
-    """The paper's training on books."""
-    return cls(
-      **{
-        **dict(
-          optimizer="adafactor",
-          lr_max=1e-2,
-          lr_schedule="inv_sqrt",
-          n_warmup_step=10_000,
-          n_max_step=500_000,
-          sequence_len=8192,
-          update_len=2048,
-          global_batch_size=128,
-        ),
-        **changes,
-      }
-    )
+    """Returns the paper's training on books."""
+    rule = dict(optimizer="adafactor", lr_max=1e-2, lr_schedule="inv_sqrt")
+    steps = dict(n_warmup_step=10_000, n_max_step=500_000)
+    sizes = dict(sequence_len=8192, update_len=2048, global_batch_size=128)
+    return cls(**(rule | steps | sizes | changes))
 
   @classmethod
   def imagenet64(cls, **changes: Any) -> Self:
-    """The paper's training on images."""
-    return cls(
-      **{
-        **dict(
-          optimizer="adafactor",
-          lr_max=1e-2,
-          n_warmup_step=10_000,
-          n_max_step=500_000,
-          sequence_len=12_288,
-          update_len=2048,
-          global_batch_size=16,
-        ),
-        **changes,
-      }
-    )
+    """Returns the paper's training on images."""
+    rule = dict(optimizer="adafactor", lr_max=1e-2)
+    steps = dict(n_warmup_step=10_000, n_max_step=500_000)
+    sizes = dict(sequence_len=12_288, update_len=2048, global_batch_size=16)
+    return cls(**(rule | steps | sizes | changes))
