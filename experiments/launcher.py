@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
 from absl import app, flags, logging
 
@@ -66,15 +67,19 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
       sys.exit(128 + signal.SIGPIPE)
     except flags.Error as error:
       fail(error, EXIT_BAD_FLAGS)
-    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
       if multihost.is_peer_failure(error):
-        error = (
-          "stopped, because another process of this run did, or cannot be reached "
-          f"({str(error)[:300]}). What is saved is whole: start all processes again to go on."
+        error = OSError(
+          "stopped, because another process of this run stopped or cannot be reached "
+          f"({str(error)[:300]}). The last checkpoint is complete: restart all processes to resume."
         )
-      elif isinstance(error, RuntimeError):
+      if isinstance(error, (ArithmeticError, ImportError, OSError, ValueError)):
+        fail(error, EXIT_BAD_INPUT)
+      if not multihost.is_initialized():
         raise
-      fail(error, EXIT_BAD_INPUT)
+      # At once: a normal exit would wait for processes that wait for this one.
+      traceback.print_exc()
+      os._exit(EXIT_BAD_INPUT)
 
   app.run(guarded, flags_parser=parse)
 

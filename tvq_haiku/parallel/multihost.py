@@ -1,24 +1,52 @@
-"""Several processes, each with some of the devices, that run one program together.
+"""Training with several processes, each of which drives some of the devices.
 
-What only one of them may do (files, progress) the first does; what all must do at the same step
-(save, stop) they agree on.
+All processes run the same program. Only process 0 writes files and logs; actions that all
+processes must take at the same step, such as saving or stopping, are agreed on here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import re
-from typing import Any
+from typing import Protocol
 
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
-_HEARTBEAT_SECONDS = 20  # until the others learn of a process that no longer answers
-_START_SECONDS = 300
-_NAME = "hosts"
-# A status of XLA's, of those who speak to other processes.
-_PEERS = re.compile(r"[A-Z_]+: .*\b(?i:gloo|nccl|coordination service)\b", re.DOTALL)
+from tvq_haiku.types import Array
+
+_HEARTBEAT_SECONDS = 20  # a process that is silent for this long counts as dead
+_START_SECONDS = 300  # timeout for the processes to find each other
+_PROCESS_AXIS = "process"  # the mesh axis over which votes are reduced
+
+# JAX has no exception type for the failure of another process: only the text of the error tells.
+# Such an error begins with an XLA status and names the layer that talks to other processes. Paths
+# of files must not match, so single words such as "gloo" are not enough.
+_PEER_FAILURE = re.compile(
+  r"[A-Z_]+: .*(?:"
+  r"\bGloo [\w -]+ failed"  # collectives on CPUs
+  r"|\bNCCL operation .* failed"  # collectives on GPUs
+  r"|(?i:coordination ?service)"  # JAX's coordination service, and its RPCs
+  r"|\bBarrier (?:timed out|failed)"
+  r")",
+  re.DOTALL,
+)
+# Errors of this process alone, even where a collective operation reports them.
+_OWN_FAILURE = re.compile(
+  r"RESOURCE_EXHAUSTED"
+  r"|[Oo]ut of memory"
+  r"|NCCL operation .* failed: (?:unhandled cuda error|invalid)",
+  re.DOTALL,
+)
+
+
+class SupportsBool(Protocol):
+  """Anything with a truth value: a bool, or a request that becomes true later."""
+
+  def __bool__(self) -> bool:
+    """Returns the truth value at the moment of the call."""
 
 
 def initialize(
@@ -28,27 +56,34 @@ def initialize(
   *,
   seconds: int = _START_SECONDS,
 ) -> None:
-  """Joins the other processes of a run; before anything else asks JAX for devices.
+  """Connects this process to the other processes of the run.
+
+  Must be called before JAX initializes its devices. Without the first three arguments, the cluster
+  environment (Slurm, Open MPI, a cloud TPU, ...) provides their values.
 
   Args:
-    coordinator: HOST:PORT of the first process; None, with the others: the cluster says.
-    n_process: how many there are.
-    process: which one this is, from 0.
-    seconds: how long to wait for all of them.
+    coordinator: HOST:PORT of process 0.
+    n_process: number of processes.
+    process: index of this process, 0 <= process < n_process.
+    seconds: timeout for all processes to connect.
 
   Raises:
-    ValueError: they did not find together; the message says what was tried.
+    ValueError: only some of the first three arguments are given, `process` is out of range, or the
+      processes did not connect within the timeout.
   """
   given = dict(coordinator=coordinator, n_process=n_process, process=process)
   missing = [name for name, value in given.items() if value is None]
   if 0 < len(missing) < len(given):
     raise ValueError(
-      f"{', '.join(given)} must be given together, or none of them: "
-      f"{', '.join(missing)} is missing."
+      f"{', '.join(given)} must be given together or not at all: {', '.join(missing)} is missing."
     )
   if n_process is not None and not 0 <= process < n_process:
     raise ValueError(f"process={process} must be at least 0 and less than n_process={n_process}.")
-  where = "" if coordinator else " No cluster says where: give coordinator, n_process and process."
+  hint = (
+    ""
+    if coordinator
+    else " No cluster environment was detected: pass coordinator, n_process and process."
+  )
   try:
     jax.distributed.initialize(
       coordinator,
@@ -59,94 +94,109 @@ def initialize(
     )
   except (RuntimeError, ValueError) as error:
     raise ValueError(
-      f"the processes did not find together (coordinator={coordinator}, "
-      f"n_process={n_process}, process={process}, within {seconds} s): "
-      f"{str(error).splitlines()[0]}{where}"
+      f"the processes of this run did not connect (coordinator={coordinator}, "
+      f"n_process={n_process}, process={process}, timeout {seconds} s): "
+      f"{str(error).splitlines()[0]}{hint}"
     ) from error
 
 
 def is_initialized() -> bool:
-  """Whether this process has joined others."""
+  """Returns whether `initialize` has connected this process to others."""
   return jax.distributed.is_initialized()
 
 
 def is_single_process() -> bool:
-  """Whether this process is the only one."""
+  """Returns whether this is the only process of the run."""
   return jax.process_count() == 1
 
 
 def is_main_process() -> bool:
-  """Whether this process is the one that writes."""
+  """Returns whether this is process 0, the one that writes files and logs."""
   return jax.process_index() == 0
 
 
-def is_peer_failure(error: Exception) -> bool:
-  """Whether an error says that another process is gone; JAX has no type of its own for that.
+def is_peer_failure(error: BaseException) -> bool:
+  """Returns whether `error` reports that another process failed or cannot be reached.
 
-  >>> is_of_another(ValueError("UNKNOWN: Gloo AllGather failed"))  # nobody was joined
+  The errors that caused `error` count, too: orbax wraps a failed barrier in a TimeoutError. If one
+  of them is a failure of this process itself, such as running out of memory, the answer is False.
+
+  >>> is_peer_failure(ValueError("UNKNOWN: Gloo AllGather failed"))  # only one process
   False
   """
-  return is_initialized() and (isinstance(error, RuntimeError) or bool(_PEERS.match(str(error))))
+  if not is_initialized():
+    return False
+  messages = [str(cause) for cause in _causes(error)]
+  return any(map(_PEER_FAILURE.match, messages)) and not any(map(_OWN_FAILURE.search, messages))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  """Yields `error`, the error that it was raised from or while handling, and so on."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def barrier(name: str) -> None:
-  """Waits until every process is here."""
+  """Blocks until all processes have called `barrier` with the same name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def broadcast(value: int) -> int:
-  """What the first process says."""
+  """Returns the value that process 0 passed, in int32. All processes must call this."""
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
 
 
 class StopVote:
-  """What any process asks for, known to all at the same call.
+  """Decides by vote: a call returns True for each request that any process has made.
 
-  Of several processes none waits: a call sends this one's wishes and tells what all wished at the
-  call before.
+  With several processes a call never waits for the others. It starts a reduction over the
+  requests of all processes and returns the result of the previous call's reduction, so all
+  processes learn of a request in the same call. All must call equally often.
 
-  >>> Votes()(True, False)
+  >>> StopVote()(True, False)  # a single process gets its own requests back at once
   (True, False)
   """
 
   def __init__(self):
-    self._before: Any = None
+    self._previous: Array | None = None  # [n_request] int32, the result of the previous call
     if jax.process_count() > 1:
       devices = np.array(jax.devices())
-      mesh = jax.sharding.Mesh(devices, (_NAME,), axis_types=(AxisType.Auto,))
-      self._rows = NamedSharding(mesh, PartitionSpec(_NAME))
+      mesh = jax.sharding.Mesh(devices, (_PROCESS_AXIS,), axis_types=(AxisType.Auto,))
+      self._per_device = NamedSharding(mesh, PartitionSpec(_PROCESS_AXIS))
       self._any = jax.jit(
-        lambda x: x.max(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec())
+        lambda votes: votes.max(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec())
       )
 
-  def __call__(self, *wishes: object) -> tuple[bool, ...]:
-    mine = tuple(bool(wish) for wish in wishes)
+  def __call__(self, *requests: SupportsBool) -> tuple[bool, ...]:
+    """Returns, for each request, whether any process made it in the previous call."""
+    own = tuple(bool(request) for request in requests)
     if jax.process_count() == 1:
-      return mine
-    local = np.tile(np.array(mine, np.int32), (jax.local_device_count(), 1))
-    before, self._before = (
-      self._before,
-      self._any(jax.make_array_from_process_local_data(self._rows, local)),
-    )
-    return (False,) * len(mine) if before is None else tuple(bool(x) for x in np.asarray(before))
+      return own
+    local = np.tile(np.array(own, np.int32), (jax.local_device_count(), 1))
+    votes = jax.make_array_from_process_local_data(self._per_device, local)
+    previous, self._previous = self._previous, self._any(votes)
+    if previous is None:
+      return (False,) * len(own)
+    return tuple(bool(request) for request in np.asarray(previous))
 
   def forget(self) -> None:
-    """What was asked for so far is done."""
-    self._before = None
+    """Discards the requests of the previous call, because they have been carried out."""
+    self._previous = None
 
 
 class SharedStopRequest:
-  """A request that becomes true for all processes at the same question, if any has it.
+  """A stop request that becomes true for all processes in the same check, if any process makes it.
 
-  All must ask equally often.
+  All processes must check it (with `bool`) equally often.
   """
 
-  def __init__(self, request: object):
-    self._request, self._votes, self._asked = request, StopVote(), False
+  def __init__(self, request: SupportsBool):
+    self._request, self._vote, self._stopped = request, StopVote(), False
 
   def __bool__(self) -> bool:
-    self._asked = self._asked or self._votes(self._request)[0]
-    return self._asked
+    self._stopped = self._stopped or self._vote(self._request)[0]
+    return self._stopped
