@@ -1,5 +1,6 @@
 """Transformer-VQ in Haiku: softmax attention over quantized keys, in linear time."""
 
+from tvq_haiku.attention import reference
 from tvq_haiku.attention.state import AttentionState, initial_attention_state
 from tvq_haiku.attention.vq import AttentionOutput, vq_attention
 from tvq_haiku.checkpoint import official as interop

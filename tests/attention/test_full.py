@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tvq_haiku.attention import full
+import tvq_haiku as tvq
+from tvq_haiku.attention import full, tiled
 from tvq_haiku.attention import state as state_lib
 
-import oracle
 
 B, T, H, G, K, V = 2, 13, 4, 2, 4, 6
 DOCUMENTS = jnp.array([[0] * 4 + [1] * 9, [2] * 10 + [3] * 3], jnp.int32)
@@ -49,7 +49,9 @@ def test_equals_oracle(mem_len, block_len, is_causal):
   def theirs(arrays):
     return jnp.sum(
       weight
-      * oracle.attention(codebook=None, mem_len=mem_len, **arrays, **common | dict(block_len=T))
+      * tvq.reference.quadratic_attention(
+        codebook=None, mem_len=mem_len, **arrays, **common | dict(block_len=T)
+      )
     )
 
   got, want = (f(arrays) for f in (jax.jit(jax.value_and_grad(ours)), jax.value_and_grad(theirs)))
@@ -86,13 +88,15 @@ def test_whole_equals_pieces_with_state(mem_len):
 
 def test_tiles_that_nobody_sees_are_skipped():
   """As many tiles as the causal triangle has, however long the empty context."""
-  layout = full._Layout(block_len=2, tile_len=4, window=40, centre=0)
+  layout = tiled.TileLayout(block_len=2, tile_len=4, mem_len=40, center=0)
   docs = jnp.where(jnp.arange(60) < 40, -1, jnp.where(jnp.arange(60) < 53, 0, -1))[None]
-  ranges = [tuple(map(int, full._tiles(layout, docs, jnp.asarray(r)))) for r in range(7)]
+  ranges = [tuple(map(int, tiled.visible_tiles(layout, docs, jnp.asarray(r)))) for r in range(7)]
   assert ranges == [(10, 11), (10, 11), (10, 12), (10, 12), (10, 13), (10, 13), (10, 14)]
   # Nor are those read that lie before the context.
-  layout, docs = layout._replace(window=4), jnp.zeros((1, 60), jnp.int32)
-  ranges = [tuple(map(int, full._tiles(layout, docs, jnp.asarray(r)))) for r in (0, 2, 3, 9)]
+  layout, docs = layout._replace(mem_len=4), jnp.zeros((1, 60), jnp.int32)
+  ranges = [
+    tuple(map(int, tiled.visible_tiles(layout, docs, jnp.asarray(r)))) for r in (0, 2, 3, 9)
+  ]
   assert ranges == [(0, 2), (1, 3), (1, 3), (4, 6)]
 
 
@@ -106,7 +110,7 @@ def test_no_array_of_all_pairs():
     return jnp.sum(full.full_attention(q, q, q, state=state, block_len=32).values)
 
   jaxpr = str(jax.make_jaxpr(jax.grad(loss))(jnp.zeros((1, length, 1, 4))))
-  assert "f32[1,1,32,64]" in jaxpr  # a tile
+  assert "f32[1,1,1,32,64]" in jaxpr  # a tile
   assert "512,512" not in jaxpr and "512,1024" not in jaxpr
 
 

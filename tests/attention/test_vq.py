@@ -7,7 +7,6 @@ import pytest
 
 import tvq_haiku as tvq
 
-import oracle
 
 B, T, K, V, S = 2, 24, 4, 6, 5
 SHORT = 12
@@ -82,7 +81,7 @@ def check_against_oracle(
     return jnp.sum(weight * out.values), jnp.where(weight == 0.0, 0.0, out.values)
 
   def theirs(arrays, biases):
-    values = oracle.attention(
+    values = tvq.reference.quadratic_attention(
       **arrays,
       codebook=codebook,
       mem_len=mem_len,
@@ -202,7 +201,7 @@ def test_encoder_equals_quadratic_oracle(reduction, block_len, mem_len, settings
 
 def test_encoder_takes_no_state():
   arrays, codebook, _ = make_inputs()
-  with pytest.raises(ValueError, match="has no state"):
+  with pytest.raises(ValueError, match="takes no state"):
     tvq.vq_attention(**arrays, codebook=codebook, state=cold_state(), is_causal=False)
   assert vq_attention(**arrays, codebook=codebook, is_causal=False).state is None
 
@@ -303,7 +302,9 @@ def test_gradients_pass_through_the_state(reduction):
   def in_one_call(v):
     return jnp.sum(
       weight
-      * oracle.attention(**{**arrays, "v": v}, codebook=codebook, mem_len=4, **biases)[:, 12:]
+      * tvq.reference.quadratic_attention(
+        **{**arrays, "v": v}, codebook=codebook, mem_len=4, **biases
+      )[:, 12:]
     )
 
   got, want = jax.grad(in_two_calls)(arrays["v"]), jax.grad(in_one_call)(arrays["v"])
@@ -427,14 +428,14 @@ def test_counts_stay_exact_in_bfloat16():
     (dict(k=jnp.zeros((B, T, 1, K + 1))), "shape"),
     (dict(relative_keys=jnp.zeros((4, 1, K))), "4"),
     (dict(relative_keys=jnp.zeros((5, 2, K))), "2"),
-    (dict(mem_len=7), "mem_len=7, but the state remembers 4"),
+    (dict(mem_len=7), "mem_len=7, but the state has M=4"),
     (dict(reduction="sum"), "reduction='sum' must be one of"),
     (dict(mask=jnp.ones((B, T), bool), lengths=jnp.array([1, 1])), "a mask or lengths"),
     (dict(mask=jnp.ones((B, 1), bool)), "shape"),
     (dict(content_bias=jnp.zeros((K, 1))), "shape"),
     (dict(segment_ids=jnp.zeros((B, 1), jnp.int32)), "shape"),
     (dict(block_len=0), "block_len=0"),
-    (dict(state=None, mem_len=-1), "mem_len=-1 must be a whole number"),
+    (dict(state=None, mem_len=-1), "mem_len=-1 must be an integer"),
     (dict(state=(1, 2)), "state must be an AttentionState, got tuple"),
     (
       dict(state=cold_state(batch=3)),

@@ -213,7 +213,7 @@ class TestDeadCodes:
   def test_none_from_padding(self):
     k = jax.random.normal(jax.random.key(0), (2, 4, 3, 5))
     mask = jnp.array([[1, 0, 0, 0], [0, 0, 0, 0]])
-    keys, is_token = quantizer._some_keys(jax.random.key(1), k, mask, 50)
+    keys, is_token = quantizer._random_keys(jax.random.key(1), k, mask, 50)
     assert 0 < int(is_token.sum()) < 150
     for g in range(3):
       assert_same(keys[g][is_token[g]], jnp.broadcast_to(k[0, 0, g], (int(is_token[g].sum()), 5)))

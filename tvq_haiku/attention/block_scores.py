@@ -1,7 +1,7 @@
-"""What a block of queries attends: its window token by token, all else through caches.
+"""What the queries of a block attend: its window token by token, and all else through caches.
 
-Letters: B batch, R blocks, L block length, M memory length, G key/value heads, P query heads a
-group, A = P·L rows of queries, S codes, K key width, V value width.
+Letters: B batch, G key/value heads, R blocks, P query heads for each key/value head, L block
+length, n keys, M memory length, W = M+L window length, S codes, K key width, V value width.
 """
 
 from __future__ import annotations
@@ -9,82 +9,147 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from tvq_haiku.attention.blocking import KeyValues
-from tvq_haiku.attention.compressive_cache import Cache
+from tvq_haiku.attention.compressive_cache import EMPTY, Cache
+from tvq_haiku.attention.key_values import KeyValues
 from tvq_haiku.ops import matmul, positions, softmax
+from tvq_haiku.ops.softmax import MASKED
 from tvq_haiku.types import Array
 
-MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
+_F32 = dict(preferred_element_type=jnp.float32)
 
 
 class Queries(NamedTuple):
-  """Queries by block, those of the P heads of a group behind each other: A = P·L rows."""
+  """Queries of R blocks, scaled, with their biases added."""
 
-  content: Array  # [B, G, R, A, K] q + u
-  position: Array  # [B, G, R, A, K] q + v
+  content: Array  # [B, G, R, P, L, K] q + u
+  position: Array  # [B, G, R, P, L, K] q + position_bias
 
 
 class SharedKeys(NamedTuple):
-  """What queries of every block meet."""
+  """Keys that are the same for every block."""
 
   codebook: Array  # [G, S, K] f32
-  relative: Array | None  # [G, M+1, K], of distances M, ..., 0; [G, 2M+1, K] on to -M
+  relative: Array | None  # [G, M+1, K] r_M, ..., r_0; for an encoder [G, 2M+1, K] r_M, ..., r_-M
 
 
-def attend(
+def attend_blocks(
   queries: Queries,
-  tokens: Sequence[KeyValues],
-  past: Sequence[Cache],
-  keys: SharedKeys,
+  doc_ids: Array,
+  window: Sequence[KeyValues],
+  caches: Sequence[Cache],
+  shared: SharedKeys,
   *,
+  is_causal: bool,
   agg_cache: bool,
 ) -> Array:
-  """Values [B, G, R, A, V] for the queries of R blocks.
+  """Mixes the values of windows and caches by one softmax.
 
   Args:
-    queries: of tokens[1].
-    tokens: what they attend one by one: the M tokens before a block, the block itself, and, for
-      an encoder, the M tokens after it.
-    past: the caches of what is farther away, on either side.
-    keys: of codes and distances.
-    agg_cache: False: the caches, and tokens farther away than M, are not attended.
+    queries: of R blocks.
+    doc_ids: [B, 1, R, L] int32: document of each query.
+    window: the tokens that a block attends one by one, in reading order: the M tokens before it,
+      its own L tokens and, for an encoder, the M tokens after it.
+    caches: for each block, what precedes its window; for an encoder also what follows it.
+    shared: codebook and relative keys.
+    is_causal: mask tokens after the query.
+    agg_cache: False masks the caches, and tokens farther than M from the query.
+
+  Returns:
+    [B, G, R, P, L, V].
   """
-  M, L = (x.docs.shape[-1] for x in tokens[:2])
-  S, n_row = keys.codebook.shape[1], queries.content.shape[3]
-  dtype = queries.content.dtype
-  docs = jnp.tile(tokens[1].docs, n_row // L)[..., None]  # [B, 1, R, A, 1]
-  here = jnp.tile(jnp.arange(L), n_row // L)[:, None]
-  bias = None
-  if keys.relative is not None:
-    bias = matmul.dots_per_head(queries.position, keys.relative, preferred_element_type=jnp.float32)
-    by_head = bias.reshape(*bias.shape[:3], -1, L, bias.shape[-1])
-    bias = positions.align_distances(by_head, L).reshape(*bias.shape[:-1], -1)
-  scores, values, start = [], [], -M
-  for part in tokens:
-    place = start + jnp.arange(part.docs.shape[-1])
-    score = matmul.dots(
-      queries.content, part.keys.astype(dtype), preferred_element_type=jnp.float32
-    )
-    if bias is not None:
-      score += bias[..., start + M : start + M + place.size]
-    visible = (docs == part.docs[..., None, :]) & (part.codes[:, :1, :, None] < S)
-    if len(tokens) == 2:
-      visible &= here >= place
-    if not agg_cache:
-      visible &= jnp.abs(here - place) <= M
-    scores.append(jnp.where(visible, score, MASKED))
+  M, L = window[0].doc_ids.shape[-1], doc_ids.shape[-1]
+  chex.assert_rank((queries.content, doc_ids), (6, 4))
+  bias = None if shared.relative is None else relative_bias(queries.position, shared.relative)
+  scores, values, start = [], [], -M  # `start` counts from the first token of the block
+  for part in window:
+    n = part.doc_ids.shape[-1]
+    visible = _is_visible(doc_ids, part, start, M, is_causal=is_causal, agg_cache=agg_cache)
+    bias_of_part = None if bias is None else bias[..., start + M : start + M + n]
+    scores.append(window_scores(queries.content, part.keys, bias_of_part, visible))
     values.append(part.values)
-    start += place.size
+    start += n
   if agg_cache:
-    score = matmul.dots_per_head(
-      queries.content, keys.codebook.astype(dtype), preferred_element_type=jnp.float32
+    code_scores = matmul.dots_per_head(  # bgrplk,gsk->bgrpls
+      queries.content, shared.codebook.astype(queries.content.dtype), **_F32
     )
-    for cache in past:
-      counts = jax.lax.stop_gradient(cache.counts)[..., None, :]
-      visible = (counts > 0.0) & (docs == cache.doc[..., None, None])
-      scores.append(jnp.where(visible, score + jnp.log(jnp.maximum(counts, 1.0)), MASKED))
+    for cache in caches:
+      scores.append(cache_scores(code_scores, cache, doc_ids))
       values.append(cache.means.astype(values[0].dtype))
+  chex.assert_axis_dimension(scores[0], -2, L)
   return softmax.softmax_mix(scores, values)
+
+
+def relative_bias(queries: Array, relative_keys: Array) -> Array:
+  """Computes (q_i + position_bias)·r_d for each key of the window: zero where d is out of range.
+
+  Args:
+    queries: [B, G, R, P, L, K].
+    relative_keys: [G, D, K] in the order of the keys: r_M first.
+
+  Returns:
+    [B, G, R, P, L, D-1+L] f32.
+  """
+  by_distance = matmul.dots_per_head(queries, relative_keys, **_F32)  # bgrplk,gdk->bgrpld
+  return positions.align_distances(by_distance, queries.shape[-2])
+
+
+def window_scores(queries: Array, keys: Array, bias: Array | None, visible: Array) -> Array:
+  """Computes (q_i + u)·k̂_j plus the relative bias, masked.
+
+  Args:
+    queries: [B, G, R, P, L, K] q + u.
+    keys: [B, G, R, n, K].
+    bias: [B, G, R, P, L, n] f32, or None.
+    visible: [B, 1, R, 1, L, n] bool.
+
+  Returns:
+    [B, G, R, P, L, n] f32.
+  """
+  scores = matmul.dots(queries, keys.astype(queries.dtype), **_F32)  # bgrplk,bgrnk->bgrpln
+  return jnp.where(visible, scores if bias is None else scores + bias, MASKED)
+
+
+def cache_scores(code_scores: Array, cache: Cache, doc_ids: Array) -> Array:
+  """Computes (q_i + u)·C_s + log n_s, masked where n_s = 0 or the document differs.
+
+  Args:
+    code_scores: [B, G, R, P, L, S] f32 (q + u)·C.
+    cache: R caches.
+    doc_ids: [B, 1, R, L] int32: document of each query.
+
+  Returns:
+    [B, G, R, P, L, S] f32.
+  """
+  counts = jax.lax.stop_gradient(cache.counts)[:, :, :, None, None]
+  same_doc = (doc_ids == cache.doc_id[..., None])[:, :, :, None, :, None]
+  scores = code_scores + jnp.log(jnp.maximum(counts, 1.0))
+  return jnp.where((counts > 0.0) & same_doc, scores, MASKED)
+
+
+def _is_visible(
+  doc_ids: Array, keys: KeyValues, start: int, mem_len: int, *, is_causal: bool, agg_cache: bool
+) -> Array:
+  """Returns which keys each query may attend: [B, 1, R, 1, L, n] bool.
+
+  Args:
+    doc_ids: [B, 1, R, L] int32: document of each query.
+    keys: of R blocks, n for each.
+    start: index of the first key, counted from the first token of the block.
+    mem_len: M.
+    is_causal: keys after the query are not visible.
+    agg_cache: False: keys farther than M are not visible.
+  """
+  L, n = doc_ids.shape[-1], keys.doc_ids.shape[-1]
+  query, key = jnp.arange(L)[:, None], start + jnp.arange(n)
+  # All heads of a batch element have a token in the same slots: look at the first head.
+  has_token = (keys.codes[:, :1] != EMPTY)[..., None, :]
+  visible = (doc_ids[..., None] == keys.doc_ids[..., None, :]) & has_token
+  if is_causal:
+    visible &= query >= key
+  if not agg_cache:
+    visible &= jnp.abs(query - key) <= mem_len
+  return visible[:, :, :, None]

@@ -1,11 +1,17 @@
-"""What is kept of tokens that have left the window: how many had each code, and their mean value.
+"""The compressive cache: what is kept of tokens that have left the window.
 
-Letters: B batch, G key/value heads, R blocks, n tokens of a chunk, S codes, V value width.
+Letters: B batch, G key/value heads, R chunks (one for each block), n tokens of a chunk, S codes,
+V value width.
 
-A chunk of tokens is summarised as (counts, means, document). Merging two neighbours by
+The query's score for a token that has left the window depends on the token's code alone. So all
+tokens of code s act together: with their count n_s and their mean value m_s, they are one key C_s
+with logit (q+u)·C_s + log n_s and value m_s. A chunk of tokens is summarized as (counts, means,
+document). Two neighbours merge by
+
   n = n_1 + n_2,    m = (n_1/n) m_1 + (n_2/n) m_2,
-where the left one counts only if both end in the same document, is associative. So the caches
-that the blocks of a sequence meet are prefix "sums", and can be computed in any grouping.
+
+where the left one counts only if both end in the same document. Merging is associative, so the
+caches before all blocks of a sequence are prefix merges, which can be computed in any grouping.
 """
 
 from __future__ import annotations
@@ -13,127 +19,173 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from tvq_haiku.ops import matmul
-from tvq_haiku.types import Array
+from tvq_haiku.ops.scan import Scan
+from tvq_haiku.types import Array, ArrayTree
 
-NO_DOCUMENT = -1  # of a summary without tokens
+EMPTY = -1  # the code of a slot without a token
+NO_DOCUMENT = -1  # the document of a summary without tokens
+PREFIX_REDUCTIONS = ("serial", "matmul", "assoc_scan")
 
 
 class Cache(NamedTuple):
   """R summaries of tokens; R is axis 2 of every field."""
 
-  counts: Array  # [B, G, R, S] f32
-  means: Array  # [B, G, R, S, V] f32
-  doc: Array  # [B, 1, R] int32: the document that all of its tokens belong to
+  counts: Array  # [B, G, R, S] f32: number of tokens of each code
+  means: Array  # [B, G, R, S, V] f32: their mean value; 0 where the count is 0
+  doc_id: Array  # [B, 1, R] int32: the document that all of its tokens belong to
 
 
-def summarize(codes: Array, values: Array, docs: Array, n_code: int) -> Cache:
-  """Summaries of R chunks of n tokens, each of the tokens of its last document.
+def summarize(codes: Array, values: Array, doc_ids: Array, n_code: int) -> Cache:
+  """Summarizes R chunks of n tokens; each keeps the tokens of its last document only.
 
   Args:
-    codes: [B, G, R, n] int32: `n_code` where there is no token.
+    codes: [B, G, R, n] int32; EMPTY where there is no token, in all heads of a batch element.
     values: [B, G, R, n, V].
-    docs: [B, 1, R, n] int32, not negative.
+    doc_ids: [B, 1, R, n] int32, not negative.
     n_code: S.
 
-  >>> codes, docs = jnp.array([[[[0, 1, 1]]]]), jnp.zeros((1, 1, 1, 3), jnp.int32)
-  >>> summarize(codes, jnp.array([[[[[5.0], [1.0], [2.0]]]]]), docs, 2).means.squeeze().tolist()
+  Returns:
+    R summaries.
+
+  >>> codes, doc_ids = jnp.array([[[[0, 1, 1]]]]), jnp.zeros((1, 1, 1, 3), jnp.int32)
+  >>> summarize(codes, jnp.array([[[[[5.0], [1.0], [2.0]]]]]), doc_ids, 2).means.squeeze().tolist()
   [5.0, 1.5]
   """
-  is_token = codes[:, :1] < n_code  # all heads agree
-  place = jnp.where(is_token, jnp.arange(docs.shape[-1]), -1)
-  last = jnp.max(place, axis=-1, keepdims=True)
-  doc = jnp.where(last < 0, NO_DOCUMENT, jnp.take_along_axis(docs, jnp.maximum(last, 0), axis=-1))
-  codes = jnp.where(docs == doc, codes, n_code)
+  B, _, R, n = codes.shape
+  chex.assert_shape(doc_ids, (B, 1, R, n))
+  chex.assert_shape(values, (*codes.shape, None))
+  is_token = codes[:, :1] != EMPTY
+  last = jnp.max(jnp.where(is_token, jnp.arange(n), -1), axis=-1, keepdims=True)
+  last_doc = jnp.take_along_axis(doc_ids, jnp.maximum(last, 0), axis=-1)
+  doc_id = jnp.where(last < 0, NO_DOCUMENT, last_doc)
+  codes = jnp.where(doc_ids == doc_id, codes, EMPTY)
   counts = jnp.sum(jax.nn.one_hot(codes, n_code, dtype=jnp.float32), axis=-2)
-  sums = _sum_by_code(n_code, codes, values)
-  return Cache(counts, sums / jnp.maximum(counts, 1.0)[..., None], doc[..., 0])
+  sums = sum_by_code(n_code, codes, values)
+  return Cache(counts, sums / jnp.maximum(counts, 1.0)[..., None], doc_id[..., 0])
+
+
+def plain_sum_by_code(n_code: int, codes: Array, values: Array) -> Array:
+  """Computes what `sum_by_code` does, with automatic differentiation."""
+  is_code = jax.nn.one_hot(codes, n_code, dtype=values.dtype)
+  # bgrns,bgrnv->bgrsv; TF32 would make the means inexact.
+  return matmul.pool(is_code, values, preferred_element_type=jnp.float32, precision=matmul.EXACT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_by_code(n_code: int, codes: Array, values: Array) -> Array:
-  """The sum [B, G, R, S, V] f32 of the values of each code."""
-  is_code = jax.nn.one_hot(codes, n_code, dtype=values.dtype)
-  return matmul.pool(
-    is_code, values, preferred_element_type=jnp.float32, precision=matmul.EXACT
-  )  # or TF32 would wear the means down
+def sum_by_code(n_code: int, codes: Array, values: Array) -> Array:
+  """Sums the values of each code.
+
+  Args:
+    n_code: S.
+    codes: [B, G, R, n] int32; EMPTY for no token.
+    values: [B, G, R, n, V].
+
+  Returns:
+    [B, G, R, S, V] f32. The gradient of a value is a row that is looked up by its code, in place
+    of a product with S columns.
+  """
+  return plain_sum_by_code(n_code, codes, values)
 
 
-def _sum_by_code_fwd(n_code: int, codes: Array, values: Array):
-  return _sum_by_code(n_code, codes, values), (codes, values[:0])
+def _sum_by_code_forward(n_code: int, codes: Array, values: Array):
+  dtype_carrier = jnp.zeros((0,), values.dtype)  # residuals are arrays: this one holds the dtype
+  return sum_by_code(n_code, codes, values), (codes, dtype_carrier)
 
 
-def _sum_by_code_bwd(n_code: int, residuals: tuple[Array, Array], gradient: Array):
-  # A token has one code: looking its row up is cheaper than the transposed product.
-  codes, like = residuals
-  index = jnp.minimum(codes, n_code - 1)[..., None]
+def _sum_by_code_backward(n_code: int, residuals: tuple[Array, Array], gradient: Array):
+  codes, dtype_carrier = residuals
+  index = jnp.maximum(codes, 0)[..., None]
   rows = jnp.take_along_axis(gradient, index, axis=-2, mode="promise_in_bounds")
-  return None, jnp.where((codes < n_code)[..., None], rows, 0.0).astype(like.dtype)
+  rows = jnp.where((codes != EMPTY)[..., None], rows, 0.0)
+  return None, rows.astype(dtype_carrier.dtype)
 
 
-_sum_by_code.defvjp(_sum_by_code_fwd, _sum_by_code_bwd)
+sum_by_code.defvjp(_sum_by_code_forward, _sum_by_code_backward)
 
 
 def merge(left: Cache, right: Cache) -> Cache:
-  """The summaries of left and right together, which follow each other in the text."""
-  doc = jnp.where(right.doc == NO_DOCUMENT, left.doc, right.doc)
-  # Counts are of discrete codes: no gradient, and none of the work of computing one.
-  kept = jax.lax.stop_gradient(jnp.where((left.doc == doc)[..., None], left.counts, 0.0))
+  """Merges the summaries of chunks that follow each other in the text."""
+  doc_id = jnp.where(right.doc_id == NO_DOCUMENT, left.doc_id, right.doc_id)
+  # Counts are of discrete codes: they have no gradient, and none is computed.
+  continues = (left.doc_id == doc_id)[..., None]
+  kept = jax.lax.stop_gradient(jnp.where(continues, left.counts, 0.0))
   added = jax.lax.stop_gradient(right.counts)
   counts = kept + added
   share = 1.0 / jnp.maximum(counts, 1.0)
   means = (kept * share)[..., None] * left.means + (added * share)[..., None] * right.means
-  return Cache(counts, means, doc)
+  return Cache(counts, means, doc_id)
 
 
-def prefixes(cache: Cache, chunks: Cache, reduction: str) -> Cache:
-  """R+1 caches: `cache` (of R = 1), and it merged with the first 1, 2, ..., R chunks.
+def prefixes(cache: Cache, chunks: Cache, reduction: str, *, scan: Scan = jax.lax.scan) -> Cache:
+  """Merges `cache` with the first 0, 1, ..., R of the chunks.
 
   Args:
-    cache: what came before.
+    cache: what precedes the chunks; one summary.
     chunks: R summaries in the order of the text.
     reduction: `serial` merges one by one; `assoc_scan` in log2(R) rounds of pairs; `matmul` by
       one product with a triangular matrix [R+1, R+1].
+    scan: runs the loop of `serial`: `jax.lax.scan` or `hk.scan`.
+
+  Returns:
+    R + 1 caches.
+
+  Raises:
+    ValueError: `reduction` is none of these.
   """
-  if reduction not in ("serial", "matmul", "assoc_scan"):
-    raise ValueError(f"prefixes: reduction={reduction!r} must be serial, matmul or assoc_scan.")
-  if chunks.doc.shape[2] == 1:
-    return _concat(cache, merge(cache, chunks))
+  if reduction not in PREFIX_REDUCTIONS:
+    raise ValueError(f"prefixes: reduction={reduction!r} must be one of {PREFIX_REDUCTIONS}.")
+  chex.assert_axis_dimension(cache.doc_id, 2, 1)
+  if chunks.doc_id.shape[2] == 1:
+    return _concatenate(cache, merge(cache, chunks))
   if reduction == "serial":
-    return _concat(cache, _serial(cache, chunks))
-  every = _concat(cache, chunks)
+    return _concatenate(cache, _serial_prefixes(cache, chunks, scan))
+  summaries = _concatenate(cache, chunks)
   if reduction == "matmul":
-    return _matmul(every)
-  return jax.lax.associative_scan(merge, every, axis=2)
+    return _matmul_prefixes(summaries)
+  return jax.lax.associative_scan(merge, summaries, axis=2)
 
 
-def _concat(left: Cache, right: Cache) -> Cache:
+def _concatenate(left: Cache, right: Cache) -> Cache:
   return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), left, right)
 
 
-def _serial(cache: Cache, chunks: Cache) -> Cache:
+def _serial_prefixes(cache: Cache, chunks: Cache, scan: Scan) -> Cache:
+  """Returns `cache` merged with the first 1, ..., R chunks, one after the other."""
 
   def step(cache: Cache, chunk: Cache) -> tuple[Cache, Cache]:
     cache = merge(cache, jax.tree.map(lambda x: x[:, :, None], chunk))
     return cache, jax.tree.map(lambda x: x[:, :, 0], cache)
 
-  _, after = jax.lax.scan(step, cache, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), chunks))
-  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), after)
+  def blocks_first(tree: ArrayTree) -> ArrayTree:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), tree)
+
+  _, merged = scan(step, cache, blocks_first(chunks))
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), merged)
 
 
-def _matmul(every: Cache) -> Cache:
-  R = every.doc.shape[2]
-  here = jnp.arange(R)
-  filled = jax.lax.cummax(jnp.where(every.doc == NO_DOCUMENT, 0, here), axis=2)
-  doc = jnp.take_along_axis(every.doc, filled, axis=2)
-  changes = jnp.cumsum(doc != jnp.roll(doc, 1, axis=2).at[:, :, 0].set(doc[:, :, 0]), axis=2)
-  keeps = (changes[..., :, None] == changes[..., None, :]) & (here[:, None] >= here)  # [B, 1, R, R]
-  keeps = jnp.broadcast_to(keeps.astype(jnp.float32), (*every.counts.shape[:3], R))
-  numbers = jax.lax.stop_gradient(every.counts)
-  counts = matmul.mix(keeps, numbers, precision=matmul.EXACT)
-  sums = (numbers[..., None] * every.means).reshape(*every.counts.shape[:3], -1)
-  sums = matmul.mix(keeps, sums, precision=matmul.EXACT).reshape(every.means.shape)
-  return Cache(counts, sums / jnp.maximum(counts, 1.0)[..., None], doc)
+def _matmul_prefixes(summaries: Cache) -> Cache:
+  """Returns all prefix merges by one product with a triangular matrix of zeros and ones."""
+  shape = (*summaries.counts.shape[:3], summaries.counts.shape[2])  # [B, G, R+1, R+1]
+  index = jnp.arange(shape[-1])
+  # The document of a prefix is that of its last summary with tokens.
+  has_tokens = summaries.doc_id != NO_DOCUMENT
+  last_nonempty = jax.lax.cummax(jnp.where(has_tokens, index, 0), axis=2)
+  doc_id = jnp.take_along_axis(summaries.doc_id, last_nonempty, axis=2)
+  # Prefix r contains summary j iff j <= r and no other document begins in between.
+  begins = jnp.concatenate(
+    [jnp.zeros_like(doc_id[:, :, :1], bool), doc_id[:, :, 1:] != doc_id[:, :, :-1]], axis=2
+  )
+  n_begun = jnp.cumsum(begins, axis=2)
+  contains = (n_begun[..., :, None] == n_begun[..., None, :]) & (index[:, None] >= index)
+  contains = jnp.broadcast_to(contains.astype(jnp.float32), shape)
+  counts_of = jax.lax.stop_gradient(summaries.counts)
+  sums_of = (counts_of[..., None] * summaries.means).reshape(*shape[:3], -1)
+  counts = matmul.mix(contains, counts_of, precision=matmul.EXACT)  # bgrj,bgjs->bgrs
+  sums = matmul.mix(contains, sums_of, precision=matmul.EXACT)  # bgrj,bgj(sv)->bgr(sv)
+  means = sums.reshape(summaries.means.shape) / jnp.maximum(counts, 1.0)[..., None]
+  return Cache(counts, means, doc_id)

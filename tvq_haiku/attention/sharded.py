@@ -1,14 +1,18 @@
-"""Attention on a mesh: each device attends for its rows, its heads, its width, its piece of a sequence.
+"""Attention on a mesh of devices.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, S codes, M memory length, K key width,
 V value width.
 
-Rows, heads and values need nothing of each other. Along the axis `sequence`, device d holds the d-th
-of n consecutive pieces of T/n tokens. It gets
-  - the M tokens before its piece from its neighbour,
-  - the cache of what is farther back by an associative scan over the devices: each summarises the
-    T/n tokens that leave the window during its piece, and in log2(n) rounds merges what lies before,
-and then attends like one device that goes on from this state.
+Each device attends for its batch elements, its heads, its width of the values, and its shard of the
+sequence. Only the last needs communication. Along the mesh axis `sequence`, device d holds the d-th
+of n consecutive shards of T/n tokens. It receives
+
+  - from its neighbour, the M tokens before its shard;
+  - by an associative scan over the devices, the cache of all tokens before those: each device
+    summarizes the T/n tokens that leave the window during its shard, and merges what precedes it
+    in log2(n) rounds.
+
+Then it attends like one device that continues from this state.
 """
 
 from __future__ import annotations
@@ -17,24 +21,25 @@ from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tvq_haiku.attention import blocking, compressive_cache, quantization
-from tvq_haiku.attention.blocking import KeyValues
+from tvq_haiku.attention import blocking, compressive_cache, key_values
 from tvq_haiku.attention.compressive_cache import Cache
-from tvq_haiku.attention.full import FullOutput, full_attention
-from tvq_haiku.attention.state import AttentionState
+from tvq_haiku.attention.full import FullOutput
+from tvq_haiku.attention.key_values import KeyValues
+from tvq_haiku.attention.state import AttentionState, KeyValueState
 from tvq_haiku.attention.vq import AttentionOutput, vq_attention
 from tvq_haiku.parallel import sharding
-from tvq_haiku.types import Array
+from tvq_haiku.types import Array, ArrayTree
 
-SEQUENCE = "sequence"
+SEQUENCE = "sequence"  # the mesh axis
 
 
 class _Operands(NamedTuple):
-  """What attentions take by position."""
+  """Positional arguments of an attention function."""
 
   q: Array
   k: Array
@@ -48,7 +53,7 @@ def sharded_attention(
   k: Array,
   v: Array,
   *codebook: Array,
-  state: Any = None,
+  state: AttentionState | KeyValueState | None = None,
   segment_ids: Array | None = None,
   lengths: Array | None = None,
   content_bias: Array | None = None,
@@ -56,26 +61,26 @@ def sharded_attention(
   relative_keys: Array | None = None,
   **settings: Any,
 ) -> Any:
-  """`attention(q, k, v, *codebook, state=state, ...)`, on the mesh in use if there is one.
+  """Computes `attention(q, k, v, *codebook, state=state, ...)` on the mesh in use, if there is one.
 
   Args:
-    attention: `vq_attention` or `full_attention`; a sequence is only cut for the former.
+    attention: `vq_attention` or `full_attention`; only the former shards a sequence.
     q: [B, T, H, K].
     k: [B, T, G, K].
     v: [B, T, G, V].
     *codebook: [G, S, K], for `vq_attention`.
-    state: as the attention takes it; None only of an encoder.
-    segment_ids: [B, T].
-    lengths: [B].
+    state: see `attention`; None only for an encoder.
+    segment_ids: [B, T] int32.
+    lengths: [B] int32.
     content_bias: [H, K].
     position_bias: [H, K].
     relative_keys: [M+1, G, K].
     **settings: the same on every device.
 
   Returns:
-    What the attention returns.
+    The output of `attention`.
   """
-  sizes = sharding.axis_sizes()
+  mesh_sizes = sharding.axis_sizes()
   arrays = dict(
     state=state,
     segment_ids=segment_ids,
@@ -84,25 +89,55 @@ def sharded_attention(
     position_bias=position_bias,
     relative_keys=relative_keys,
   )
-  if not sizes:
+  if not mesh_sizes:
     return attention(q, k, v, *codebook, **arrays, **settings)
-  is_causal, n_piece = settings.get("is_causal", True), sizes.get(SEQUENCE, 1)
-  state_after = state if is_causal else None
+  is_causal, n_shard = settings.get("is_causal", True), mesh_sizes.get(SEQUENCE, 1)
+  if attention is vq_attention:
+    settings["scan"] = jax.lax.scan  # Haiku's scan cannot be used inside of shard_map
+  sequence_axis = None
+  if attention is vq_attention and is_causal and _fits_shards(q, state, n_shard):
+    sequence_axis = SEQUENCE
+    attention = functools.partial(_attend_shard, n_shard=n_shard)
+  out_shapes = _output_shapes(q, k, v, state if is_causal else None, is_full=not codebook)
+  spec_tree = _specs_for(k.shape[2], mesh_sizes, sequence_axis)
+
+  def attend_locally(operands: _Operands, arrays: dict[str, Any]) -> Any:
+    return attention(*(x for x in operands if x is not None), **arrays, **settings)
+
+  operands = _Operands(q, k, v, *codebook)
+  return jax.shard_map(
+    attend_locally,
+    in_specs=(spec_tree(operands), spec_tree(arrays)),
+    out_specs=spec_tree(out_shapes),
+    check_vma=False,  # our custom derivatives do not declare the axes that they vary over
+  )(operands, arrays)
+
+
+def _fits_shards(q: Array, state: AttentionState, n_shard: int) -> bool:
+  """Returns whether a sequence can be sharded: its windows must reach one neighbour at most.
+
+  A shorter sequence, such as the last window of an evaluation, stays on every device.
+  """
+  T, M = q.shape[1], state.memory_docs.shape[1]
+  return T % n_shard == 0 and T // n_shard >= M
+
+
+def _output_shapes(
+  q: Array, k: Array, v: Array, state: AttentionState | KeyValueState | None, *, is_full: bool
+) -> FullOutput | AttentionOutput:
+  """Returns the output of an attention as shapes; the state after it has those of `state`."""
   values = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype)
-  cut = None
-  if attention is full_attention:
-    out = FullOutput(values, state_after)
-  else:
-    out = AttentionOutput(values, jax.ShapeDtypeStruct(k.shape[:3], jnp.int32), state_after)
-    # Windows come from one neighbour; shorter pieces, as of an evaluation's last window, stay whole.
-    if (
-      is_causal
-      and q.shape[1] % n_piece == 0
-      and q.shape[1] // n_piece >= state.memory_docs.shape[1]
-    ):
-      cut, attention = SEQUENCE, functools.partial(_attend_piece, n_piece=n_piece)
+  if is_full:
+    return FullOutput(values, state)
+  return AttentionOutput(values, jax.ShapeDtypeStruct(k.shape[:3], jnp.int32), state)
+
+
+def _specs_for(
+  n_kv_head: int, mesh_sizes: dict[str, int], sequence_axis: str | None
+) -> Callable[[Any], Any]:
+  """Returns a function from a tree of named arrays to their partition specs."""
   heads, width = sharding.HEADS, sharding.WIDTH
-  tokens = (sharding.BATCH_AXES, cut)
+  tokens = (sharding.BATCH_AXES, sequence_axis)
   rules = sharding.STATE_RULES | {
     "q": (*tokens, heads),
     "k": (*tokens, heads),
@@ -116,123 +151,113 @@ def sharded_attention(
     "values": (*tokens, heads, width),
     "codes": (*tokens, heads),
   }
-  by_letter = sharding.head_axes(k.shape[2])
+  mesh_axes = sharding.head_axes(n_kv_head)  # what heads and width stand for
 
   def spec(path: Any, leaf: Any) -> PartitionSpec:
-    last = path[-1]
-    axes = rules[last.name if isinstance(last, jax.tree_util.GetAttrKey) else last.key]
-    axes = [by_letter.get(axis, axis) if isinstance(axis, str) else axis for axis in axes]
-    return sharding.fit_spec(axes, leaf.shape, sizes)
+    field = path[-1]
+    axes = rules[field.name if isinstance(field, jax.tree_util.GetAttrKey) else field.key]
+    axes = [mesh_axes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes]
+    return sharding.fit_spec(axes, leaf.shape, mesh_sizes)
 
-  specs = functools.partial(jax.tree_util.tree_map_with_path, spec)
-
-  def local(operands: _Operands, arrays: dict[str, Any]) -> Any:
-    return attention(*(x for x in operands if x is not None), **arrays, **settings)
-
-  operands = _Operands(q, k, v, *codebook)
-  # The derivatives of our own in it do not say along which axes they vary.
-  return jax.shard_map(
-    local, in_specs=(specs(operands), specs(arrays)), out_specs=specs(out), check_vma=False
-  )(operands, arrays)
+  return functools.partial(jax.tree_util.tree_map_with_path, spec)
 
 
-def _attend_piece(
+def _attend_shard(
   q: Array,
   k: Array,
   v: Array,
   codebook: Array,
   *,
-  n_piece: int,
+  n_shard: int,
   state: AttentionState,
   segment_ids: Array | None,
   lengths: Array | None,
   **settings: Any,
 ) -> AttentionOutput:
-  """`vq_attention` of this device's piece; `state` is that before the first one, `lengths` of all."""
-  if n_piece == 1:
+  """Computes `vq_attention` of this device's shard of the sequence.
+
+  Args:
+    q: [B, T/n, H, K].
+    k: [B, T/n, G, K].
+    v: [B, T/n, G, V].
+    codebook: [G, S, K].
+    n_shard: n, the number of devices along the sequence.
+    state: before the first shard.
+    segment_ids: [B, T/n] int32, or None.
+    lengths: [B] int32: number of tokens of all shards together, or None: all T.
+    **settings: of `vq_attention`.
+
+  Returns:
+    Values and codes of the shard, and the state after the last shard.
+  """
+  if n_shard == 1:
     return vq_attention(
       q, k, v, codebook, state=state, segment_ids=segment_ids, lengths=lengths, **settings
     )
-  B, T = k.shape[:2]
-  S, M = codebook.shape[1], state.memory_docs.shape[1]
-  d = jax.lax.axis_index(SEQUENCE)
-  n_read = jnp.full((B,), n_piece * T, jnp.int32) if lengths is None else lengths
-  here = jnp.clip(n_read - d * T, 0, T)
+  B, T = k.shape[:2]  # T: of one shard
+  device = jax.lax.axis_index(SEQUENCE)
+  n_total = jnp.full((B,), n_shard * T, jnp.int32) if lengths is None else lengths
+  n_here = jnp.clip(n_total - device * T, 0, T)
   if segment_ids is None:
-    segment_ids = jnp.broadcast_to(jnp.maximum(state.memory_docs[:, -1:], 0), (B, T))
-
-  # Quantized here and in the attention: the compiler does it once.
-  codebook = jax.lax.stop_gradient(codebook.astype(jnp.float32))
-  codes = quantization.nearest_codes(k, codebook)
-  k_hat = quantization.straight_through(
-    k.astype(jnp.float32), quantization.look_up(codes, codebook)
-  )
-  piece = KeyValues(
-    jnp.where((jnp.arange(T) < here[:, None])[:, None], codes.swapaxes(1, 2), S),
-    k_hat.swapaxes(1, 2),
-    v.swapaxes(1, 2),
-    segment_ids[:, None],
-  )
-  memory = KeyValues(
-    state.memory_codes,
-    state.memory_keys,
-    state.memory_values.astype(v.dtype),
-    state.memory_docs[:, None],
-  )
-  memory = _from_before(blocking.slice_tokens(piece, T - M, T), 1, n_piece, otherwise=memory)
-
-  leaving = blocking.split_blocks(
-    blocking.slice_tokens(blocking.concatenate(memory, piece), 0, T), 1
-  )
-  cache = Cache(
-    state.cache_counts[:, :, None], state.cache_means[:, :, None], state.cache_doc[:, None, None]
-  )
-  own = compressive_cache.summarize(leaving.codes, leaving.values, leaving.docs, S)
-  own = _where(d == 0, compressive_cache.merge(cache, own), own)
-  distance = 1
-  while distance < n_piece:
-    before = _from_before(own, distance, n_piece, otherwise=own)
-    own = _where(d >= distance, compressive_cache.merge(before, own), own)
-    distance *= 2
-  cache = _from_before(own, 1, n_piece, otherwise=cache)
-
+    segment_ids = key_values.continued_doc_ids(state, T)
+  # Quantized here and in `vq_attention`: the compiler does it once.
+  _, tokens = key_values.quantized(k, v, codebook, segment_ids, n_here)
+  memory, cache = _context_of_shard(tokens, state, codebook.shape[1], n_shard)
+  before = key_values.next_state(state, device * T, memory, cache)
   out = vq_attention(
-    q,
-    k,
-    v,
-    codebook,
-    segment_ids=segment_ids,
-    lengths=here,
-    state=AttentionState(
-      state.position + d * T,
-      memory.codes,
-      memory.keys,
-      memory.values.astype(state.memory_values.dtype),
-      memory.docs[:, 0],
-      cache.counts[:, :, 0],
-      cache.means[:, :, 0],
-      cache.doc[:, 0, 0],
-    ),
-    **settings,
+    q, k, v, codebook, segment_ids=segment_ids, lengths=n_here, state=before, **settings
   )
-  # The state after the row is that of the device where the row ends.
-  is_last = d == jnp.maximum(-(-n_read // T) - 1, 0)
-  return out._replace(
-    state=jax.tree.map(
-      lambda x: jax.lax.psum(
-        jnp.where(is_last.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), SEQUENCE
-      ),
-      out.state,
-    )
-  )
+  # The state after the row is that of the device where the tokens of the row end.
+  is_last = device == jnp.maximum(-(-n_total // T) - 1, 0)
+  return out._replace(state=_select_by_sum(out.state, is_last))
 
 
-def _from_before(x: Any, distance: int, n_piece: int, *, otherwise: Any) -> Any:
-  """What the device `distance` places before this one has; `otherwise` where there is none."""
-  pairs = [(i, i + distance) for i in range(n_piece - distance)]
+def _context_of_shard(
+  tokens: KeyValues, state: AttentionState, n_code: int, n_shard: int
+) -> tuple[KeyValues, Cache]:
+  """Returns what precedes this device's shard: the M tokens before it, and the cache of all others.
+
+  Args:
+    tokens: of this shard.
+    state: before the first shard.
+    n_code: S.
+    n_shard: number of devices along the sequence.
+  """
+  T, M = tokens.doc_ids.shape[2], state.memory_docs.shape[1]
+  chex.assert_scalar_non_negative(T - M)
+  device = jax.lax.axis_index(SEQUENCE)
+  last = blocking.slice_tokens(tokens, T - M, T)
+  memory = _receive(last, 1, n_shard, otherwise=key_values.memory(state, tokens))
+  sequence = blocking.concatenate(memory, tokens)
+  evicted = blocking.split_blocks(blocking.slice_tokens(sequence, 0, T), 1)
+  summary = compressive_cache.summarize(evicted.codes, evicted.values, evicted.doc_ids, n_code)
+  before_all = key_values.cache(state)
+  merge = compressive_cache.merge
+  summary = _where(device == 0, merge(before_all, summary), summary)
+  distance = 1
+  while distance < n_shard:  # afterwards, `summary` is of this shard and all before it
+    before = _receive(summary, distance, n_shard, otherwise=summary)
+    summary = _where(device >= distance, merge(before, summary), summary)
+    distance *= 2
+  return memory, _receive(summary, 1, n_shard, otherwise=before_all)
+
+
+def _receive(x: ArrayTree, distance: int, n_shard: int, *, otherwise: ArrayTree) -> ArrayTree:
+  """Returns `x` of the device `distance` places before this one; `otherwise` if there is none."""
+  pairs = [(i, i + distance) for i in range(n_shard - distance)]
   received = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, SEQUENCE, pairs), x)
   return _where(jax.lax.axis_index(SEQUENCE) >= distance, received, otherwise)
 
 
-def _where(condition: Array, x: Any, y: Any) -> Any:
+def _select_by_sum(x: ArrayTree, is_selected: Array) -> ArrayTree:
+  """Returns, on every device, `x` of the device where `is_selected` [B] is true."""
+
+  def select(leaf: Array) -> Array:
+    mask = is_selected.reshape(-1, *(1,) * (leaf.ndim - 1))
+    return jax.lax.psum(jnp.where(mask, leaf, jnp.zeros_like(leaf)), SEQUENCE)
+
+  return jax.tree.map(select, x)
+
+
+def _where(condition: Array, x: ArrayTree, y: ArrayTree) -> ArrayTree:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)

@@ -67,7 +67,7 @@ class DecodeState(NamedTuple):
   position: Array  # [B] int32: tokens read of it
   read: Array  # [B] int32: tokens read in all
   written: Array  # [B] int32: tokens read since `start_decoding`
-  rings: tuple[tuple[decode.Ring, decode.Ring | None], ...]  # of N layers
+  rings: tuple[tuple[decode.RingBuffer, decode.RingBuffer | None], ...]  # of N layers
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,10 +92,12 @@ def prepare_weights(
     relative = (table.astype(dtype) @ get("r").astype(dtype)).reshape(-1, c.kv_heads, c.d_k)
     codebook = None
     if c.attn_type == "vq":
-      codebook = quantization.codebook_of(get("quantizer", "c_sum"), get("quantizer", "c_count"))
+      codebook = quantization.codebook_from_averages(
+        get("quantizer", "c_sum"), get("quantizer", "c_count")
+      )
     keys = decode.DecodeParams(
       *(scale * params[under][bias][i].reshape(c.n_head, c.d_k) for bias in "uv"),
-      relative=(scale * relative).astype(dtype).swapaxes(0, 1),
+      relative_keys=(scale * relative).astype(dtype).swapaxes(0, 1),
       codebook=codebook,
     )
     return Attention(normed, rows("q", "kvg" if c.gated else "kv"), keys, rows("out"))
@@ -120,7 +122,7 @@ def prepare_weights(
 def start_decoding(config: TransformerConfig, state: transformer.TransformerState) -> DecodeState:
   """The same memory, in rings."""
 
-  def rings(states: Any, i: int) -> decode.Ring | None:
+  def rings(states: Any, i: int) -> decode.RingBuffer | None:
     return None if states is None else decode.from_state(jax.tree.map(lambda x: x[i], states))
 
   document = jnp.maximum(state.document, 0)
@@ -140,10 +142,10 @@ def start_decoding(config: TransformerConfig, state: transformer.TransformerStat
 def finish_decoding(state: DecodeState) -> transformer.TransformerState:
   """The inverse of `start_decoding`, after some tokens."""
 
-  def stacked(rings: tuple[decode.Ring | None, ...]) -> Any:
+  def stacked(rings: tuple[decode.RingBuffer | None, ...]) -> Any:
     if rings[0] is None:
       return None
-    states = [decode.to_state(x, position=state.read, written=state.written) for x in rings]
+    states = [decode.to_state(x, position=state.read, n_written=state.written) for x in rings]
     return jax.tree.map(lambda *x: jnp.stack(x), *states)
 
   document = jnp.where(state.read > 0, state.document, -1)
@@ -175,7 +177,7 @@ def decode_token(
   c = config
   document = state.document if c.doc_mask else jnp.zeros_like(state.document)
   # Active rows have all written equally often.
-  settings = dict(written=jnp.max(state.written), document=document, active=active)
+  settings = dict(n_written=jnp.max(state.written), doc_id=document, active=active)
   x = weights.embeddings[tokens]
   if weights.position_scale is not None:
     x += weights.position_scale * positions.sinusoids(state.position, width=c.d_model, lam=c.pe_lam)
@@ -198,8 +200,8 @@ def decode_token(
 
 
 def _attention(
-  config: TransformerConfig, weights: Attention, x: Array, memory: decode.Ring, **settings
-) -> tuple[Array, decode.Ring]:
+  config: TransformerConfig, weights: Attention, x: Array, memory: decode.RingBuffer, **settings
+) -> tuple[Array, decode.RingBuffer]:
   c = config
   H, G, K, V, B = c.n_head, c.kv_heads, c.d_k, c.d_v, x.shape[0]
   widths = [H * K, G * K, G * V, H * V] if c.gated else [H * K, G * K, G * V]

@@ -1,15 +1,25 @@
-"""One residual branch: norm, projections, attention, gate, output projection."""
+"""The attention branch of a layer: norm, projections, attention, gate, output projection.
+
+Letters: B batch, T tokens, H query heads, G key/value heads, K key width, V value width, D model
+width, M memory length.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
 from tvq_haiku.attention import full, quantization, sharded, vq
-from tvq_haiku.attention import state as state_lib
+from tvq_haiku.attention.state import (
+  AttentionState,
+  KeyValueState,
+  initial_attention_state,
+  initial_key_value_state,
+)
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import codebook_metrics, layers, quantizer
 from tvq_haiku.ops import positions
@@ -18,35 +28,45 @@ from tvq_haiku.types import Array
 
 
 class LayerContext(NamedTuple):
-  """What every attention of the model is told about the sequence."""
+  """What all attentions of the model need to know about the sequence."""
 
-  doc_ids: Array | None  # [B, T] int32; None: one document
-  lengths: Array | None  # [B] int32: real tokens, before the padding; None: all
+  doc_ids: Array | None  # [B, T] int32. None: one document
+  lengths: Array | None  # [B] int32: tokens before the padding. None: no padding
   is_token: Array  # [B, T] bool: False for padding
   loss_mask: Array  # [B, T] f32
   is_training: bool
   with_metrics: bool
 
 
-State = state_lib.AttentionState | state_lib.KeyValueState
+State = AttentionState | KeyValueState
 
 
 class BranchOutput(NamedTuple):
-  """What a branch adds, beside the residual."""
+  """What a branch returns in addition to its activations."""
 
-  state: State | None  # None from an encoder
+  state: State | None  # None for an encoder
   commit_loss: Array  # [] f32
-  codebook_loss: Array  # [] f32
-  metrics: dict[str, Array]  # scalars; empty unless asked for
+  codebook_loss: Array  # [] f32: zero, with the gradient that updates the codebook
+  metrics: dict[str, Array]  # [] f32 each; empty unless requested
 
 
-# Cheaper computed again than kept: 4 of the 10 arrays [B, T, V] that a backward pass would hold.
+class _Projected(NamedTuple):
+  """Projections of the input, before normalization and scaling."""
+
+  q: Array  # [B, T, H, K]
+  k: Array  # [B, T, G, K]
+  v: Array  # [B, T, G, V]
+  gate: Array | None  # [B, T, H·V]; None: not gated
+
+
+# Recomputing these in the backward pass is cheaper than keeping them: without the checkpoints, 10
+# arrays [B, T, V] are kept instead of 6.
 _silu = jax.checkpoint(jax.nn.silu)
-_gate = jax.checkpoint(lambda values, gate: values * jax.nn.silu(gate))
+_gated = jax.checkpoint(lambda values, gate: values * jax.nn.silu(gate))
 
 
 def initial_state(config: TransformerConfig, batch_size: int) -> State:
-  """Of one attention."""
+  """Returns the state of one attention before the first token."""
   sizes = dict(
     batch_size=batch_size,
     n_kv_head=config.kv_heads,
@@ -56,12 +76,15 @@ def initial_state(config: TransformerConfig, batch_size: int) -> State:
     dtype=config.compute_dtype,
   )
   if config.attn_type == "full":
-    return state_lib.initial_key_value_state(**sizes)
-  return state_lib.initial_attention_state(n_code=config.n_code, **sizes)
+    return initial_key_value_state(**sizes)
+  return initial_attention_state(n_code=config.n_code, **sizes)
 
 
 class AttentionLayer(hk.Module):
-  """Attention of any number of heads, gated (the paper's SHGA) or not, quantized or full."""
+  """Norm, projections, attention, gate and output projection, added to the input.
+
+  Gated (`shga`) or not (`mha`, `mqa`); over quantized keys or, for comparison, over plain ones.
+  """
 
   def __init__(self, config: TransformerConfig, *, name: str = "attention"):
     super().__init__(name=name)
@@ -76,72 +99,29 @@ class AttentionLayer(hk.Module):
       x: [B, T, D] in the policy's output dtype.
       state: of this attention.
       context: documents, padding and masks, shared by all attentions.
-      sequence_rng: seeds the masks that all windows of a sequence share.
+      sequence_rng: seeds the masks that all windows of a sequence share. None: no dropout.
 
     Returns:
-      [B, T, D], and the state and losses.
+      [B, T, D], and the state, losses and metrics of the branch.
     """
     c = self._config
-    B, T, _ = x.shape
-    H, G = c.n_head, c.kv_heads
-    heads = sharding.head_axes(G)[sharding.HEADS]
-    normed = layers.RMSNorm(name="norm")(x)
-    q = layers.Projection(H * c.d_k, columns=(heads,), name="q")(normed).reshape(B, T, H, c.d_k)
-    if c.gated:
-      k, v, gate = layers.Projection(
-        G * c.d_k, G * c.d_v, H * c.d_v, columns=(heads, "model", "model"), name="kvg"
-      )(normed)
-      v = _silu(v)
-    else:
-      k, v = layers.Projection(G * c.d_k, G * c.d_v, columns=(heads, "model"), name="kv")(normed)
-    # K^(-1/4) on both factors of every score makes the K^(-1/2) of a softmax.
+    B, T, D = x.shape
+    chex.assert_equal(D, c.d_model)
+    # 1. Normalize and project: q, k, v, and the gate.
+    q, k, v, gate = self._project(layers.RMSNorm(name="norm")(x))
+    # 2. Scale queries and keys by K^(-1/4) each, so that scores are scaled by K^(-1/2).
     scale = c.d_k**-0.25
     q = (layers.rms_normalize(q) * scale).astype(c.compute_dtype)
-    k = layers.rms_normalize(k.reshape(B, T, G, c.d_k)) * scale
-    v = v.reshape(B, T, G, c.d_v).astype(c.compute_dtype)
-    u, position_bias = (
-      scale * hk.get_parameter(name, (H * c.d_k,), jnp.float32, init=jnp.zeros).reshape(H, c.d_k)
-      for name in ("u", "v")
-    )
-
+    k = layers.rms_normalize(k) * scale
+    v = v.astype(c.compute_dtype)
+    # 3. Attend.
     sin_rng, layer_rng = (None, None) if sequence_rng is None else jax.random.split(sequence_rng)
-    settings = dict(
-      relative_keys=scale * self._relative_keys(sin_rng, context.is_training),
-      content_bias=u,
-      position_bias=position_bias,
-      segment_ids=context.doc_ids,
-      lengths=context.lengths,
-      block_len=c.block_len,
-      is_causal=c.causal,
-      scale=1.0,
-    )
-    if c.attn_type == "full":
-      out = sharded.sharded_attention(
-        full.full_attention, q, k.astype(c.compute_dtype), v, state=state, **settings
-      )
-      output = BranchOutput(out.state, jnp.zeros(()), jnp.zeros(()), {})
-    else:
-      codebook = quantizer.VectorQuantizer(
-        n_head=G, n_code=c.n_code, d_k=c.d_k, gamma=c.c_gamma, name="quantizer"
-      )
-      out = sharded.sharded_attention(
-        vq.vq_attention,
-        q,
-        k,
-        v,
-        codebook.codebook(),
-        state=state if c.causal else None,
-        mem_len=c.mem_len,
-        reduction=c.reduction,
-        agg_cache=c.agg_cache,
-        grad_thru_cache=c.grad_thru_cache,
-        remat=c.remat == "block",
-        **settings,
-      )
-      output = self._auxiliary(k, out, codebook, context)
-    branch = out.values.reshape(B, T, H * c.d_v)
-    if c.gated:
-      branch = _gate(branch, gate)
+    biases = self._biases(scale, sin_rng, context.is_training)
+    values, output = self._attend(q, k, v, biases, state, context)
+    # 4. Gate, project, and add to the input.
+    branch = values.reshape(B, T, c.n_head * c.d_v)
+    if gate is not None:
+      branch = _gated(branch, gate)
     branch = layers.Projection(c.d_model, rows="model", name="out")(branch)
     x = layers.add_branch(
       x,
@@ -154,36 +134,111 @@ class AttentionLayer(hk.Module):
     return x, output
 
   @hk.transparent
-  def _relative_keys(self, rng: Array | None, is_training: bool) -> Array:
-    """r_d [M+1, G, K], or from -M to M [2M+1, G, K] for an encoder, projected once a call."""
+  def _project(self, x: Array) -> _Projected:
+    """Projects normalized activations [B, T, D]; the mesh axis `model` shards heads or widths."""
     c = self._config
+    B, T, _ = x.shape
+    H, G, K, V = c.n_head, c.kv_heads, c.d_k, c.d_v
+    heads = sharding.head_axes(G)[sharding.HEADS]
+    q = layers.Projection(H * K, columns=(heads,), name="q")(x)
+    if c.gated:
+      widths, axes = (G * K, G * V, H * V), (heads, "model", "model")
+      k, v, gate = layers.Projection(*widths, columns=axes, name="kvg")(x)
+      v = _silu(v)
+    else:
+      k, v = layers.Projection(G * K, G * V, columns=(heads, "model"), name="kv")(x)
+      gate = None
+    return _Projected(q.reshape(B, T, H, K), k.reshape(B, T, G, K), v.reshape(B, T, G, V), gate)
+
+  @hk.transparent
+  def _biases(self, scale: float, rng: Array | None, is_training: bool) -> dict[str, Array]:
+    """Returns content_bias and position_bias [H, K], and relative_keys, all times `scale`.
+
+    The relative keys r_d are projected sinusoids of the distances d = 0, ..., M, [M+1, G, K]; of an
+    encoder d = -M, ..., M, [2M+1, G, K]. They are the same for all blocks.
+    """
+    c = self._config
+    H, G, K = c.n_head, c.kv_heads, c.d_k
+    content_bias, position_bias = (
+      scale * hk.get_parameter(name, (H * K,), jnp.float32, init=jnp.zeros).reshape(H, K)
+      for name in ("u", "v")  # names of the paper's code
+    )
     distances = jnp.arange(0 if c.causal else -c.mem_len, c.mem_len + 1)
     table = positions.sinusoids(distances, width=c.d_model, lam=c.pe_lam)
     if is_training:
       table = layers.dropout(rng, c.p_dropsin, table)
-    table = table.astype(c.compute_dtype)
-    return layers.Projection(c.kv_heads * c.d_k, name="r")(table).reshape(-1, c.kv_heads, c.d_k)
+    relative = layers.Projection(G * K, name="r")(table.astype(c.compute_dtype))
+    return dict(
+      relative_keys=scale * relative.reshape(-1, G, K),
+      content_bias=content_bias,
+      position_bias=position_bias,
+    )
 
   @hk.transparent
-  def _auxiliary(
+  def _attend(
+    self,
+    q: Array,
+    k: Array,
+    v: Array,
+    biases: dict[str, Array],
+    state: State,
+    context: LayerContext,
+  ) -> tuple[Array, BranchOutput]:
+    """Returns the values [B, T, H, V] of full or quantized attention, and the branch's output."""
+    c = self._config
+    settings = dict(
+      segment_ids=context.doc_ids,
+      lengths=context.lengths,
+      block_len=c.block_len,
+      is_causal=c.causal,
+      scale=1.0,
+      **biases,
+    )
+    if c.attn_type == "full":
+      k = k.astype(c.compute_dtype)
+      out = sharded.sharded_attention(full.full_attention, q, k, v, state=state, **settings)
+      return out.values, BranchOutput(out.state, jnp.zeros(()), jnp.zeros(()), {})
+    codebook = quantizer.VectorQuantizer(
+      n_head=c.kv_heads, n_code=c.n_code, d_k=c.d_k, gamma=c.c_gamma, name="quantizer"
+    )
+    out = sharded.sharded_attention(
+      vq.vq_attention,
+      q,
+      k,
+      v,
+      codebook.codebook(),
+      state=state if c.causal else None,
+      mem_len=c.mem_len,
+      reduction=c.reduction,
+      agg_cache=c.agg_cache,
+      grad_thru_cache=c.grad_thru_cache,
+      remat=c.remat == "block",
+      scan=hk.scan,
+      **settings,
+    )
+    return out.values, self._branch_output(k, out, codebook, context)
+
+  @hk.transparent
+  def _branch_output(
     self,
     k: Array,
     out: vq.AttentionOutput,
     codebook: quantizer.VectorQuantizer,
     context: LayerContext,
   ) -> BranchOutput:
-    commit = surrogate = jnp.zeros(())
-    values = {}
+    """Returns state, losses (in training) and metrics (if requested) of quantized attention."""
+    commit_loss = codebook_loss = jnp.zeros(())
+    metrics = {}
     if context.is_training or context.with_metrics:
       quantized = quantization.look_up(out.codes, codebook.codebook())
     if context.is_training:
-      commit = quantization.commit_loss(k, quantized, context.loss_mask)
-      surrogate = codebook.surrogate_loss(
+      commit_loss = quantization.commit_loss(k, quantized, context.loss_mask)
+      codebook_loss = codebook.surrogate_loss(
         k, out.codes, context.loss_mask, revive_below=self._config.c_revive
       )
     if context.with_metrics:
-      values = codebook_metrics.codebook_metrics(codebook.codebook(), codebook.counts())
-      values |= codebook_metrics.quantization_metrics(
+      metrics = codebook_metrics.codebook_metrics(codebook.codebook(), codebook.counts())
+      metrics |= codebook_metrics.quantization_metrics(
         k, quantized, context.is_token, self._config.block_len
       )
-    return BranchOutput(out.state, commit, surrogate, values)
+    return BranchOutput(out.state, commit_loss, codebook_loss, metrics)

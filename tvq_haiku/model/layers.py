@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import jmp
 
-from tvq_haiku.ops import matmul, positions
+from tvq_haiku.ops import affine, matmul, positions
 from tvq_haiku.parallel import sharding
 from tvq_haiku.types import Array
 
@@ -81,9 +81,7 @@ class RMSNorm(hk.Module):
   def __call__(self, x: Array) -> Array:
     gain = hk.get_parameter("gain", x.shape[-1:], jnp.float32, init=jnp.ones)
     offset = hk.get_parameter("offset", x.shape[-1:], jnp.float32, init=jnp.zeros)
-    rows = x.size // x.shape[-1]
-    gain, offset = (matmul.repeat_rows(p, rows).reshape(x.shape) for p in (gain, offset))
-    return (rms_normalize(x) * gain + offset).astype(x.dtype)
+    return affine.scale_and_shift(rms_normalize(x), gain, offset).astype(x.dtype)
 
 
 class MLP(hk.Module):

@@ -1,7 +1,13 @@
-"""The codebook as Haiku parameters: two exponential moving averages."""
+"""The codebook as Haiku parameters: two exponential moving averages.
+
+The update of the averages is written as the gradient of a surrogate loss: under plain SGD with
+learning rate 1, that gradient is the update. So the codebook needs no state besides the parameters,
+and is averaged over devices and accumulated over parts of a batch like any other gradient.
+"""
 
 from __future__ import annotations
 
+import chex
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -11,63 +17,88 @@ from tvq_haiku.types import Array
 
 
 class VectorQuantizer(hk.Module):
-  """Holds one codebook of S codes for each of G heads."""
+  """One codebook of S codes for each of G key/value heads."""
 
   def __init__(self, *, n_head: int, n_code: int, d_k: int, gamma: float, name: str = "quantizer"):
+    """Creates the module.
+
+    Args:
+      n_head: G.
+      n_code: S.
+      d_k: K.
+      gamma: decay of the moving averages, per update.
+      name: of the module.
+    """
     super().__init__(name=name)
     self._shape = (n_head, n_code, d_k)
     self._gamma = gamma
 
-  def _moments(self) -> tuple[Array, Array]:
-    g, s, k = self._shape
-    # Untruncated normal of variance 1/(G·S): the same for every key width.
-    init = hk.initializers.RandomNormal((g * s) ** -0.5)
-    c_sum = hk.get_parameter("c_sum", (g, s, k), jnp.float32, init=init)
-    c_count = hk.get_parameter("c_count", (g, s), jnp.float32, init=jnp.ones)
+  def _averages(self) -> tuple[Array, Array]:
+    """Returns c_sum [G, S, K] and c_count [G, S]."""
+    G, S, K = self._shape
+    # An untruncated normal of variance 1/(G·S), for every key width.
+    init = hk.initializers.RandomNormal((G * S) ** -0.5)
+    c_sum = hk.get_parameter("c_sum", (G, S, K), jnp.float32, init=init)
+    c_count = hk.get_parameter("c_count", (G, S), jnp.float32, init=jnp.ones)
     return c_sum, c_count
 
   def codebook(self) -> Array:
-    """C [G, S, K] in float32, without gradient."""
-    return quantization.codebook_of(*self._moments())
+    """Returns C [G, S, K] in float32, without gradient."""
+    return quantization.codebook_from_averages(*self._averages())
 
   def counts(self) -> Array:
-    """The moving average [G, S] of how many keys each code gets per update."""
-    return jax.lax.stop_gradient(self._moments()[1])
+    """Returns the moving average [G, S] of the number of keys of each code per update."""
+    return jax.lax.stop_gradient(self._averages()[1])
 
   def surrogate_loss(
     self, k: Array, codes: Array, mask: Array, *, revive_below: float = 0.0
   ) -> Array:
-    """Zero in value; its gradient is the step from the new moving averages to the old.
+    """Returns a loss of value zero whose gradient is the old averages minus the new ones.
 
     Args:
-      k: [B, T, G, K] keys of the whole global batch.
-      codes: [B, T, G] their codes.
-      mask: [B, T] weights: zero keeps a token out of the averages.
-      revive_below: codes whose average count is less become some key of this batch, drawn by
-        `hk.next_rng_key()`, and count as used once; 0: none do.
+      k: [B, T, G, K] keys of the global batch.
+      codes: [B, T, G] int32 codes of the keys.
+      mask: [B, T] weights: zero excludes a token from the averages.
+      revive_below: a code whose average count is lower is replaced by a random key of the batch
+        (by `hk.next_rng_key()`), with a count of 1. 0: never.
+
+    Returns:
+      [] f32.
     """
-    c_sum, c_count = self._moments()
-    sums, numbers = quantization.code_statistics(
-      jax.lax.stop_gradient(k), codes, mask, self._shape[1]
-    )
-    d_sum, d_count = (1.0 - self._gamma) * (c_sum - sums), (1.0 - self._gamma) * (c_count - numbers)
+    G, S, K = self._shape
+    B, T, _, _ = k.shape
+    chex.assert_shape((k, codes, mask), [(B, T, G, K), (B, T, G), (B, T)])
+    c_sum, c_count = self._averages()
+    sums, counts = quantization.code_statistics(jax.lax.stop_gradient(k), codes, mask, S)
+    d_sum = (1.0 - self._gamma) * (c_sum - sums)
+    d_count = (1.0 - self._gamma) * (c_count - counts)
     if revive_below:
-      keys, is_token = _some_keys(hk.next_rng_key(), k, mask, self._shape[1])
-      dead = (c_count < revive_below) & is_token
-      d_sum = jnp.where(dead[..., None], c_sum - keys, d_sum)
-      d_count = jnp.where(dead, c_count - 1.0, d_count)
-
-    def pull(parameter: Array, gradient: Array) -> Array:
-      return jnp.sum(
-        jax.lax.stop_gradient(gradient) * (parameter - jax.lax.stop_gradient(parameter))
-      )
-
-    return pull(c_sum, d_sum) + pull(c_count, d_count)
+      keys, is_token = _random_keys(hk.next_rng_key(), k, mask, S)
+      is_dead = (c_count < revive_below) & is_token
+      d_sum = jnp.where(is_dead[..., None], c_sum - keys, d_sum)
+      d_count = jnp.where(is_dead, c_count - 1.0, d_count)
+    return _with_gradient(c_sum, d_sum) + _with_gradient(c_count, d_count)
 
 
-def _some_keys(rng: Array, k: Array, mask: Array, n_code: int) -> tuple[Array, Array]:
-  """A random one of the keys [B, T, G, K] for each code [G, S, K] f32, and whether it counts [G, S]."""
+def _with_gradient(parameter: Array, gradient: Array) -> Array:
+  """Returns a zero [] whose gradient with respect to `parameter` is `gradient`."""
+  stop = jax.lax.stop_gradient
+  return jnp.sum(stop(gradient) * (parameter - stop(parameter)))
+
+
+def _random_keys(rng: Array, k: Array, mask: Array, n_code: int) -> tuple[Array, Array]:
+  """Samples one of the keys of the batch for each code.
+
+  Args:
+    rng: a key.
+    k: [B, T, G, K] keys.
+    mask: [B, T] weights.
+    n_code: S.
+
+  Returns:
+    Keys [G, S, K] f32, and whether each is of an unmasked token [G, S].
+  """
   B, T, G, K = k.shape
-  place = jax.random.randint(rng, (G, n_code), 0, B * T)
+  index = jax.random.randint(rng, (G, n_code), 0, B * T)
   keys = jax.lax.stop_gradient(k).astype(jnp.float32).reshape(B * T, G, K)
-  return keys[place, jnp.arange(G)[:, None]], mask.reshape(-1)[place] > 0.0
+  return keys[index, jnp.arange(G)[:, None]], mask.reshape(-1)[index] > 0.0

@@ -1,94 +1,119 @@
-"""Moves padding to the end of each row and back."""
+"""Moves padding to the end of each row, and back.
+
+Everything behind this module sees rows whose padding follows their tokens, so the index of a token
+in its row is also its index in the text, wherever the caller's padding was.
+
+Letters: B batch, T tokens, D width.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from tvq_haiku.types import Array
 
 
-class Rows(NamedTuple):
-  """A batch whose padding stands behind its tokens, row by row."""
+class CompactBatch(NamedTuple):
+  """A batch in which the padding of each row follows its tokens."""
 
-  tokens: Array  # [B, T] int32
+  tokens: Array  # [B, T] int32; 0 for padding
   doc_ids: Array  # [B, T] int32
-  loss_mask: Array  # [B, T] f32; zero for padding
+  loss_mask: Array  # [B, T] f32; 0 for padding
   is_token: Array  # [B, T] bool
-  lengths: Array | None  # [B] int32; None: no padding
-  order: Array | None  # [B, T] int32: where each came from; None: unmoved
+  lengths: Array | None  # [B] int32: tokens before the padding. None: there is no padding
+  order: Array | None  # [B, T] int32: original index of each token. None: nothing has moved
 
 
-def compact(tokens: Array, document: Array, doc_ids: Array | None, loss_mask: Array | None) -> Rows:
-  """Moves the padding (negative `doc_ids`) of every row behind its tokens, which keep their order.
-
-  Then a token's place in the row is its place in the text, for padding on any side.
+def compact(
+  tokens: Array, last_doc: Array, doc_ids: Array | None, loss_mask: Array | None
+) -> CompactBatch:
+  """Moves the padding (negative `doc_ids`) of each row behind its tokens, which keep their order.
 
   Args:
-    tokens: [B, T].
-    document: [B] int32: the document that tokens continue when `doc_ids` is None.
-    doc_ids: [B, T] or None.
-    loss_mask: [B, T] or None.
+    tokens: [B, T] int32.
+    last_doc: [B] int32: the document that all tokens continue if `doc_ids` is None; -1 before
+      the first token.
+    doc_ids: [B, T] int32, or None.
+    loss_mask: [B, T], or None: all ones.
 
-  >>> rows = compact(jnp.array([[0, 8, 9]]), jnp.array([-1]), jnp.array([[-1, 0, 0]]), None)
-  >>> rows.tokens.tolist(), rows.lengths.tolist()
+  Returns:
+    The batch in its new order.
+
+  >>> batch = compact(jnp.array([[0, 8, 9]]), jnp.array([-1]), jnp.array([[-1, 0, 0]]), None)
+  >>> batch.tokens.tolist(), batch.lengths.tolist()
   ([[8, 9, 0]], [2])
   """
-  weights = (
-    jnp.ones(tokens.shape, jnp.float32) if loss_mask is None else loss_mask.astype(jnp.float32)
-  )
+  chex.assert_rank((tokens, last_doc), (2, 1))
+  weights = jnp.ones(tokens.shape) if loss_mask is None else loss_mask.astype(jnp.float32)
   if doc_ids is None:
-    docs = jnp.broadcast_to(jnp.maximum(document, 0)[:, None], tokens.shape)
-    return Rows(tokens, docs, weights, jnp.ones(tokens.shape, bool), None, None)
+    docs = jnp.broadcast_to(jnp.maximum(last_doc, 0)[:, None], tokens.shape)
+    return CompactBatch(tokens, docs, weights, jnp.ones(tokens.shape, bool), None, None)
   doc_ids = jnp.asarray(doc_ids, jnp.int32)
   is_token = doc_ids >= 0
   order = jnp.argsort(~is_token, axis=1, stable=True)
-  moved = [
-    reorder(x, order) for x in (tokens, doc_ids, jnp.where(is_token, weights, 0.0), is_token)
-  ]
-  # A padding token's id is never looked at; 0 keeps an out-of-range one from becoming NaN.
-  moved[0] = jnp.where(moved[3], moved[0], 0)
-  return Rows(*moved, lengths=jnp.sum(is_token, axis=1, dtype=jnp.int32), order=order)
+  weights = jnp.where(is_token, weights, 0.0)
+  tokens, doc_ids, weights, is_token = (
+    reorder(x, order) for x in (tokens, doc_ids, weights, is_token)
+  )
+  # The id of a padding token is never used; 0 keeps one that is out of range from becoming NaN.
+  tokens = jnp.where(is_token, tokens, 0)
+  lengths = jnp.sum(is_token, axis=1, dtype=jnp.int32)
+  return CompactBatch(tokens, doc_ids, weights, is_token, lengths, order)
 
 
 def reorder(x: Array, order: Array) -> Array:
-  """[B, T, ...] with the tokens of row b in the order of `order[b]`, a permutation."""
+  """Permutes the tokens of each row.
+
+  Args:
+    x: [B, T, ...].
+    order: [B, T] int32: a permutation of 0, ..., T-1 for each row.
+
+  Returns:
+    [B, T, ...].
+  """
+  chex.assert_equal_shape_prefix((x, order), 2)
   return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-def restore(x: Array, rows: Rows) -> Array:
-  """[B, T, D] in the caller's order of tokens."""
-  if rows.order is None:
+def restore(x: Array, batch: CompactBatch) -> Array:
+  """Returns [B, T, D] in the order of tokens that the caller of `compact` had."""
+  if batch.order is None:
     return x
-  return reorder(x, jnp.argsort(rows.order, axis=1))
+  return reorder(x, jnp.argsort(batch.order, axis=1))
 
 
 def document_positions(
-  rows: Rows, document: Array, position: Array, *, restart: bool
+  batch: CompactBatch, last_doc: Array, n_read: Array, *, restart: bool
 ) -> tuple[Array, Array, Array]:
-  """Index of each token in its document, and (document, tokens read of it) after the row.
+  """Computes the index of each token in its document.
 
   Args:
-    rows: the compacted batch.
-    document: [B] int32: the last document before the row.
-    position: [B] int32: how many of its tokens were read.
-    restart: False counts through documents.
+    batch: the compacted batch.
+    last_doc: [B] int32: document of the last token before the batch; -1 before the first token.
+    n_read: [B] int32: number of tokens of that document that were read before.
+    restart: False counts on through all documents.
 
   Returns:
-    index [B, T], document [B], position [B], all int32.
+    index [B, T] int32; and `last_doc` and `n_read`, [B] int32 each, after the batch.
   """
-  B, T = rows.doc_ids.shape
-  before = jnp.concatenate([document[:, None], rows.doc_ids[:, :-1]], axis=1)
-  starts = (rows.doc_ids != before) & (restart | (before < 0))
+  B, T = batch.doc_ids.shape
+  before = jnp.concatenate([last_doc[:, None], batch.doc_ids[:, :-1]], axis=1)
+  starts = (batch.doc_ids != before) & (restart | (before < 0))
   here = jnp.arange(T, dtype=jnp.int32)
-  # The document that runs on from the state began `position` tokens before this row.
-  start = jax.lax.cummax(jnp.where(starts, here, -position[:, None]), axis=1)
+  # The document that continues from the state began `n_read` tokens before this row.
+  start = jax.lax.cummax(jnp.where(starts, here, -n_read[:, None]), axis=1)
   index = here - start
-  lengths = jnp.full((B,), T, jnp.int32) if rows.lengths is None else rows.lengths
+  lengths = jnp.full((B,), T, jnp.int32) if batch.lengths is None else batch.lengths
   last = jnp.maximum(lengths - 1, 0)[:, None]
-  read = lengths > 0
-  document = jnp.where(read, jnp.take_along_axis(rows.doc_ids, last, axis=1)[:, 0], document)
-  position = jnp.where(read, jnp.take_along_axis(index, last, axis=1)[:, 0] + 1, position)
-  return index, document, position
+  has_tokens = lengths > 0
+  last_of_row = jnp.take_along_axis(batch.doc_ids, last, axis=1)[:, 0]
+  n_of_row = jnp.take_along_axis(index, last, axis=1)[:, 0] + 1
+  return (
+    index,
+    jnp.where(has_tokens, last_of_row, last_doc),
+    jnp.where(has_tokens, n_of_row, n_read),
+  )

@@ -1,6 +1,10 @@
-"""One softmax over several sets of keys, and its derivative.
+"""One softmax over several sets of keys, with a derivative that keeps little.
 
-Letters: A queries, n keys of a set, V value width; leading axes are batches.
+Keys of the window and codes of the cache are attended in one softmax. Concatenating their scores,
+and slicing the gradient apart again, would copy the largest arrays of the model; so the sets stay
+apart, and share one maximum and one normaliser.
+
+Letters: n keys of a set, V value width. The rows are queries, on any number of axes.
 """
 
 from __future__ import annotations
@@ -14,49 +18,71 @@ import jax.numpy as jnp
 from tvq_haiku.ops import matmul
 from tvq_haiku.types import Array
 
+MASKED = -1e30  # score of a masked key; finite, so that a row without keys has finite gradients
+
 _F32 = dict(preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
-  """Values weighted by one softmax over all sets.
+def softmax_weights(scores: Sequence[Array]) -> list[Array]:
+  """Computes the weights of one softmax over several sets of keys.
 
   Args:
-    scores: [..., A, n] float32 for each set.
-    values: [..., n, V] for each set.
+    scores: for each set, [..., n] float32.
 
   Returns:
-    [..., A, V] in the dtype of the values.
-
-  >>> attend([jnp.zeros((1, 2))], [jnp.array([[1.0], [2.0]])]).tolist()
-  [[1.5]]
+    For each set, [..., n] float32; the weights of all sets together sum to 1.
   """
-  return _forward(scores, values)[0]
-
-
-def softmax_weights(scores: Sequence[Array]) -> list[Array]:
-  """The weights [..., n] f32 of one softmax over all sets."""
   greatest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
   weights = [jnp.exp(x - greatest) for x in scores]
   total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
   return [x / total for x in weights]
 
 
+def plain_softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
+  """Computes what `softmax_mix` does, by concatenation and automatic differentiation."""
+  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(values[0].dtype)
+  return matmul.mix(weights, jnp.concatenate(values, axis=-2), **_F32).astype(values[0].dtype)
+
+
+@jax.custom_vjp
+def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
+  """Mixes values by one softmax over several sets of keys.
+
+  The backward pass keeps the weights in the dtype of the values, and neither the scores nor their
+  float32 exponentials; on 2 CPU cores that saved a fifth of a training step.
+
+  Args:
+    scores: for each set, [*batch, *rows, n] float32.
+    values: for each set, [*batch, n, V].
+
+  Returns:
+    [*batch, *rows, V] in the dtype of the values.
+
+  >>> softmax_mix([jnp.zeros((1, 2))], [jnp.array([[1.0], [2.0]])]).tolist()
+  [[1.5]]
+  """
+  return _forward(scores, values)[0]
+
+
 def _forward(scores: Sequence[Array], values: Sequence[Array]):
   dtype = values[0].dtype
   weights = [x.astype(dtype) for x in softmax_weights(scores)]
-  mixed = sum(matmul.mix(w, v, **_F32) for w, v in zip(weights, values)).astype(dtype)
+  # bgrpln,bgrnv->bgrplv, summed over the sets
+  mixed = sum(matmul.mix(w, v, **_F32) for w, v in zip(weights, values, strict=True)).astype(dtype)
   return mixed, (weights, list(values), mixed)
 
 
-def _backward(residuals, gradient: Array):
-  # d s = w (g·v - sum_j w_j g·v_j), and the sum over all keys is g·(the output): V products in
-  # place of n, and no second pass over the weights.
+def _backward(residuals: tuple[list[Array], list[Array], Array], gradient: Array):
+  # d s_j = w_j (g·v_j - sum_i w_i g·v_i). The sum over all keys equals g·(the output): V products
+  # instead of n, and no second pass over the weights.
   weights, values, mixed = residuals
   f32 = jnp.float32
   common = jnp.sum(gradient.astype(f32) * mixed.astype(f32), axis=-1, keepdims=True)
-  d_scores = [w * (matmul.dots(gradient, v, **_F32) - common) for w, v in zip(weights, values)]
-  d_values = [matmul.pool(w, gradient, **_F32).astype(v.dtype) for w, v in zip(weights, values)]
+  d_scores, d_values = [], []
+  for w, v in zip(weights, values, strict=True):
+    d_scores.append(w * (matmul.dots(gradient, v, **_F32) - common))  # bgrplv,bgrnv->bgrpln
+    d_value = matmul.pool(w, gradient, n_batch=v.ndim - 2, **_F32)  # bgrpln,bgrplv->bgrnv
+    d_values.append(d_value.astype(v.dtype))
   return d_scores, d_values
 
 

@@ -1,90 +1,122 @@
-"""What stands between the caller's rows and the model: checks, padding, document positions."""
+"""Checks of arguments: chex assertions whose errors name the argument.
+
+Code inside the package calls chex directly, because a failure there is a bug of the package.
+Public functions check their arguments with the functions of this module: a user gets a ValueError
+(wrong shape or value) or a TypeError (wrong dtype) that names the argument, what was expected and
+what was passed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvq_haiku.types import Array
+from tvq_haiku.types import Array, ArrayTree, Params
 
-
-def check_tokens(tokens: Array, n_vocab: int) -> None:
-  """Raises for a wrong shape or type, and for values out of range where they can be seen."""
-  if not hasattr(tokens, "shape"):
-    raise TypeError(f"tokens must be an array, got {type(tokens).__name__}.")
-  if tokens.ndim != 2 or 0 in tokens.shape:
-    raise ValueError(f"tokens must be [B, T] with B, T >= 1, got shape {tokens.shape}.")
-  if not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise TypeError(f"tokens must be integers, got {tokens.dtype}.")
-  if not isinstance(tokens, jax.core.Tracer) and _is_at_hand(tokens):
-    # Not by jnp, which would trace a constant, too, inside of a transformation; and of several
-    # hosts each has its own part.
-    parts = (
-      [s.data for s in tokens.addressable_shards] if isinstance(tokens, jax.Array) else [tokens]
-    )
-    values = [np.asarray(part) for part in parts]
-    least, greatest = min(int(x.min()) for x in values), max(int(x.max()) for x in values)
-    if least < 0 or greatest >= n_vocab:
-      raise ValueError(f"tokens must lie in [0, {n_vocab}), got {least}...{greatest}.")
-
-
-def _is_at_hand(x: Array) -> bool:
-  """Whether to look at values is free: they need not be fetched from an accelerator."""
-  return not isinstance(x, jax.Array) or all(d.platform == "cpu" for d in x.devices())
+Axes = str | tuple[int | str, ...]  # one letter per axis, or a tuple of letters and sizes
 
 
 def check_arrays(
-  caller: str, sizes: Mapping[str, int], arrays: Mapping[str, tuple[Array | None, str, Any]]
-) -> dict[str, int]:
-  """Holds arrays against shapes in letters; a letter's first use binds it.
+  caller: str, dims: chex.Dimensions, **arrays: tuple[Array | None, Axes, Any]
+) -> None:
+  """Checks the shapes and dtypes of arguments; the first use of a letter sets its size.
 
   Args:
-    caller: whom the message names.
-    sizes: what is bound already.
-    arrays: name -> (array or None, its axes' letters with spaces between, a kind of dtype).
-
-  Returns:
-    `sizes`, and all letters of the arrays.
+    caller: name of the function, for the message.
+    dims: sizes of the letters that are known; the letters of `arrays` are added to it.
+    **arrays: name of the argument -> (array, axes, abstract dtype). The axes are one letter each,
+      or a tuple of letters and sizes. An argument that is None is not checked.
 
   Raises:
-    ValueError, TypeError: an array has another shape or kind; the message names it.
+    ValueError: an array has another shape.
+    TypeError: an array has another dtype.
 
-  >>> check_arrays("f", {}, {"q": (jnp.ones((2, 3)), "T K", jnp.floating)})
-  {'T': 2, 'K': 3}
-  >>> check_arrays("f", {"K": 4}, {"q": (jnp.ones((2, 3)), "T K", jnp.floating)})
+  >>> dims = chex.Dimensions()
+  >>> check_arrays("f", dims, q=(jnp.ones((2, 3)), "TK", jnp.floating))
+  >>> dims
+  Dimensions(K=3, T=2)
+  >>> check_arrays("f", dims, k=(jnp.ones((2, 4)), "TK", jnp.floating))
   Traceback (most recent call last):
-  ValueError: f: q must have shape [T, K=4], got (2, 3).
+  ValueError: f: k must have shape [T=2, K=3], got (2, 4).
   """
-  sizes = dict(sizes)
-  for name, (x, axes, kind) in arrays.items():
+  for name, (x, axes, dtype) in arrays.items():
     if x is None:
       continue
-    letters, shape = axes.split(), jnp.shape(x)
-    if len(shape) != len(letters) or any(
-      sizes.get(letter, n) != n for letter, n in zip(letters, shape)
-    ):
-      known = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in letters)
-      raise ValueError(f"{caller}: {name} must have shape [{known}], got {shape}.")
-    if not jnp.issubdtype(jnp.result_type(x), kind):
-      raise TypeError(f"{caller}: {name} must be {kind.__name__}, got {jnp.result_type(x)}.")
-    sizes |= zip(letters, shape)
-  return sizes
+    # A size that is not known yet is None, which chex takes for any size.
+    sizes = [a if isinstance(a, int) else getattr(dims, a, None) for a in axes]
+    shape = jnp.shape(x)
+    try:
+      chex.assert_shape(x, sizes)
+    except AssertionError:
+      expected = ", ".join(
+        str(a) if isinstance(a, int) or n is None else f"{a}={n}"
+        for a, n in zip(axes, sizes, strict=True)
+      )
+      message = f"{caller}: {name} must have shape [{expected}], got {shape}."
+      raise ValueError(message) from None
+    try:
+      chex.assert_type(x, dtype)
+    except AssertionError:
+      message = f"{caller}: {name} must be {dtype.__name__}, got {jnp.result_type(x)}."
+      raise TypeError(message) from None
+    for axis, n in zip(axes, shape, strict=True):
+      if not isinstance(axis, int):
+        dims[axis] = (n,)
 
 
 def check_heads(caller: str, n_head: int, n_kv_head: int) -> None:
-  """Raises unless query heads can share key/value heads evenly."""
+  """Raises a ValueError unless H query heads can share G key/value heads evenly."""
   if n_head % n_kv_head:
     raise ValueError(
       f"{caller}: {n_head} query heads cannot share {n_kv_head} key/value heads evenly."
     )
 
 
+def check_tokens(tokens: Array, n_vocab: int) -> None:
+  """Checks token ids [B, T].
+
+  Values are checked only where that is free: not under jit, and not on an accelerator. Token ids
+  that are out of range there become NaN in the embedding.
+
+  Args:
+    tokens: [B, T] integers in [0, X).
+    n_vocab: X.
+
+  Raises:
+    ValueError: a wrong shape, or a value that is out of range.
+    TypeError: not an array of integers.
+  """
+  if not hasattr(tokens, "shape"):
+    raise TypeError(f"tokens must be an array, got {type(tokens).__name__}.")
+  if len(tokens.shape) != 2 or 0 in tokens.shape:
+    raise ValueError(f"tokens must be [B, T] with B, T >= 1, got shape {tokens.shape}.")
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise TypeError(f"tokens must be integers, got {tokens.dtype}.")
+  if isinstance(tokens, jax.core.Tracer) or not _is_on_host(tokens):
+    return
+  # With numpy, since jnp would trace constants too inside of a transformation; shard by shard,
+  # since each of several processes has only some.
+  shards = [tokens]
+  if isinstance(tokens, jax.Array):
+    shards = [shard.data for shard in tokens.addressable_shards]
+  values = [np.asarray(shard) for shard in shards]
+  lowest, highest = min(int(x.min()) for x in values), max(int(x.max()) for x in values)
+  if lowest < 0 or highest >= n_vocab:
+    raise ValueError(f"tokens must lie in [0, {n_vocab}), got {lowest}...{highest}.")
+
+
+def _is_on_host(x: Array) -> bool:
+  """Returns whether the values need not be copied from an accelerator."""
+  return not isinstance(x, jax.Array) or all(d.platform == "cpu" for d in x.devices())
+
+
 def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
-  """Raises unless `mask` is None or has the shape of `tokens`."""
+  """Raises unless a mask (`doc_ids` or `loss_mask`) is None or has the shape of `tokens`."""
   if mask is None:
     return
   if jnp.shape(mask) != tokens.shape:
@@ -96,14 +128,24 @@ def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
 
 
 def check_state(
-  state: Any, initial_state: Callable[..., Any], config: Any, batch_size: int
+  state: ArrayTree, initial_state: Callable[[Any, int], ArrayTree], config: Any, batch_size: int
 ) -> None:
-  """Raises, naming the first field, if `state` is not one of this config and batch."""
+  """Checks that a state belongs to a configuration and a batch size.
+
+  Args:
+    state: what the user passed.
+    initial_state: makes the state before the first token.
+    config: argument of `initial_state`.
+    batch_size: B.
+
+  Raises:
+    ValueError: names the first field whose shape or dtype differs.
+  """
   expected = jax.eval_shape(lambda: initial_state(config, batch_size))
-  want, tree = jax.tree_util.tree_flatten_with_path(expected)
-  if jax.tree.structure(state) != tree:
+  fields, structure = jax.tree_util.tree_flatten_with_path(expected)
+  if jax.tree.structure(state) != structure:
     raise ValueError(f"state must come from tvq_haiku.initial_state, got {type(state).__name__}.")
-  for (path, field), value in zip(want, jax.tree.leaves(state)):
+  for (path, field), value in zip(fields, jax.tree.leaves(state), strict=True):
     if (field.shape, field.dtype) != (jnp.shape(value), jnp.result_type(value)):
       name = jax.tree_util.keystr(path)
       raise ValueError(
@@ -112,20 +154,37 @@ def check_state(
       )
 
 
-def check_params(params: Any, shapes: Mapping[str, Mapping[str, Any]]) -> None:
-  """Raises, naming the first, unless `params` has the modules, names and `shapes` of a model."""
-  got = {(m, n): jnp.shape(x) for m, leaves in params.items() for n, x in leaves.items()}
-  want = {(m, n): x.shape for m, leaves in shapes.items() for n, x in leaves.items()}
-  for key in sorted(want.keys() | got.keys()):
-    if want.get(key) != got.get(key):
+def check_params(params: Params, shapes: Mapping[str, Mapping[str, Any]]) -> None:
+  """Checks that parameters belong to a configuration.
+
+  Args:
+    params: what the user passed.
+    shapes: from `model.transformer.params_shapes`.
+
+  Raises:
+    ValueError: names the first parameter that is missing, unknown or of another shape.
+  """
+  found = {(m, n): jnp.shape(x) for m, leaves in params.items() for n, x in leaves.items()}
+  expected = {(m, n): x.shape for m, leaves in shapes.items() for n, x in leaves.items()}
+  for key in sorted(expected.keys() | found.keys()):
+    if expected.get(key) != found.get(key):
       raise ValueError(
-        f"params are not of this config: {'/'.join(key)} has shape {got.get(key)}, "
-        f"expected {want.get(key)}."
+        f"params do not fit this config: {'/'.join(key)} has shape {found.get(key, 'none')}, "
+        f"expected {expected.get(key, 'none')}."
       )
 
 
 def check_batch(batch: Mapping[str, Array], shape: tuple[int, int], n_vocab: int) -> None:
-  """Raises, naming the key, unless `batch` holds tokens and masks of `shape`."""
+  """Checks a batch of token ids and masks.
+
+  Args:
+    batch: "inputs" and "targets" and, optionally, "doc_ids" and "loss_mask".
+    shape: (B, T).
+    n_vocab: X.
+
+  Raises:
+    ValueError, TypeError: names the key that is missing, unknown, or of another shape or dtype.
+  """
   for key in ("inputs", "targets"):
     if key not in batch:
       raise ValueError(f"batch lacks {key!r}; it has {sorted(batch)}.")

@@ -1,0 +1,164 @@
+"""Transformer-VQ attention, written for reading. Start here.
+
+The algorithm twice, with no tricks: first over all pairs of tokens, then token by token in constant
+memory. Both compute the same values. `vq_attention` computes them in linear time, block by block,
+and the tests compare it with this file.
+
+  paper                                code                           meaning
+  q_i, k_j, v_j                        q [B,T,H,K], k [B,T,G,K],      queries, keys, values
+                                       v [B,T,G,V]
+  codebook C, of S codes               codebook [G,S,K]               one codebook per key head
+  shortcode z_j                        codes [B,T,G]                  index of the code nearest to k_j
+  VQ(k_j; C), vector-quantized key     k_hat [B,T,G,K]                the code itself: C at z_j
+  block of length L                    block_len                      queries computed together
+  biases of Transformer-XL             content_bias u, position_bias  added to q in the two scores
+                                       [H,K]
+  compressive cache                    counts [B,G,S],                tokens of each code that have left
+                                       means [B,G,S,V]                the window, and their mean value
+
+Letters: B batch, T tokens, H query heads, G key/value heads, P = H/G query heads for each of them,
+S codes, K key width, V value width, M memory length. Query i has relative bias up to distance M.
+
+Sections of the paper (Lingle 2024, arXiv 2309.16354): `quadratic_attention` is its quadratic-time
+formulation; `recurrent_attention` is its linear-time decoder attention with blocks of one token.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tvq_haiku.ops.softmax import MASKED
+from tvq_haiku.types import Array
+
+
+def quantize(k: Array, codebook: Array) -> tuple[Array, Array]:
+  """Returns the codes [B,T,G] of keys [B,T,G,K], and the quantized keys [B,T,G,K].
+
+  A quantized key has the value of its code, and passes its gradient straight through to the key.
+  """
+  G, S, K = codebook.shape
+  chex.assert_shape(k, (None, None, G, K))
+  codes = jnp.argmin(jnp.sum((k[:, :, :, None] - codebook) ** 2, axis=-1), axis=-1)
+  nearest = jnp.einsum("btgs,gsk->btgk", jax.nn.one_hot(codes, S), codebook)
+  return codes, k + jax.lax.stop_gradient(nearest - k)
+
+
+def quadratic_attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  codebook: Array | None,
+  *,
+  mem_len: int,
+  block_len: int | None = None,
+  is_causal: bool = True,
+  relative_keys: Array | None = None,
+  content_bias: Array | None = None,
+  position_bias: Array | None = None,
+  segment_ids: Array | None = None,
+  lengths: Array | None = None,
+  agg_cache: bool = True,
+) -> Array:
+  """Computes attention over all pairs of tokens, in O(T^2) time and memory.
+
+  Args: as those of `vq_attention`, which start from an empty state here. `block_len` changes
+    gradients alone; None: one block. With `codebook=None` it is `full_attention`: keys are not
+    quantized, and tokens farther than M are masked.
+
+  Returns:
+    [B, T, H, V].
+  """
+  (B, T, H, K), G = q.shape, k.shape[2]
+  chex.assert_shape((k, v), [(B, T, G, K), (B, T, G, None)])
+  u = jnp.zeros((H, K)) if content_bias is None else content_bias
+  w = jnp.zeros((H, K)) if position_bias is None else position_bias
+  r = jnp.zeros((1, G, K)) if relative_keys is None else relative_keys
+  L = T if block_len is None else block_len
+  k_hat = k if codebook is None else quantize(k, codebook)[1]
+  k_hat, v, r = (jnp.repeat(x, H // G, axis=-2) for x in (k_hat, v, r))
+
+  i, j = jnp.arange(T)[:, None], jnp.arange(T)  # query, key
+  is_near = abs(i - j) <= mem_len
+  block_start = i // L * L
+  in_window = (j >= block_start - mem_len) & (j < block_start + L + mem_len)
+
+  # Content score (q_i + u)·k̂_j. Outside of the window only the code of a key is known, so the key
+  # gets no gradient there.
+  content = jnp.where(
+    in_window,
+    jnp.einsum("bihk,bjhk->bhij", q + u, k_hat),
+    jnp.einsum("bihk,bjhk->bhij", q + u, jax.lax.stop_gradient(k_hat)),
+  )
+  # Position score (q_i + w)·r_{i-j}, for distances up to M.
+  position = jnp.einsum("bihk,dhk->bhid", q + w, r)
+  d = jnp.clip(i - j if is_causal else i - j + mem_len, 0, r.shape[0] - 1)
+  position = jnp.take_along_axis(position, jnp.broadcast_to(d, (B, H, T, T)), axis=-1)
+  scores = K**-0.5 * (content + jnp.where(is_near, position, 0.0))
+
+  visible = (i >= j) if is_causal else jnp.ones((T, T), bool)
+  if not agg_cache or (codebook is None and is_causal):
+    visible &= is_near
+  visible = jnp.broadcast_to(visible, (B, 1, T, T))
+  if segment_ids is not None:
+    visible &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+  if lengths is not None:
+    visible &= (j < lengths[:, None])[:, None, None]
+  weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
+  return jnp.einsum("bhij,bjhv->bihv", weights, v)
+
+
+def recurrent_attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  codebook: Array,
+  *,
+  mem_len: int,
+  relative_keys: Array,
+  content_bias: Array,
+  position_bias: Array,
+) -> Array:
+  """Computes `quadratic_attention` token by token, in memory that does not grow with T.
+
+  All tokens of one code that have left the window have the same score. So they act together like
+  one key C_s with logit (q_i + u)·C_s + log n_s, and their mean value m_s.
+
+  Args: as those of `quadratic_attention`.
+
+  Returns:
+    [B, T, H, V].
+  """
+  (B, T, H, K), (G, S, _), V, M = q.shape, codebook.shape, v.shape[-1], mem_len
+  chex.assert_shape((k, v), [(B, T, G, K), (B, T, G, V)])
+  chex.assert_shape((relative_keys, content_bias), [(M + 1, G, K), (H, K)])
+  codes, k_hat = quantize(k, codebook)
+  counts, means = jnp.zeros((B, G, S)), jnp.zeros((B, G, S, V))  # n, m
+  outputs = []
+  for i in range(T):
+    # 1. The token at distance M + 1 leaves the window, and enters the cache by its code.
+    if i > M:
+      left = i - M - 1
+      is_code = jax.nn.one_hot(codes[:, left], S)  # [B, G, S]
+      counts += is_code
+      share = is_code / jnp.maximum(counts, 1.0)  # 1/n for the code of the token, else 0
+      means += share[..., None] * (v[:, left, :, None] - means)
+    # 2. Scores of the window, token by token, and of the cache, code by code.
+    window = slice(max(i - M, 0), i + 1)
+    distances = i - jnp.arange(T)[window]
+    content, position = (
+      (q[:, i] + bias).reshape(B, G, H // G, K) for bias in (content_bias, position_bias)
+    )
+    near = jnp.einsum("bgpk,bjgk->bgpj", content, k_hat[:, window])
+    near += jnp.einsum("bgpk,jgk->bgpj", position, relative_keys[distances])
+    far = jnp.einsum("bgpk,gsk->bgps", content, codebook)
+    log_counts = jnp.where(counts > 0.0, jnp.log(jnp.maximum(counts, 1.0)), MASKED)
+    # 3. One softmax over both.
+    scores = [K**-0.5 * near, K**-0.5 * far + log_counts[:, :, None]]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    n_near = near.shape[-1]
+    mixed = jnp.einsum("bgpj,bjgv->bgpv", weights[..., :n_near], v[:, window])
+    mixed += jnp.einsum("bgps,bgsv->bgpv", weights[..., n_near:], means)
+    outputs.append(mixed.reshape(B, H, V))
+  return jnp.stack(outputs, axis=1)

@@ -1,0 +1,230 @@
+"""Softmax attention in tiles: quadratic time, but memory linear in the number of tokens.
+
+Scores exist for one tile at a time: the L queries of a block and C keys. The forward pass keeps a
+running maximum and normalizer for each query (the online softmax of Milakov & Gimelshein 2018, as
+in FlashAttention); the backward pass recomputes the scores of each tile from the logarithm of the
+normalizer. Tiles in which no query of the block sees a key are skipped.
+
+Letters: B batch, R query blocks, G key/value heads, P query heads for each of them, L block length,
+C tile length, n keys, D relative keys, K key width, V value width, M context length.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tvq_haiku.attention.compressive_cache import NO_DOCUMENT
+from tvq_haiku.ops import matmul, positions
+from tvq_haiku.ops.softmax import MASKED
+from tvq_haiku.types import Array
+
+_F32 = dict(preferred_element_type=jnp.float32)
+
+
+class TileLayout(NamedTuple):
+  """Sizes of tiles; hashable."""
+
+  block_len: int  # L
+  tile_len: int  # C
+  mem_len: int | None  # M: query i is at index M + i of the keys. None: encoder, at index i
+  center: int  # row of the padded relative keys that belongs to key 0 and query 0
+
+
+class TileQueries(NamedTuple):
+  """Queries of R blocks."""
+
+  content: Array  # [R, B, G, P, L, K] q + u
+  position: Array  # [R, B, G, P, L, K] q + position_bias
+  doc_ids: Array  # [R, B, L] int32
+
+
+class TileKeys(NamedTuple):
+  """All keys, padded to whole tiles."""
+
+  keys: Array  # [B, G, n, K]
+  values: Array  # [B, G, n, V]
+  relative: Array  # [G, D, K] by falling distance, padded with zeros on both sides
+  doc_ids: Array  # [B, n] int32: NO_DOCUMENT for padding
+
+
+class _Tile(NamedTuple):
+  """The keys of one tile, and where they are."""
+
+  keys: Array  # [B, G, C, K]
+  values: Array  # [B, G, C, V]
+  relative: Array  # [G, L+C-1, K] by falling distance
+  visible: Array  # [B, 1, 1, L, C] bool
+  key_start: Array  # [] int32: index of the first key
+  relative_start: Array  # [] int32: index of the first relative key
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tiled_attention(layout: TileLayout, queries: TileQueries, keys: TileKeys) -> Array:
+  """Mixes the values of all visible keys by softmax, tile by tile.
+
+  Args:
+    layout: sizes.
+    queries: of R blocks.
+    keys: all keys.
+
+  Returns:
+    [R, B, G, P, L, V] in the dtype of the values; zero for a query that sees no key.
+  """
+  return _forward(layout, queries, keys)[0]
+
+
+def visible_tiles(layout: TileLayout, doc_ids: Array, r: Array) -> tuple[Array, Array]:
+  """Returns the range of tiles that block r sees.
+
+  Args:
+    layout: sizes.
+    doc_ids: [B, n] int32: documents of the keys.
+    r: [] int32: index of the block.
+
+  Returns:
+    The index of the first tile, and that after the last.
+  """
+  n_tile = doc_ids.shape[1] // layout.tile_len
+  is_token = jnp.any(doc_ids != NO_DOCUMENT, axis=0)
+  first, last = jnp.argmax(is_token), doc_ids.shape[1] - 1 - jnp.argmax(is_token[::-1])
+  start = r * layout.block_len
+  if layout.mem_len is not None:
+    first = jnp.maximum(first, start)
+    last = jnp.minimum(last, start + layout.mem_len + layout.block_len - 1)
+  return first // layout.tile_len, jnp.minimum(last // layout.tile_len + 1, n_tile)
+
+
+def _take_tile(layout: TileLayout, query_docs: Array, keys: TileKeys, r: Array, c: Array) -> _Tile:
+  """Returns tile c as block r sees it.
+
+  Args:
+    layout: sizes.
+    query_docs: [B, L] int32: documents of the queries of the block.
+    keys: all keys.
+    r: [] int32: index of the block.
+    c: [] int32: index of the tile.
+  """
+  L, C = layout.block_len, layout.tile_len
+  start, n_relative = c * C, L + C - 1
+  first = layout.center + start - (r + 1) * L + 1
+  # Far away, all relative keys are zero, so that any of them will do.
+  first = jnp.clip(first, 0, keys.relative.shape[1] - n_relative)
+  take = jax.lax.dynamic_slice_in_dim
+  doc_ids = take(keys.doc_ids, start, C, 1)
+  visible = (query_docs[:, :, None] == doc_ids[:, None]) & (doc_ids[:, None] != NO_DOCUMENT)
+  if layout.mem_len is not None:
+    query_index = layout.mem_len + r * L + jnp.arange(L)[:, None]
+    distance = query_index - (start + jnp.arange(C))
+    visible &= (distance >= 0) & (distance <= layout.mem_len)
+  return _Tile(
+    keys=take(keys.keys, start, C, 2),
+    values=take(keys.values, start, C, 2),
+    relative=take(keys.relative, first, n_relative, 1),
+    visible=visible[:, None, None],
+    key_start=start,
+    relative_start=first,
+  )
+
+
+def _tile_scores(content: Array, position: Array, keys: Array, relative: Array) -> Array:
+  """Computes scores [B, G, P, L, C] f32 of queries [B, G, P, L, K] and keys [B, G, C, K]."""
+  L, C = content.shape[-2], keys.shape[-2]
+  chex.assert_axis_dimension(relative, 1, L + C - 1)
+  by_distance = matmul.dots_per_head(position, relative, **_F32)  # bgplk,gdk->bgpld
+  # Row i uses distances that start L-1-i columns later.
+  bias = positions.align_distances(by_distance, L)[..., L - 1 : L - 1 + C]
+  return matmul.dots(content, keys, **_F32) + bias  # bgplk,bgck->bgplc
+
+
+def _forward(layout: TileLayout, queries: TileQueries, keys: TileKeys):
+  dtype = keys.values.dtype
+
+  def attend_block(_, block: tuple[Array, TileQueries]):
+    r, block_queries = block
+    content, position, doc_ids = block_queries
+
+    def attend_tile(c: Array, carry: tuple[Array, Array, Array]):
+      maximum, total, mixed = carry
+      tile = _take_tile(layout, doc_ids, keys, r, c)
+      scores = _tile_scores(content, position, tile.keys, tile.relative)
+      scores = jnp.where(tile.visible, scores, MASKED)
+      new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1, keepdims=True))
+      weights = jnp.exp(scores - new_maximum)
+      decay = jnp.exp(maximum - new_maximum)
+      total = decay * total + jnp.sum(weights, axis=-1, keepdims=True)
+      mixed = decay * mixed + matmul.mix(weights.astype(dtype), tile.values, **_F32)
+      return new_maximum, total, mixed
+
+    rows = content.shape[:-1]  # [B, G, P, L]
+    start = (
+      jnp.full((*rows, 1), MASKED),
+      jnp.zeros((*rows, 1)),
+      jnp.zeros((*rows, keys.values.shape[-1])),
+    )
+    tiles = visible_tiles(layout, keys.doc_ids, r)
+    maximum, total, mixed = jax.lax.fori_loop(*tiles, attend_tile, start)
+    # A query of padding may see no key: it gets no weights, here and in the backward pass.
+    sees_keys = maximum > MASKED
+    mixed = jnp.where(sees_keys, mixed / jnp.where(sees_keys, total, 1.0), 0.0)
+    return None, (mixed.astype(dtype), jnp.where(sees_keys, maximum + jnp.log(total), 0.0))
+
+  n_block = queries.content.shape[0]
+  _, (mixed, log_total) = jax.lax.scan(attend_block, None, (jnp.arange(n_block), queries))
+  return mixed, (queries, keys, mixed, log_total)
+
+
+def _backward(layout: TileLayout, residuals: Any, gradient: Array):
+  queries, keys, mixed, log_total = residuals
+  f32 = jnp.float32
+  # As in `ops.softmax`: the sum of w_j g·v_j over all keys is g·(the output).
+  common = jnp.sum(gradient.astype(f32) * mixed.astype(f32), axis=-1, keepdims=True)
+
+  def block_gradients(key_gradients, block):
+    r, (content, position, doc_ids), gradient, log_total, common = block
+
+    def tile_gradients(c: Array, carry):
+      d_content, d_position, d_keys, d_values, d_relative = carry
+      tile = _take_tile(layout, doc_ids, keys, r, c)
+      scores, score_gradients = jax.vjp(_tile_scores, content, position, tile.keys, tile.relative)
+      weights = jnp.exp(jnp.where(tile.visible, scores, MASKED) - log_total)
+      d_scores = weights * (matmul.dots(gradient, tile.values, **_F32) - common)
+      of_content, of_position, of_keys, of_relative = score_gradients(d_scores)
+      of_values = matmul.pool(weights.astype(tile.values.dtype), gradient, n_batch=2, **_F32)
+      return (
+        d_content + of_content.astype(f32),
+        d_position + of_position.astype(f32),
+        _add_slice(d_keys, of_keys, tile.key_start, axis=2),
+        _add_slice(d_values, of_values, tile.key_start, axis=2),
+        _add_slice(d_relative, of_relative, tile.relative_start, axis=1),
+      )
+
+    zeros = jnp.zeros(content.shape)
+    d_content, d_position, *key_gradients = jax.lax.fori_loop(
+      *visible_tiles(layout, keys.doc_ids, r), tile_gradients, (zeros, zeros, *key_gradients)
+    )
+    query_gradients = d_content.astype(content.dtype), d_position.astype(position.dtype)
+    return tuple(key_gradients), query_gradients
+
+  differentiable = (keys.keys, keys.values, keys.relative)
+  key_gradients, query_gradients = jax.lax.scan(
+    block_gradients,
+    tuple(jnp.zeros(x.shape) for x in differentiable),
+    (jnp.arange(queries.content.shape[0]), queries, gradient, log_total, common),
+  )
+  key_gradients = (d.astype(x.dtype) for d, x in zip(key_gradients, differentiable, strict=True))
+  return TileQueries(*query_gradients, None), TileKeys(*key_gradients, None)
+
+
+def _add_slice(x: Array, y: Array, start: Array, *, axis: int) -> Array:
+  """Returns x with y added from index `start` of an axis on, in float32."""
+  old = jax.lax.dynamic_slice_in_dim(x, start, y.shape[axis], axis)
+  new = old + y.astype(jnp.float32)
+  return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis)
+
+
+tiled_attention.defvjp(_forward, _backward)
