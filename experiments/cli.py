@@ -20,7 +20,7 @@ import jax
 from experiments import config_flags, launcher
 import tvq_haiku as tvq
 from tvq_haiku import data
-from tvq_haiku.checkpoint import checkpoints, export
+from tvq_haiku.checkpoint import export, run_directory
 from tvq_haiku.data import token_cache, vocabulary
 from tvq_haiku.data.sources import base
 from tvq_haiku.evaluation import memory_plan
@@ -348,7 +348,7 @@ def _train(experiment: experiment_lib.Experiment) -> None:
       "--size=cpu begins with a small model."
     )
   params = None
-  if _INIT.value is not None and checkpoints.latest_step(experiment.workdir) is not None:
+  if _INIT.value is not None and run_directory.latest_step(experiment.workdir) is not None:
     progress.log(
       f"{experiment.workdir} holds a run already: it goes on with its own parameters, not with "
       f"those of --init={_INIT.value}"

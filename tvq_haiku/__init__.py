@@ -4,12 +4,8 @@ from tvq_haiku.attention import reference
 from tvq_haiku.attention.state import AttentionState, initial_attention_state
 from tvq_haiku.attention.vq import AttentionOutput, vq_attention
 from tvq_haiku.checkpoint import official as interop
-from tvq_haiku.checkpoint.checkpoints import (
-  Checkpoint,
-  CheckpointError,
-  load_checkpoint,
-  save_checkpoint,
-)
+from tvq_haiku.checkpoint.checkpoint_writer import save_checkpoint
+from tvq_haiku.checkpoint.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from tvq_haiku.checkpoint.export import export_params, import_params
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data.image_grid import image_grid, images_from_tokens

@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments import launcher
 import tvq_haiku as tvq
-from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.run import best_checkpoint, metric_writers
 
 _KILLS = flags.DEFINE_integer("kills", 30, "How often.", lower_bound=1)
@@ -46,7 +46,7 @@ def main() -> None:
     lost = []
     for i in range(_KILLS.value):
       kind = rng.choice(sorted(_MOMENTS))
-      moment, before = _MOMENTS[kind](killed, rng), checkpoints.latest_step(killed) or 0
+      moment, before = _MOMENTS[kind](killed, rng), run_directory.latest_step(killed) or 0
       shown = _kill(killed, moment)
       reached = max(
         [
@@ -56,7 +56,7 @@ def main() -> None:
           ),
         ]
       )
-      now = checkpoints.latest_step(killed) or 0
+      now = run_directory.latest_step(killed) or 0
       lost.append(max(reached - now, 0))
       done[kind] += 1
       print(f"{i + 1:3d}  killed {kind:<24} whole: step {now}", flush=True)
@@ -133,7 +133,7 @@ def _in_evaluation(workdir: pathlib.Path, rng: random.Random) -> Callable[[], bo
   since: list[float] = []
 
   def moment() -> bool:
-    if not since and any(step >= due for step in checkpoints.saved_steps(workdir)):
+    if not since and any(step >= due for step in run_directory.saved_steps(workdir)):
       since.append(time.monotonic())
     return bool(since) and time.monotonic() > since[0] + delay
 

@@ -6,7 +6,7 @@ import pytest
 import safetensors.numpy as safetensors_numpy
 
 import tvq_haiku as tvq
-from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.run import trainer
 
 import helpers
@@ -58,4 +58,4 @@ def test_a_run_begins_with_them(tmp_path):
   params = helpers.random_params(CONFIG)
   begin = trainer.resume_or_initialize(CONFIG, helpers.RUN_TRAINING, tmp_path, params=params)
   assert_same(begin.train_state.params, params)
-  assert checkpoints.latest_step(tmp_path) is None
+  assert run_directory.latest_step(tmp_path) is None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tvq_haiku as tvq
-from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.parallel import multihost
 from tvq_haiku.run import best_checkpoint, metric_writers
 
@@ -85,7 +85,7 @@ def wait_for(processes, timeout=120):
 
 def wait_for_checkpoint(workdir):
   deadline = time.monotonic() + 120
-  while not checkpoints.saved_steps(workdir):
+  while not run_directory.saved_steps(workdir):
     assert time.monotonic() < deadline, "no checkpoint was saved"
     time.sleep(0.01)
 
@@ -144,7 +144,7 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes(
     assert "stopped, because another process of this run stopped" in err, err
     assert "Traceback" not in err, err
 
-  saved = checkpoints.saved_steps(workdir)[-1]
+  saved = run_directory.saved_steps(workdir)[-1]
   assert 0 < saved < 20
   status, out, err = run(f"{COMMAND} --workdir={workdir}", place)  # with a single process
   assert status == 0 and "Trained: 20 updates" in out, err
@@ -164,7 +164,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(place, tmp_path):
   stopped = int(re.search(r"Stopped after (\d+) of 4000 updates", out)[1])
   assert "python -m experiments.text" in out  # the command that resumes the run
   assert results[1][0] == ""
-  assert 0 < stopped < 4000 and checkpoints.saved_steps(workdir)[-1] == stopped
+  assert 0 < stopped < 4000 and run_directory.saved_steps(workdir)[-1] == stopped
   assert int(tvq.load_checkpoint(workdir).train_state.step) == stopped
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tvq_haiku as tvq
-from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.checkpoint import checkpoint_writer, run_directory
 from tvq_haiku.model import quantizer
 from tvq_haiku.parallel import sharding
 from tvq_haiku.run import best_checkpoint, trainer
@@ -279,11 +279,11 @@ class TestDamage:
   def test_the_last_good_checkpoint_is_used(self, saved, tmp_path, capsys, kind):
     shutil.copytree(saved[0], tmp_path / "run")
     workdir = tmp_path / "run"
-    assert checkpoints.saved_steps(workdir) == [10, 12]
+    assert run_directory.saved_steps(workdir) == [10, 12]
     harm(workdir / "checkpoints" / "12", kind)
     with privileges.none():
       assert int(tvq.load_checkpoint(workdir).train_state.step) == 10
-      assert checkpoints.saved_steps(workdir) == [10, 12]  # reading changes nothing
+      assert run_directory.saved_steps(workdir) == [10, 12]  # reading changes nothing
       assert f"warning: {workdir}/checkpoints/12 is damaged" in capsys.readouterr().err
       end = trainer.fit(CONFIG, TRAIN, helpers.run_batches(), workdir)
     assert_same(end.train_state, saved[1].train_state)
@@ -303,21 +303,21 @@ class TestDamage:
     for step in ("10", "12"):
       harm(tmp_path / "run" / "checkpoints" / step, "empty")
     with pytest.raises(
-      tvq.CheckpointError, match=r"checkpoints/12 is damaged .* No older one can be read"
+      tvq.CheckpointError, match=r"checkpoints/12 is damaged .* No older checkpoint can be loaded"
     ):
       tvq.load_checkpoint(tmp_path / "run")
-    with pytest.raises(tvq.CheckpointError, match="No older one"):
+    with pytest.raises(tvq.CheckpointError, match="No older checkpoint"):
       trainer.fit(CONFIG, TRAIN, helpers.run_batches(), tmp_path / "run")
 
   def test_a_full_disk_is_named(self, tmp_path, monkeypatch):
-    writer = checkpoints.CheckpointWriter(tmp_path, CONFIG, TRAIN)
+    writer = checkpoint_writer.CheckpointWriter(tmp_path, CONFIG, TRAIN)
 
     def full():
       raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
     state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
     with pytest.raises(
-      OSError, match=r"checkpoint of step 0 cannot be written to .*: no space left"
+      OSError, match=r"cannot write the checkpoint of step 0 to .*: no space left"
     ):
       with writer:
         monkeypatch.setattr(writer._manager, "wait_until_finished", full)
@@ -325,7 +325,7 @@ class TestDamage:
 
   def test_the_manifest_does_not_wait_for_the_next_checkpoint(self, tmp_path):
     state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
-    with checkpoints.CheckpointWriter(tmp_path, CONFIG, TRAIN) as writer:
+    with checkpoint_writer.CheckpointWriter(tmp_path, CONFIG, TRAIN) as writer:
       writer.save(tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
       deadline = time.monotonic() + 30
       while not (tmp_path / "checkpoints" / "0" / "manifest.json").exists():
@@ -337,7 +337,7 @@ class TestDamage:
     state = tvq.init_train_state(config, TRAIN, jax.random.key(0))
     want = jax.device_get(jax.tree.map(jnp.copy, state))
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    with checkpoints.CheckpointWriter(tmp_path, config, TRAIN) as writer:
+    with checkpoint_writer.CheckpointWriter(tmp_path, config, TRAIN) as writer:
       writer.save(tvq.Checkpoint(config, TRAIN, state, jax.random.key(1), 0))
       jax.block_until_ready(overwrite(state))
     assert_same(tvq.load_checkpoint(tmp_path).train_state, want)
@@ -350,7 +350,7 @@ class TestDamage:
         CONFIG, TRAIN, state._replace(step=jnp.int32(step)), jax.random.key(1), 1
       )
       assert best_checkpoint.keep_best(tmp_path, now, loss)
-      assert checkpoints.saved_steps(tmp_path / "best") == [step]
+      assert run_directory.saved_steps(tmp_path / "best") == [step]
 
   def test_how_it_is_computed_may_change(self, saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "run")

@@ -15,7 +15,7 @@ import pytest
 
 import tvq_haiku as tvq
 from tvq_haiku import data
-from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.evaluation import likelihood
 from tvq_haiku.run import best_checkpoint, reporter, trainer
 from tvq_haiku.training import train_step as train_step_lib
@@ -188,7 +188,7 @@ def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
     return {"loss_lm": 1.0}
 
   end = trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=jump, validate_every=4)
-  assert checkpoints.saved_steps(tmp_path) == [8, 12]  # none because it seemed to be time
+  assert run_directory.saved_steps(tmp_path) == [8, 12]  # none because it seemed to be time
   assert_same(end.train_state, finished[1].train_state)
   assert_same(tvq.load_checkpoint(tmp_path).train_state, finished[1].train_state)
 
@@ -254,9 +254,9 @@ class TestCheckpoints:
         CONFIG, TRAIN, state._replace(step=jnp.int32(step)), jax.random.key(1), 1
       )
       tvq.save_checkpoint(tmp_path, now)
-    assert checkpoints.latest_step(tmp_path) == 6
+    assert run_directory.latest_step(tmp_path) == 6
     assert int(tvq.load_checkpoint(tmp_path, step=4).train_state.step) == 4
-    with pytest.raises(tvq.CheckpointError, match=r"no checkpoint of step 2; it has \[4, 6\]"):
+    with pytest.raises(tvq.CheckpointError, match=r"no checkpoint of step 2; it holds steps 4, 6"):
       tvq.load_checkpoint(tmp_path, step=2)
 
   def test_what_would_not_be_written_is_refused(self, tmp_path):
@@ -265,7 +265,7 @@ class TestCheckpoints:
     tvq.save_checkpoint(tmp_path, now)
     for step in (2, 4):
       with pytest.raises(
-        tvq.CheckpointError, match=f"holds a checkpoint of step 4: one of step {step}"
+        tvq.CheckpointError, match=f"holds a checkpoint of step 4; a checkpoint of step {step}"
       ):
         tvq.save_checkpoint(
           tmp_path, now._replace(train_state=state._replace(step=jnp.int32(step)))
@@ -283,14 +283,14 @@ class TestCheckpoints:
       trainer.fit(CONFIG, TRAIN, make_batches(), finished[0], seed=99)
 
   def test_missing(self, tmp_path):
-    assert checkpoints.latest_step(tmp_path / "nowhere") is None
+    assert run_directory.latest_step(tmp_path / "nowhere") is None
     with pytest.raises(tvq.CheckpointError, match=r"nowhere holds no checkpoint: config\.json"):
       tvq.load_checkpoint(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
   def test_configuration_without_steps(self, finished, tmp_path):
     (tmp_path / "config.json").write_text((finished[0] / "config.json").read_text())
-    with pytest.raises(tvq.CheckpointError, match="holds no checkpoint yet"):
+    with pytest.raises(tvq.CheckpointError, match="holds no checkpoint: checkpoints/ is empty"):
       tvq.load_checkpoint(tmp_path)
 
   @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ class TestCheckpoints:
   )
   def test_configuration_that_cannot_be_read(self, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(tvq.CheckpointError, match=r"config\.json is not a configuration"):
+    with pytest.raises(tvq.CheckpointError, match=r"config\.json is damaged or was written"):
       tvq.load_checkpoint(tmp_path)
 
   @pytest.mark.parametrize("harm", ["truncate", "remove", "empty", "flip"])
@@ -335,7 +335,7 @@ class TestCheckpoints:
 
   def test_another_configuration_is_refused_by_name(self, finished):
     with pytest.raises(
-      tvq.CheckpointError, match=r"n_code=6 there, 7 now; lr_max=0.01 there, 0.02"
+      tvq.CheckpointError, match=r"n_code is 6 in the run, 7 here; lr_max is 0.01 in the run, 0.02"
     ):
       trainer.fit(CONFIG.replace(n_code=7), TRAIN.replace(lr_max=0.02), make_batches(), finished[0])
 

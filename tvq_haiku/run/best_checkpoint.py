@@ -12,7 +12,7 @@ import os
 import pathlib
 from typing import NamedTuple
 
-from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.checkpoint import checkpoint_writer, checkpoints, run_directory
 from tvq_haiku.parallel import multihost
 from tvq_haiku.utils import files
 
@@ -36,7 +36,7 @@ def read_validations(directory: str | os.PathLike) -> Validated:
     return Validated(**json.loads(file.read_text()))
   except (TypeError, ValueError) as error:
     raise checkpoints.CheckpointError(
-      f"{file} is damaged: {checkpoints.first_line(error)}. Remove it, and {checkpoints.BEST_DIRECTORY}/ beside it, "
+      f"{file} is damaged: {files.short_message(error)}. Remove it, and {run_directory.BEST_DIRECTORY}/ beside it, "
       "to begin validation anew."
     ) from error
 
@@ -55,15 +55,15 @@ def keep_best(
     Whether it is.
   """
   path, step = pathlib.Path(directory), int(checkpoint.train_state.step)
-  best = path / checkpoints.BEST_DIRECTORY
+  best = path / run_directory.BEST_DIRECTORY
   before = read_validations(path)
   better = bool(multihost.broadcast(loss < before.best_loss))
   if better:
     # Later ones are from before the run went back to an older checkpoint. And it is there already if
     # the process died before it was noted.
-    checkpoints.discard_later(best, after=step)
-    if step not in checkpoints.saved_steps(best):
-      checkpoints.save_checkpoint(best, checkpoint, max_to_keep=1)
+    run_directory.set_aside_later(best, after=step)
+    if step not in run_directory.saved_steps(best):
+      checkpoint_writer.save_checkpoint(best, checkpoint, max_to_keep=1)
   now = Validated(step, step, loss) if better else before._replace(step=step)
   if multihost.is_main_process():
     files.write_atomically(path / _VALIDATION, json.dumps(now._asdict()))

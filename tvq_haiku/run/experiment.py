@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.checkpoint import checkpoints, run_directory
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import image_grid, packing, token_cache
 from tvq_haiku.data.sentencepiece_vocabulary import PieceVocabulary
@@ -189,8 +189,8 @@ def _train(
   wandb: str | None,
   **settings: Any,
 ) -> checkpoints.Checkpoint:
-  if checkpoints.exists(workdir):
-    checkpoints.check_same_run(workdir, e.config, e.train_cfg)
+  if run_directory.has_checkpoint(workdir):
+    run_directory.check_same_run(workdir, e.config, e.train_cfg)
   splits = {name: e.open_split(name) for name in ("train", "validation")}
   host, n_host = sharding.process_share(e.mesh, e.train_cfg.global_batch_size)
   batches = packing.PackedBatches(
@@ -203,7 +203,7 @@ def _train(
     aligned=e.image_size is not None,
   )
   facts = {name: dataclasses.asdict(split.statistics) for name, split in splits.items()}
-  before = _trained_on(workdir) if checkpoints.exists(workdir) else {}
+  before = _trained_on(workdir) if run_directory.has_checkpoint(workdir) else {}
   if differences := [
     f"{split} {name}={before[split][name]!r} there, {facts[split][name]!r} now"
     for split in before
@@ -282,8 +282,8 @@ def load_run(
     CheckpointError: there is none.
     ValueError: the changes need other parameters.
   """
-  best = workdir / checkpoints.BEST_DIRECTORY
-  if weights == "best" and checkpoints.exists(best):
+  best = workdir / run_directory.BEST_DIRECTORY
+  if weights == "best" and run_directory.has_checkpoint(best):
     try:
       run = checkpoints.load_checkpoint(best)
     except checkpoints.CheckpointError as error:

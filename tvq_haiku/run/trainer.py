@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.checkpoint import checkpoint_writer, checkpoints, run_directory
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing, prefetch
 from tvq_haiku.parallel import multihost, sharding
@@ -86,14 +86,14 @@ def resume_or_initialize(
       be read.
   """
   init_rng, rng = jax.random.split(jax.random.key(seed))
-  if checkpoints.exists(workdir):
-    checkpoints.check_same_run(workdir, config, train_cfg)
+  if run_directory.has_checkpoint(workdir):
+    run_directory.check_same_run(workdir, config, train_cfg)
     saved = checkpoints.load_checkpoint(workdir, mesh=mesh)
     if (jax.random.key_data(saved.rng) != jax.random.key_data(rng)).any():
       raise checkpoints.CheckpointError(
         f"{workdir} holds a run of another seed than {seed}. Use its seed, or another directory."
       )
-    checkpoints.discard_later(workdir, after=int(saved.train_state.step))
+    run_directory.set_aside_later(workdir, after=int(saved.train_state.step))
     return saved
   multihost.barrier("start")  # before anyone writes
   state = train_step_lib.init_train_state(config, train_cfg, init_rng, params, mesh=mesh)
@@ -189,7 +189,9 @@ def fit(
   )
   with (
     stop_on_signals() as request,
-    checkpoints.CheckpointWriter(workdir, config, train_cfg, max_to_keep=max_to_keep) as writer,
+    checkpoint_writer.CheckpointWriter(
+      workdir, config, train_cfg, max_to_keep=max_to_keep
+    ) as writer,
     prefetch.to_device(batches, device_put=place) as ready,
     progress.bar(
       "training",
@@ -287,7 +289,7 @@ def _numerical_error(
       if found
       else "computed again with the parameters of now, the last of them is finite"
     )
-  n, saved = report.skipped_in_a_row, checkpoints.latest_step(workdir)
+  n, saved = report.skipped_in_a_row, run_directory.latest_step(workdir)
   return nan_debug.NumericalError(
     f"{n} update{'s' if n > 1 else ''} in a row had a loss or gradients that are not finite, to update "
     f"{last}: {first}. "

@@ -97,3 +97,15 @@ def _contents(directory: pathlib.Path, manifest: str) -> dict[str, list[int]]:
           checksum = zlib.crc32(chunk, checksum)
       contents[file.relative_to(directory).as_posix()] = [file.stat().st_size, checksum]
   return contents
+
+
+def short_message(error: Exception) -> str:
+  """Returns the first line of an error's message, at most 200 characters of it.
+
+  >>> short_message(ValueError("first\\nsecond"))
+  'first'
+  """
+  text = str(error).strip()
+  if "No space left" in text:
+    return "no space left on the device"
+  return text.splitlines()[0][:200] if text else type(error).__name__

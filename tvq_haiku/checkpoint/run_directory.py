@@ -1,0 +1,160 @@
+"""The directory of a training run: its files, its configuration and the steps it has saved.
+
+config.json            the model and training configurations
+checkpoints/<step>/    a checkpoint in orbax's format, and manifest.json with the size and checksum
+                       of each of its files
+damaged/               checkpoints that were set aside because they could not be loaded
+best/                  a directory of the same form with the best checkpoint on validation
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+
+from tvq_haiku.config import TrainConfig, TransformerConfig
+from tvq_haiku.parallel import multihost
+from tvq_haiku.utils import files
+
+BEST_DIRECTORY = "best"
+CONFIG_FILE = "config.json"
+STEPS_DIRECTORY = "checkpoints"
+DAMAGED_DIRECTORY = "damaged"
+MANIFEST_FILE = "manifest.json"
+_FORMAT_VERSION = 1
+# Fields that change how a result is computed, but not the result; a resumed run may change them.
+_EXECUTION_FIELDS = ("remat", "reduction", "n_accumulate")
+
+
+class CheckpointError(ValueError):
+  """A checkpoint is missing, damaged or from a different run; the message names it."""
+
+
+def has_checkpoint(directory: str | os.PathLike) -> bool:
+  """Returns whether `directory` holds at least one checkpoint and its configuration.
+
+  Raises:
+    CheckpointError: there are checkpoints, but their configuration is missing.
+  """
+  path = pathlib.Path(directory).absolute()
+  if (path / CONFIG_FILE).is_file():
+    return bool(saved_steps(path))
+  steps = path / STEPS_DIRECTORY
+  if steps.is_dir() and any(steps.iterdir()):
+    raise CheckpointError(
+      f"{path} holds checkpoints but no {CONFIG_FILE}, and they cannot be loaded without it. "
+      "Restore the file or use another directory."
+    )
+  return False
+
+
+def saved_steps(directory: str | os.PathLike) -> list[int]:
+  """Returns the steps (numbers of updates) of all complete checkpoints in ascending order."""
+  path = pathlib.Path(directory).absolute() / STEPS_DIRECTORY
+  # Orbax gives the directory of a checkpoint this name only once the checkpoint is complete.
+  return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
+
+
+def latest_step(directory: str | os.PathLike) -> int | None:
+  """Returns the step of the newest checkpoint, or None if there is no checkpoint."""
+  if not (pathlib.Path(directory).absolute() / CONFIG_FILE).is_file():
+    return None
+  return max(saved_steps(directory), default=None)
+
+
+def step_directory(directory: pathlib.Path, step: int) -> pathlib.Path:
+  """Returns the path of the checkpoint of `step` in the run's directory."""
+  return directory / STEPS_DIRECTORY / str(step)
+
+
+def write_config(
+  directory: pathlib.Path, config: TransformerConfig, train_cfg: TrainConfig
+) -> None:
+  """Writes the configurations of a run to `config.json`."""
+  content = {
+    "format": _FORMAT_VERSION,
+    "model": json.loads(config.to_json()),
+    "train": json.loads(train_cfg.to_json()),
+  }
+  files.write_atomically(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def load_config(directory: str | os.PathLike) -> tuple[TransformerConfig, TrainConfig]:
+  """Reads the model and training configurations of a run.
+
+  Raises:
+    CheckpointError: `config.json` is missing, damaged or incompatible with this version.
+  """
+  file = pathlib.Path(directory).absolute() / CONFIG_FILE
+  if not file.is_file():
+    raise CheckpointError(
+      f"{file.parent} holds no checkpoint: {CONFIG_FILE} is missing. Pass the directory of a run."
+    )
+  try:
+    content = json.loads(file.read_text())
+    if content["format"] != _FORMAT_VERSION:
+      raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT_VERSION}")
+    return (
+      TransformerConfig.from_json(json.dumps(content["model"])),
+      TrainConfig.from_json(json.dumps(content["train"])),
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise CheckpointError(
+      f"{file} is damaged or was written by an incompatible version: {files.short_message(error)}"
+    ) from error
+
+
+def check_same_run(
+  directory: str | os.PathLike, config: TransformerConfig, train_cfg: TrainConfig
+) -> None:
+  """Raises unless the run in `directory` has the given configurations.
+
+  Fields that change how a result is computed, but not the result, may differ.
+
+  Args:
+    directory: directory of the run.
+    config: model configuration to compare with the saved one.
+    train_cfg: training configuration to compare with the saved one.
+
+  Raises:
+    CheckpointError: a field differs; the message names all such fields with both values.
+  """
+  differences = [
+    f"{name} is {getattr(saved, name)!r} in the run, {value!r} here"
+    for given, saved in zip((config, train_cfg), load_config(directory), strict=True)
+    for name, value in json.loads(given.to_json()).items()
+    if name not in _EXECUTION_FIELDS and getattr(saved, name) != value
+  ]
+  if differences:
+    raise CheckpointError(
+      f"{directory} holds a run with a different configuration: {'; '.join(differences)}. "
+      "Use another directory or the settings of that run."
+    )
+
+
+def set_aside_later(directory: str | os.PathLike, *, after: int) -> None:
+  """Moves the checkpoints of steps greater than `after` to `damaged/`.
+
+  A run calls this before it resumes from step `after`. All processes must call it.
+
+  Raises:
+    CheckpointError: a checkpoint cannot be moved; the message names it.
+  """
+  path = pathlib.Path(directory).absolute()
+  steps = saved_steps(path) if multihost.is_main_process() else []
+  for step in (step for step in steps if step > after):
+    (path / DAMAGED_DIRECTORY).mkdir(exist_ok=True)
+    source = step_directory(path, step)
+    target = files.unused_path(path / DAMAGED_DIRECTORY / str(step))
+    try:
+      with contextlib.suppress(OSError):
+        source.chmod(0o755)  # a directory without permissions cannot be moved
+      source.rename(target)
+    except OSError as error:
+      raise CheckpointError(
+        f"{source} can be neither loaded nor moved to {target} ({error.strerror}). Remove it to "
+        f"resume from step {after}."
+      ) from error
+  multihost.barrier("set aside")
