@@ -1,12 +1,12 @@
-"""The arithmetic of what has left the window: any grouping, any length."""
+"""The compressive cache: merges in any grouping, over any length, and their gradients."""
 
 import jax
 import jax.numpy as jnp
+from jax.test_util import check_grads
 import numpy as np
 import pytest
 
 from tvq_haiku.attention import compressive_cache
-from tvq_haiku.ops import positions
 
 B, G, R, N, S, V = 2, 2, 7, 3, 4, 5
 
@@ -14,8 +14,8 @@ B, G, R, N, S, V = 2, 2, 7, 3, 4, 5
 def random_tokens(seed=0):
   rng = np.random.default_rng(seed)
   codes = rng.integers(0, S, (B, G, R, N)).astype(np.int32)
-  codes[:, :, -1, 1:] = compressive_cache.EMPTY  # a chunk that is not full,
-  codes[1, :, 2] = compressive_cache.EMPTY  # and an empty one
+  codes[:, :, -1, 1:] = compressive_cache.EMPTY  # a chunk that is not full
+  codes[1, :, 2] = compressive_cache.EMPTY  # an empty chunk
   docs = np.sort(rng.integers(0, 4, (B, 1, R * N)), axis=-1).reshape(B, 1, R, N).astype(np.int32)
   return codes, rng.standard_normal((B, G, R, N, V)).astype(np.float32), docs
 
@@ -34,7 +34,7 @@ def test_prefixes_equal_sums_over_all_earlier_tokens(reduction, warm):
   codes, values, docs = random_tokens()
   chunks = compressive_cache.summarize(codes, values, docs, S)
   start, skip = empty(), 0
-  if warm:  # the first chunks come in through the state
+  if warm:  # the first chunks are in the cache of the state
     start, skip = (
       jax.tree.map(lambda x: x[:, :, 3:4], compressive_cache.prefixes(empty(), chunks, "serial")),
       3,
@@ -58,7 +58,7 @@ def test_prefixes_equal_sums_over_all_earlier_tokens(reduction, warm):
           np.testing.assert_allclose(got.means[b, g, r - skip, s], mean, atol=1e-6)
 
 
-def test_gradient_of_values_is_one_share_each():
+def test_each_value_gets_its_share_of_the_gradient_of_the_mean():
   codes, values, docs = random_tokens()
   docs[:] = 0
 
@@ -69,7 +69,7 @@ def test_gradient_of_values_is_one_share_each():
       ).means[:, :, -1, code]
     )
 
-  for code in (0, S - 1):  # the last one, too: padding has the number after it
+  for code in (0, S - 1):
     gradient = jax.grad(mean_of(code))(values)
     own = codes == code
     shares = own / np.maximum(own.sum((2, 3), keepdims=True), 1)
@@ -85,15 +85,15 @@ def one_code(count, mean):
 
 
 def test_ten_million_tokens_through_one_cache():
-  """Counts exact and means to 1e-5 after 20,000 chunks of 512 tokens, all of one code."""
+  """Counts are exact and means correct to 1e-5 after 20,000 chunks of 512 tokens of one code."""
   n_chunk, n = 20_000, 512.0
   sums = np.random.default_rng(0).standard_normal(n_chunk).astype(np.float32) + 3.0
 
-  def absorb(total, mean):
+  def add(total, mean):
     return compressive_cache.merge(total, one_code(n, mean)), None
 
   start = one_code(0.0, 0.0)
-  total, _ = jax.lax.scan(absorb, start, jnp.asarray(sums))
+  total, _ = jax.lax.scan(add, start, jnp.asarray(sums))
   assert float(total.counts[0, 0, 0, 0]) == n_chunk * n > 10**7
   np.testing.assert_allclose(total.means.ravel(), sums.astype(np.float64).mean(), rtol=1e-5)
   assert (
@@ -101,16 +101,40 @@ def test_ten_million_tokens_through_one_cache():
   )
 
 
-def test_sinusoids_at_ten_million():
-  places = np.array([0, 1, 255, 256, 70_000, 9_999_999, 10_000_001, -3, -300])
-  got = positions.sinusoids(jnp.asarray(places), width=64, lam=1e5)
-  angles = places[:, None] / 1e5 ** (np.arange(0, 64, 2) / 64)
-  want = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
-  np.testing.assert_allclose(got, want, atol=2e-4)
-  np.testing.assert_allclose(got[:3], want[:3], atol=3e-5)
-
-
 def test_unknown_reduction():
   with pytest.raises(ValueError, match="reduction='scan' must be one of"):
     codes, values, docs = random_tokens()
     compressive_cache.prefixes(empty(), compressive_cache.summarize(codes, values, docs, S), "scan")
+
+
+def test_sum_by_code_equals_its_plain_twin():
+  codes, values, _ = random_tokens()
+
+  def loss(sum_by_code, values):
+    sums = sum_by_code(S, codes, values)
+    return jnp.sum(jnp.sin(sums)), sums
+
+  got, want = (
+    jax.value_and_grad(loss, argnums=1, has_aux=True)(f, values)
+    for f in (compressive_cache.sum_by_code, compressive_cache.plain_sum_by_code)
+  )
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), got, want)
+
+
+def test_gradients_of_sum_by_code():
+  codes, values, _ = random_tokens()
+  check_grads(
+    lambda values: compressive_cache.sum_by_code(S, codes, values),
+    (values,),
+    order=1,
+    modes=["rev"],
+    atol=1e-2,
+    rtol=1e-2,
+  )
+
+
+def test_the_gradient_of_sum_by_code_has_the_dtype_of_the_values():
+  codes, values, _ = random_tokens()
+  values = jnp.asarray(values, jnp.bfloat16)
+  gradient = jax.grad(lambda v: jnp.sum(compressive_cache.sum_by_code(S, codes, v)))(values)
+  assert gradient.dtype == jnp.bfloat16

@@ -1,14 +1,14 @@
-"""The quadratic baseline against the oracle, by tiles of any size."""
+"""`full_attention` equals the quadratic reference without quantization, for tiles of any size."""
 
 import jax
 import jax.numpy as jnp
+from jax.test_util import check_grads
 import numpy as np
 import pytest
 
 import tvq_haiku as tvq
 from tvq_haiku.attention import full, tiled
 from tvq_haiku.attention import state as state_lib
-
 
 B, T, H, G, K, V = 2, 13, 4, 2, 4, 6
 DOCUMENTS = jnp.array([[0] * 4 + [1] * 9, [2] * 10 + [3] * 3], jnp.int32)
@@ -25,7 +25,10 @@ def make_inputs(mem_len, is_causal):
     (H, K),
   )
   keys = jax.random.split(jax.random.key(0), len(shapes))
-  return {name: jax.random.normal(key, shape) for name, key, shape in zip(NAMES, keys, shapes)}
+  return {
+    name: jax.random.normal(key, shape)
+    for name, key, shape in zip(NAMES, keys, shapes, strict=True)
+  }
 
 
 def cold_state(mem_len):
@@ -34,7 +37,7 @@ def cold_state(mem_len):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("mem_len, block_len", [(13, 3), (13, 16), (5, 1), (3, 4), (20, 2)])
-def test_equals_oracle(mem_len, block_len, is_causal):
+def test_full_attention_equals_the_reference(mem_len, block_len, is_causal):
   arrays = make_inputs(mem_len, is_causal)
   lengths = jnp.array([13, 8])
   weight = jax.random.normal(jax.random.key(9), (B, T, H, V))
@@ -46,7 +49,7 @@ def test_equals_oracle(mem_len, block_len, is_causal):
       weight * full.full_attention(**arrays, state=cold_state(mem_len), **common).values
     )
 
-  def theirs(arrays):
+  def reference(arrays):
     return jnp.sum(
       weight
       * tvq.reference.quadratic_attention(
@@ -54,25 +57,29 @@ def test_equals_oracle(mem_len, block_len, is_causal):
       )
     )
 
-  got, want = (f(arrays) for f in (jax.jit(jax.value_and_grad(ours)), jax.value_and_grad(theirs)))
-  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
+  got, want = (
+    f(arrays) for f in (jax.jit(jax.value_and_grad(ours)), jax.value_and_grad(reference))
+  )
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+  ):
     assert float(jnp.abs(y).max()) > 0.0
     np.testing.assert_allclose(x, y, atol=2e-5, err_msg=str(path))
 
 
 @pytest.mark.parametrize("mem_len", [13, 5])
-def test_whole_equals_pieces_with_state(mem_len):
+def test_one_call_equals_several_calls_with_state(mem_len):
   arrays = make_inputs(mem_len, True)
   biases = {name: arrays[name] for name in NAMES[3:]}
   attend = jax.jit(full.full_attention, static_argnames="block_len")
-  whole = attend(
+  one_call = attend(
     *(arrays[x] for x in "qkv"),
     state=cold_state(mem_len),
     segment_ids=DOCUMENTS,
     block_len=4,
     **biases,
   )
-  state, pieces = cold_state(mem_len), []
+  state, several_calls = cold_state(mem_len), []
   for start, stop in ((0, 6), (6, 7), (7, 13)):
     out = attend(
       *(arrays[x][:, start:stop] for x in "qkv"),
@@ -81,18 +88,18 @@ def test_whole_equals_pieces_with_state(mem_len):
       segment_ids=DOCUMENTS[:, start:stop],
       **biases,
     )
-    state, pieces = out.state, [*pieces, out.values]
-  np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole.values, atol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, whole.state)
+    state, several_calls = out.state, [*several_calls, out.values]
+  np.testing.assert_allclose(jnp.concatenate(several_calls, axis=1), one_call.values, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, one_call.state)
 
 
-def test_tiles_that_nobody_sees_are_skipped():
-  """As many tiles as the causal triangle has, however long the empty context."""
+def test_tiles_that_no_query_sees_are_skipped():
+  """The tiles of the causal triangle are computed, whatever the length of the empty context."""
   layout = tiled.TileLayout(block_len=2, tile_len=4, mem_len=40, center=0)
   docs = jnp.where(jnp.arange(60) < 40, -1, jnp.where(jnp.arange(60) < 53, 0, -1))[None]
   ranges = [tuple(map(int, tiled.visible_tiles(layout, docs, jnp.asarray(r)))) for r in range(7)]
   assert ranges == [(10, 11), (10, 11), (10, 12), (10, 12), (10, 13), (10, 13), (10, 14)]
-  # Nor are those read that lie before the context.
+  # Tiles before the context are skipped too.
   layout, docs = layout._replace(mem_len=4), jnp.zeros((1, 60), jnp.int32)
   ranges = [
     tuple(map(int, tiled.visible_tiles(layout, docs, jnp.asarray(r)))) for r in (0, 2, 3, 9)
@@ -100,7 +107,7 @@ def test_tiles_that_nobody_sees_are_skipped():
   assert ranges == [(0, 2), (1, 3), (1, 3), (4, 6)]
 
 
-def test_no_array_of_all_pairs():
+def test_no_array_holds_all_pairs_of_tokens():
   length = 512
 
   def loss(q):
@@ -114,7 +121,7 @@ def test_no_array_of_all_pairs():
   assert "512,512" not in jaxpr and "512,1024" not in jaxpr
 
 
-def test_heads_that_do_not_fit():
+def test_errors_name_head_counts_that_do_not_fit():
   arrays = make_inputs(5, True)
   with pytest.raises(ValueError, match="4 query heads cannot share 3"):
     full.full_attention(
@@ -123,3 +130,15 @@ def test_heads_that_do_not_fit():
       jnp.zeros((B, T, 3, V)),
       state=state_lib.initial_key_value_state(batch_size=B, n_kv_head=3, mem_len=5, d_k=K, d_v=V),
     )
+
+
+def test_gradients_of_tiled_attention():
+  arrays = make_inputs(5, True)
+  check_grads(
+    lambda arrays: full.full_attention(**arrays, state=cold_state(5), block_len=4).values,
+    (arrays,),
+    order=1,
+    modes=["rev"],
+    atol=1e-2,
+    rtol=1e-2,
+  )

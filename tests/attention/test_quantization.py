@@ -1,4 +1,4 @@
-"""Codes, their statistics, and the losses that move keys and codes."""
+"""Nearest codes, their statistics, and the losses for keys and codes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from tvq_haiku.attention import quantization
 from tvq_haiku.model import codebook_metrics
 
 
-def draw(seed=0, shape=(2, 9, 3, 4), n_code=5):
+def random_keys(seed=0, shape=(2, 9, 3, 4), n_code=5):
   keys = jax.random.split(jax.random.key(seed))
   return (
     jax.random.normal(keys[0], shape),
@@ -18,21 +18,21 @@ def draw(seed=0, shape=(2, 9, 3, 4), n_code=5):
 
 
 def test_nearest_codes_are_nearest():
-  k, codebook = draw()
+  k, codebook = random_keys()
   distances = ((k[:, :, :, None] - codebook) ** 2).sum(-1)
   np.testing.assert_array_equal(quantization.nearest_codes(k, codebook), distances.argmin(-1))
 
 
 def test_look_up_takes_each_head_from_its_own_codebook():
-  k, codebook = draw()
+  k, codebook = random_keys()
   codes = quantization.nearest_codes(k, codebook)
   vectors = quantization.look_up(codes, codebook)
   for b, t, g in np.ndindex(codes.shape):
     np.testing.assert_array_equal(vectors[b, t, g], codebook[g, codes[b, t, g]])
 
 
-def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
-  k, codebook = draw()
+def test_straight_through_has_the_value_of_the_code_and_the_gradient_of_the_key():
+  k, codebook = random_keys()
   quantized = quantization.look_up(quantization.nearest_codes(k, codebook), codebook)
   value, gradient = jax.value_and_grad(
     lambda k: jnp.sum(jnp.sin(quantization.straight_through(k, quantized)))
@@ -47,8 +47,8 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
   assert not codebook_gradient.any()
 
 
-def test_commit_loss_averages_over_all_places_and_moves_keys_alone():
-  k, codebook = draw()
+def test_commit_loss_is_a_mean_over_all_tokens_with_a_gradient_for_keys_only():
+  k, codebook = random_keys()
   quantized = quantization.look_up(quantization.nearest_codes(k, codebook), codebook)
   mask = jnp.ones((2, 9)).at[1, 4:].set(0.0)
   value, gradients = jax.value_and_grad(quantization.commit_loss, argnums=(0, 1))(
@@ -63,7 +63,7 @@ def test_commit_loss_averages_over_all_places_and_moves_keys_alone():
 
 
 def test_code_statistics_count_unmasked_tokens():
-  k, codebook = draw()
+  k, codebook = random_keys()
   codes = quantization.nearest_codes(k, codebook)
   mask = jnp.ones((2, 9)).at[0, :3].set(0.0)
   sums, numbers = quantization.code_statistics(k, codes, mask, 5)
@@ -77,7 +77,7 @@ def test_code_statistics_count_unmasked_tokens():
 
 @pytest.mark.parametrize("n_code", [1, 5])
 def test_metrics_are_finite_scalars(n_code):
-  _, codebook = draw(n_code=n_code)
+  _, codebook = random_keys(n_code=n_code)
   counts = jnp.zeros((3, n_code)).at[:, 0].set(2.0)
   values = codebook_metrics.codebook_metrics(codebook, counts)
   assert all(value.shape == () and jnp.isfinite(value) for value in values.values())
@@ -86,7 +86,7 @@ def test_metrics_are_finite_scalars(n_code):
 
 
 def test_metrics_leave_padding_out():
-  k, codebook = draw()
+  k, codebook = random_keys()
   quantized = quantization.look_up(quantization.nearest_codes(k, codebook), codebook)
   whole = codebook_metrics.quantization_metrics(
     k[:, :6], quantized[:, :6], jnp.ones((2, 6), bool), 4
@@ -95,3 +95,16 @@ def test_metrics_leave_padding_out():
   padded = codebook_metrics.quantization_metrics(k.at[:, 6:].set(1e9), quantized, is_token, 4)
   for name, value in whole.items():
     np.testing.assert_allclose(padded[name], value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "k, codebook, message",
+  [
+    ((2, 9, 2, 4), (1, 5, 4), r"codebook must have shape \[G=2, S, K=4\], got \(1, 5, 4\)"),
+    ((2, 9, 3, 4), (3, 5, 6), r"codebook must have shape \[G=3, S, K=4\], got \(3, 5, 6\)"),
+    ((9, 3, 4), (3, 5, 4), r"k must have shape \[B, T, G, K\], got \(9, 3, 4\)"),
+  ],
+)
+def test_a_codebook_of_other_heads_or_widths_is_refused(k, codebook, message):
+  with pytest.raises(ValueError, match=message):
+    quantization.nearest_codes(jnp.zeros(k), jnp.zeros(codebook))
