@@ -137,9 +137,9 @@ class TransformerConfig(Settings):
   remat: str = setting(
     "auto",
     "Activations that the backward pass recomputes instead of keeping them. 'none': nothing. "
-    "'block': attention scores. 'dots': everything but the outputs of projections. 'layer': "
-    "everything inside a layer. 'auto': 'none' if the activations fit into device memory, else "
-    "'layer'.",
+    "'block': attention scores. 'dots': everything but matrix products without a batch axis, such "
+    "as projections. 'layer': everything inside a layer. 'auto': 'none' if the activations fit "
+    "into device memory, else 'layer'.",
   )
 
   def __post_init__(self):

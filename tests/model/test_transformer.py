@@ -140,7 +140,7 @@ def test_each_dropout_acts_in_training_only(rate):
 
 def test_dropped_layers_drop_rows_and_keep_the_mean():
   x = jnp.ones((4000, 3, 2))
-  dropped = layers.dropout(jax.random.key(0), 0.25, x, rows=True)
+  dropped = layers.dropout(jax.random.key(0), 0.25, x, per_example=True)
   rows = dropped.reshape(4000, -1)
   assert ((rows == 0).all(1) | jnp.isclose(rows, 1 / 0.75).all(1)).all()
   assert abs(float(dropped.mean()) - 1.0) < 0.05

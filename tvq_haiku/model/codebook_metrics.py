@@ -1,21 +1,21 @@
-"""How well the codes fit the keys and how evenly they are used: the paper's metrics.
+"""Metrics of the vector quantizer: use and spread of the codes, and quantization error.
 
-Every value is a float32 scalar, without gradient.
+Every metric is a float32 scalar without gradient. The names with `c_`, `relative_err_` and `vec_`
+are those of the paper's code. Letters: B batch, T tokens, G key/value heads, S codes, K key width.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvq_haiku.types import Array
+from tvq_haiku.types import Array, Params
 
 
-def _summary(name: str, values: Array) -> dict[str, Array]:
-  """Least, greatest and mean over the last axis, averaged over the others."""
+def _min_max_mean(name: str, values: Array) -> dict[str, Array]:
+  """Returns minimum, maximum and mean over the last axis, averaged over the other axes."""
   return {
     f"{name}_min": jnp.mean(jnp.min(values, axis=-1)),
     f"{name}_max": jnp.mean(jnp.max(values, axis=-1)),
@@ -23,48 +23,58 @@ def _summary(name: str, values: Array) -> dict[str, Array]:
   }
 
 
+def _usage_entropy(counts: Array) -> Array:
+  """Returns the entropy in nats of the distribution of keys over codes: [..., S] -> [...]."""
+  probabilities = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1e-30)
+  return -jnp.sum(jax.scipy.special.xlogy(probabilities, probabilities), axis=-1)
+
+
 def codebook_metrics(codebook: Array, counts: Array) -> dict[str, Array]:
-  """Spread of the codes of a head and evenness of their use, averaged over heads.
+  """Measures the spread of the codes of an attention and the evenness of their use.
 
   Args:
-    codebook: [G, S, K].
-    counts: [G, S] moving average of the keys that each code gets.
+    codebook: [G, S, K] codes.
+    counts: [G, S] moving average of the number of keys per update that each code gets.
 
   Returns:
-    `c_dist`, `c_sim` (distance and cosine of all pairs of codes), `c_norm` and `c_usage` (the
-    counts), each `_min`, `_max`, `_mean`; `c_entropy` of the usage in nats; `c_thresh_oob`, the
-    number of codes that get less than one key per update.
+    Averages over heads. `c_dist_*` and `c_sim_*`: Euclidean distance and cosine similarity of all
+    pairs of codes. `c_norm_*`: norms of the codes. `c_usage_*`: `counts`. All four come as `_min`,
+    `_max` and `_mean`. `c_entropy`: entropy of the usage in nats. `c_thresh_oob`: number of codes
+    with less than one key per update.
   """
-  codebook = jax.lax.stop_gradient(codebook)
-  counts = jax.lax.stop_gradient(counts)
+  dims = chex.Dimensions()
+  dims["GSK"] = codebook.shape
+  dims["GS"] = counts.shape
+  codebook, counts = jax.lax.stop_gradient((codebook, counts))
   norms = jnp.linalg.norm(codebook, axis=-1)
   dots = jnp.einsum("gsk,gtk->gst", codebook, codebook, precision=jax.lax.Precision.HIGHEST)
   squares = norms[:, :, None] ** 2 + norms[:, None] ** 2 - 2.0 * dots
   cosines = dots / jnp.maximum(norms[:, :, None] * norms[:, None], 1e-30)
-  # With one code there is no pair: compare it with itself instead of reducing nothing.
-  pairs = np.tril_indices(codebook.shape[1], k=-1 if codebook.shape[1] > 1 else 0)
-  shares = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1e-30)
-  entropy = -jnp.sum(jax.scipy.special.xlogy(shares, shares), axis=-1)
+  # A single code has no pair, so it is paired with itself: a reduction over nothing is undefined.
+  n_code = dims.S
+  pairs = np.tril_indices(n_code, k=-1 if n_code > 1 else 0)
+  n_rare = jnp.sum(counts < 1.0, axis=-1).astype(jnp.float32)
   return {
-    **_summary("c_dist", jnp.sqrt(jnp.maximum(squares, 0.0))[:, *pairs]),
-    **_summary("c_sim", cosines[:, *pairs]),
-    **_summary("c_norm", norms),
-    **_summary("c_usage", counts),
-    "c_entropy": jnp.mean(entropy),
-    "c_thresh_oob": jnp.mean(jnp.sum(counts < 1.0, axis=-1).astype(jnp.float32)),
+    **_min_max_mean("c_dist", jnp.sqrt(jnp.maximum(squares, 0.0))[:, *pairs]),
+    **_min_max_mean("c_sim", cosines[:, *pairs]),
+    **_min_max_mean("c_norm", norms),
+    **_min_max_mean("c_usage", counts),
+    "c_entropy": jnp.mean(_usage_entropy(counts)),
+    "c_thresh_oob": jnp.mean(n_rare),
   }
 
 
 @jax.jit
-def codebook_usage(params: Any) -> dict[str, Array]:
-  """How evenly the codes are used, from a model's parameters alone: cheap enough for every log line.
+def codebook_usage(params: Params) -> dict[str, Array]:
+  """Measures how evenly the codes are used, from parameters alone: cheap enough for every log line.
 
   Args:
-    params: of the model; without quantizers, the result is empty.
+    params: parameters of the model.
 
   Returns:
-    `code_perplexity` exp(entropy of the moving average of a code's keys), and `code_use`, the share
-    of codes that get at least one key per update; means over all codebooks.
+    Averages over all codebooks. `code_perplexity`: exponential of the entropy of the usage, at
+    most S. `code_use`: fraction of the codes with at least one key per update. Empty if the model
+    has no quantizer.
   """
   counts = [
     leaves["c_count"].reshape(-1, leaves["c_count"].shape[-1])
@@ -73,11 +83,9 @@ def codebook_usage(params: Any) -> dict[str, Array]:
   ]
   if not counts:
     return {}
-  counts = jnp.concatenate(counts)  # [codebooks, S]
-  shares = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1e-30)
-  entropy = -jnp.sum(jax.scipy.special.xlogy(shares, shares), axis=-1)
+  counts = jnp.concatenate(counts)  # [N·(attentions per layer)·G, S]
   return {
-    "code_perplexity": jnp.mean(jnp.exp(entropy)),
+    "code_perplexity": jnp.mean(jnp.exp(_usage_entropy(counts))),
     "code_use": jnp.mean((counts >= 1.0).astype(jnp.float32)),
   }
 
@@ -85,23 +93,30 @@ def codebook_usage(params: Any) -> dict[str, Array]:
 def quantization_metrics(
   k: Array, quantized: Array, is_token: Array, block_len: int
 ) -> dict[str, Array]:
-  """Size of the rounding |k - C_z| / |k|; least and greatest are of blocks, then averaged.
+  """Measures the relative quantization error |k - C_z| / |k| and the norms of keys and codes.
 
   Args:
     k: [B, T, G, K] keys.
-    quantized: [B, T, G, K] their codes.
-    is_token: [B, T] bool: False for padding, which is left out.
+    quantized: [B, T, G, K] their codes C_z.
+    is_token: [B, T] bool; False for padding, which is excluded.
     block_len: L.
+
+  Returns:
+    `relative_err_min` and `relative_err_max`: minimum and maximum over each block of L tokens,
+    averaged over blocks. `relative_err_mean`, `vec_norm_mean` (|k|) and `vec_hat_norm_mean`
+    (|C_z|): means over tokens.
   """
+  chex.assert_equal_shape([k, quantized])
+  B, T, G, _ = k.shape
+  chex.assert_shape(is_token, (B, T))
   k, quantized = jax.lax.stop_gradient((k, quantized))
 
   def norm(x: Array) -> Array:
+    """Returns |x| of every token, NaN for padding: [B, T, G, K] -> [B, T, G]."""
     return jnp.where(is_token[..., None], jnp.linalg.norm(x, axis=-1), jnp.nan)
 
   errors = norm(k - quantized) / jnp.maximum(norm(k), 1e-30)
-  B, T, G = errors.shape
-  padding = -T % block_len
-  blocks = jnp.pad(errors, [(0, 0), (0, padding), (0, 0)], constant_values=jnp.nan)
+  blocks = jnp.pad(errors, [(0, 0), (0, -T % block_len), (0, 0)], constant_values=jnp.nan)
   blocks = blocks.reshape(B, -1, block_len, G)
   return {
     "relative_err_min": jnp.nanmean(jnp.nanmin(blocks, axis=2)),

@@ -1,4 +1,7 @@
-"""The small parts with parameters: projections, norm, embeddings; and dropout."""
+"""Small layers with parameters: projections, norm, MLP, embeddings; and dropout.
+
+Letters: B batch, T tokens, D model width, X vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import itertools
 
+import chex
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -24,12 +28,16 @@ def _kernel(fan_in: int, width: int) -> Array:
 
 
 class Projection(hk.Module):
-  """x W with W ~ N(0, 1/fan_in), in the dtypes of the policy.
+  """Multiplies by a kernel W ~ N(0, 1/fan_in), in the dtypes of the mixed-precision policy.
 
-  Several widths share one kernel, side by side, but are computed apart: cutting up W is cheaper
-  than cutting up x W, whose gradient would have to be put together again.
+  Several widths share one kernel. The kernel is split before it is multiplied, because this is
+  cheaper than splitting x W: the gradient of that split concatenates activations.
 
-  On a mesh, its axis `rows` cuts the inputs, or `columns` the outputs of each width.
+  Args:
+    *widths: output widths; one output for each.
+    rows: mesh axes that shard the input dimension of the kernel.
+    columns: for each width, the mesh axes that shard these output columns. Empty: not sharded.
+    name: name of the module.
   """
 
   def __init__(
@@ -41,26 +49,31 @@ class Projection(hk.Module):
   ):
     super().__init__(name=name)
     self._widths = widths
-    self._cuts = [(rows, column) for column in columns or (None,) * len(widths)]
+    self._rows = rows
+    self._columns = columns or (None,) * len(widths)
 
   def __call__(self, x: Array) -> Array | tuple[Array, ...]:
-    """[..., D] -> [..., width], or a tuple of them for several widths."""
+    """Returns x W: [..., D] -> [..., width], or a tuple of these if there are several widths."""
+    chex.assert_type(x, float)
     kernel = _kernel(x.shape[-1], sum(self._widths))
-    ends = list(itertools.accumulate(self._widths[:-1]))
-    # Put together before it is cut up: the pieces of its parts are not those of the whole.
-    parts = jnp.split(sharding.constrain(kernel), ends, axis=1) if ends else [kernel]
-    out = tuple(
-      matmul.project(x, sharding.constrain(part, *cut)) for part, cut in zip(parts, self._cuts)
+    parts = [kernel]
+    if len(self._widths) > 1:
+      # All-gather before splitting: shards of the fused kernel don't align with its parts.
+      boundaries = list(itertools.accumulate(self._widths[:-1]))
+      parts = jnp.split(sharding.constrain(kernel), boundaries, axis=1)
+    outputs = tuple(
+      matmul.project(x, sharding.constrain(part, self._rows, columns))
+      for part, columns in zip(parts, self._columns, strict=True)
     )
-    return out if ends else out[0]
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 @contextlib.contextmanager
 def mixed_precision(policy: jmp.Policy) -> Iterator[None]:
-  """Projections run under `policy`; nothing else does.
+  """Applies `policy` to the projections that are called inside the context, and to nothing else.
 
-  A policy on an outer module would also cast what must stay float32: incoming state, codebook
-  sums and counts (in bfloat16, 256 + 1 = 256). So it is pushed for the matrix products alone.
+  A policy on an outer module would also cast arrays that must stay float32: incoming state,
+  codebook sums and counts. `TransformerConfig.policy` lists the dtypes of all arrays.
   """
   with hk.mixed_precision.push_policy(Projection, policy):
     yield
@@ -73,60 +86,63 @@ def rms_normalize(x: Array) -> Array:
 
 
 class RMSNorm(hk.Module):
-  """RMS normalisation with gain and offset; statistics in float32, output like the input."""
+  """RMS normalization with gain and offset; computed in float32, returned in the input's dtype."""
 
   def __init__(self, *, name: str = "norm"):
     super().__init__(name=name)
 
   def __call__(self, x: Array) -> Array:
+    """Normalizes the last axis: [..., D] -> [..., D]."""
+    chex.assert_type(x, float)
     gain = hk.get_parameter("gain", x.shape[-1:], jnp.float32, init=jnp.ones)
     offset = hk.get_parameter("offset", x.shape[-1:], jnp.float32, init=jnp.zeros)
     return affine.scale_and_shift(rms_normalize(x), gain, offset).astype(x.dtype)
 
 
 class MLP(hk.Module):
-  """The second branch of ungated layers: relu(norm(x) W_1)^2 W_2."""
+  """The second branch of an ungated layer: relu(norm(x) W_up)^2 W_down."""
 
   def __init__(self, width: int, *, name: str = "mlp"):
     super().__init__(name=name)
     self._width = width
 
   def __call__(self, x: Array) -> Array:
-    """[..., D] -> [..., D], without the residual."""
-    hidden = Projection(self._width, columns=("model",), name="up")(RMSNorm(name="norm")(x))
+    """Returns the output of the branch, without the residual: [..., D] -> [..., D]."""
+    normed = RMSNorm(name="norm")(x)
+    hidden = Projection(self._width, columns=("model",), name="up")(normed)
     return Projection(x.shape[-1], rows="model", name="down")(jax.nn.relu(hidden) ** 2)
 
 
 class TokenEmbedding(hk.Module):
-  """Token vectors ~ N(0, 1), which may also serve as the output projection (tied)."""
+  """Token embeddings ~ N(0, 1), which may also serve as the (tied) output projection."""
 
   def __init__(self, *, n_vocab: int, d_model: int, name: str = "embedding"):
     super().__init__(name=name)
     self._shape = (n_vocab, d_model)
 
   def _parameters(self) -> tuple[Array, Array]:
-    embeddings = hk.get_parameter(
-      "embeddings", self._shape, jnp.float32, init=hk.initializers.RandomNormal(1.0)
-    )
-    embeddings = sharding.constrain(embeddings, "model")
-    # Part of the model whether tied or not, like the paper's: parameter totals count it.
+    """Returns the embeddings [X, D] and the bias of the tied output projection [X], float32."""
+    init = hk.initializers.RandomNormal(1.0)
+    embeddings = hk.get_parameter("embeddings", self._shape, jnp.float32, init=init)
+    # The bias exists even if it is unused, because the paper's parameter totals count it.
     bias = hk.get_parameter("output_bias", self._shape[:1], jnp.float32, init=jnp.zeros)
-    return embeddings, bias
+    return sharding.constrain(embeddings, "model"), bias
 
   def __call__(self, tokens: Array) -> Array:
-    """[B, T] int32 -> [B, T, D] float32; a token out of range becomes NaN, not a neighbour."""
+    """Embeds tokens: [B, T] int32 -> [B, T, D] float32. Tokens out of range become NaN."""
+    chex.assert_rank(tokens, 2)
+    chex.assert_type(tokens, int)
     embeddings, _ = self._parameters()
-    beyond = embeddings.shape[0]  # a negative index would count from the end
-    return jnp.take(
-      embeddings, jnp.where(tokens < 0, beyond, tokens), axis=0, mode="fill", fill_value=jnp.nan
-    )
+    # jnp.take would count a negative index from the end of the table, so it is moved out of range.
+    tokens = jnp.where(tokens < 0, self._shape[0], tokens)
+    return jnp.take(embeddings, tokens, axis=0, mode="fill", fill_value=jnp.nan)
 
   def logits(self, x: Array) -> Array:
-    """[B, T, D] -> [B, T, X] float32."""
+    """Applies the tied output projection: [B, T, D] -> [B, T, X] float32."""
+    chex.assert_shape(x, (None, None, self._shape[1]))
     embeddings, bias = self._parameters()
-    return (
-      matmul.project(x, embeddings.T.astype(x.dtype), preferred_element_type=jnp.float32) + bias
-    )
+    kernel = embeddings.T.astype(x.dtype)
+    return matmul.project(x, kernel, preferred_element_type=jnp.float32) + bias
 
 
 class Unembedding(hk.Module):
@@ -137,14 +153,21 @@ class Unembedding(hk.Module):
     self._n_vocab = n_vocab
 
   def __call__(self, x: Array) -> Array:
-    """[B, T, D] -> [B, T, X] float32."""
+    """Returns logits: [B, T, D] -> [B, T, X] float32."""
+    chex.assert_rank(x, 3)
     kernel = sharding.constrain(_kernel(x.shape[-1], self._n_vocab), None, "model").astype(x.dtype)
     bias = hk.get_parameter("bias", (self._n_vocab,), jnp.float32, init=jnp.zeros)
     return matmul.project(x, kernel, preferred_element_type=jnp.float32) + bias
 
 
 class AbsolutePositions(hk.Module):
-  """Sinusoids of the position, times one learned scale that starts at 0."""
+  """Sinusoids of the positions, times one learned scale that is initialized to 0.
+
+  Args:
+    width: D, even.
+    lam: base of the wavelengths; see `positions.sinusoids`.
+    name: name of the module.
+  """
 
   def __init__(self, *, width: int, lam: float, name: str = "position"):
     super().__init__(name=name)
@@ -152,7 +175,9 @@ class AbsolutePositions(hk.Module):
     self._lam = lam
 
   def __call__(self, index: Array) -> Array:
-    """[B, T] int32 -> [B, T, D] float32."""
+    """Embeds positions: [B, T] int32 -> [B, T, D] float32."""
+    chex.assert_rank(index, 2)
+    chex.assert_type(index, int)
     scale = hk.get_parameter("scale", (), jnp.float32, init=jnp.zeros)
     return scale * positions.sinusoids(index, width=self._width, lam=self._lam)
 
@@ -166,21 +191,42 @@ def add_branch(
   rng: Array | None,
   is_training: bool,
 ) -> Array:
-  """Adds a branch; in training entries are dropped by `hk.next_rng_key()`, whole rows by `rng`."""
+  """Adds the output of a branch to the residual stream; applies dropout during training.
+
+  Args:
+    x: [B, T, D] residual stream.
+    branch: [B, T, D] output of the branch.
+    p_dropres: rate at which single entries are dropped, with a mask from `hk.next_rng_key()`.
+    p_droplyr: rate at which the branch is dropped for a batch element (LayerDrop).
+    rng: key of the LayerDrop mask, equal for all windows of a sequence. None: p_droplyr is 0.
+    is_training: False adds the branch as it is.
+
+  Returns:
+    [B, T, D].
+  """
+  chex.assert_rank(x, 3)
+  chex.assert_equal_shape([x, branch])
   if is_training:
     if p_dropres:
       branch = dropout(hk.next_rng_key(), p_dropres, branch)
-    branch = dropout(rng, p_droplyr, branch, rows=True)
+    branch = dropout(rng, p_droplyr, branch, per_example=True)
   return x + branch
 
 
-def dropout(rng: Array | None, rate: float, x: Array, *, rows: bool = False) -> Array:
-  """Zeros entries (or, with `rows`, whole rows of a batch) at `rate`; scales the rest.
+def dropout(rng: Array | None, rate: float, x: Array, *, per_example: bool = False) -> Array:
+  """Zeros entries at random, and scales the others by 1/(1 - rate).
 
-  A rate of 0 needs no `rng`.
+  Args:
+    rng: key of the mask. It may be None if `rate` is 0.
+    rate: probability of an entry to be zeroed, in [0, 1).
+    x: [B, ...].
+    per_example: zero all entries of a batch element together.
+
+  Returns:
+    An array like `x`.
   """
   if rate == 0.0:
     return x
-  shape = (x.shape[0],) + (1,) * (x.ndim - 1) if rows else x.shape
+  shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_example else x.shape
   keep = jax.random.bernoulli(rng, 1.0 - rate, shape)
   return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -1,58 +1,99 @@
-"""How much a backward pass would keep, and what to compute again instead."""
+"""Rematerialization: which activations are kept for the backward pass, and which are recomputed.
+
+| `remat` | kept for the backward pass                        | recomputed                         |
+|---------|---------------------------------------------------|------------------------------------|
+| `none`  | all activations but those in the next column      | gates and SiLUs; scores of `full`  |
+| `block` | the same, without attention scores and weights    | also the attention of each block   |
+| `dots`  | inputs of layers; products without a batch axis,  | everything else inside a layer     |
+|         | such as projections                               |                                    |
+| `layer` | inputs of layers                                  | everything inside a layer          |
+| `auto`  | as `none` if that fits into device memory, else as `layer`                             |
+
+With `reduction='scan'`, `block` also recomputes the cache of each block.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import os
+from typing import Any
 
+import haiku as hk
 import jax
 
 from tvq_haiku.config import TransformerConfig
 
-# Of the memory, for what a backward pass keeps. On accelerators parameters, gradients and the
-# optimizer take more of the rest than they do beside a CPU.
-_SHARE = {"cpu": 0.65}
-_ELSEWHERE = 0.4
+# `remat` -> which intermediate results of a layer are saved; None: none of them. The attention
+# layer itself acts on `block`.
+_SAVED_IN_LAYER = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+# Fraction of the device memory that activations may use. It is lower on accelerators, because
+# parameters, gradients and optimizer state take a larger part of their memory.
+_CPU_FRACTION = 0.65
+_ACCELERATOR_FRACTION = 0.4
+
+_DEFAULT_MEMORY_BYTES = 16 * 2**30  # of devices that do not report how much they have
+
+
+def remat_layer(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
+  """Returns `layer`, a function that calls Haiku modules, rematerialized as `remat` demands."""
+  if remat in _SAVED_IN_LAYER:
+    return hk.remat(layer, policy=_SAVED_IN_LAYER[remat])
+  return layer
+
+
+def resolve_remat(config: TransformerConfig, n_token: int) -> str:
+  """Returns `config.remat`, with 'auto' replaced by 'none' or 'layer'.
+
+  Args:
+    config: configuration of the model.
+    n_token: number of tokens B·T per device and update.
+
+  Returns:
+    For 'auto', 'none' if the estimated activations fit into the memory of the first device, else
+    'layer'; for all other values, the value itself.
+  """
+  if config.remat != "auto":
+    return config.remat
+  device = jax.devices()[0]
+  fraction = _CPU_FRACTION if device.platform == "cpu" else _ACCELERATOR_FRACTION
+  fits = activation_bytes(config, n_token) <= fraction * device_memory_bytes(device)
+  return "none" if fits else "layer"
 
 
 def activation_bytes(config: TransformerConfig, n_token: int) -> int:
-  """What the backward pass keeps of the layers when nothing is computed again, about.
+  """Estimates the activation memory kept for the backward pass without remat, in bytes.
+
+  Logits are not included. The constants count the arrays of each shape that are kept, or their
+  bytes per entry.
 
   Args:
-    config: the model.
-    n_token: B·T of one update.
+    config: configuration of the model.
+    n_token: number of tokens B·T of one update.
 
-  >>> residual_bytes(TransformerConfig(n_vocab=259), 2048) // 2**20
+  >>> activation_bytes(TransformerConfig(n_vocab=259), 2048) // 2**20
   228
   """
   c = config
   size = c.compute_dtype.itemsize
-  scores = c.mem_len + min(c.block_len, n_token)
-  if c.attn_type == "full":
-    scores = 0  # computed again in any case
-  elif c.agg_cache:
-    scores += c.n_code * (1 + c.d_v // max(c.block_len, 1))
-  attention = (
-    c.n_head * (scores * size * 2 + c.d_k * 24 + c.d_v * size * 3)
-    + c.kv_heads * (c.d_k * 16 + c.d_v * size * 3)
-    + c.d_model * size * 4
-  )
+  n_score = 0  # per query; full attention recomputes its scores in any case
+  if c.attn_type == "vq":
+    n_score = c.mem_len + min(c.block_len, n_token)
+    if c.agg_cache:
+      # One score per code, and the share of each token in the cache [S, V] of its block.
+      n_score += c.n_code * (1 + c.d_v // c.block_len)
+  per_query_head = 2 * size * n_score + 24 * c.d_k + 3 * size * c.d_v
+  per_kv_head = 16 * c.d_k + 3 * size * c.d_v
+  attention = c.n_head * per_query_head + c.kv_heads * per_kv_head + 4 * size * c.d_model
   if c.gated:
     return c.n_layer * n_token * 2 * attention
-  return c.n_layer * n_token * (attention + (2 * c.mlp_width + 4 * c.d_model) * size)
-
-
-def resolve_remat(config: TransformerConfig, n_token: int) -> str:
-  """What `remat='auto'` stands for: 'none' where the residuals fit into memory, else 'layer'."""
-  if config.remat != "auto":
-    return config.remat
-  device = jax.devices()[0]
-  budget = _SHARE.get(device.platform, _ELSEWHERE) * device_memory_bytes(device)
-  return "none" if activation_bytes(config, n_token) <= budget else "layer"
+  mlp = size * (2 * c.mlp_width + 4 * c.d_model)
+  return c.n_layer * n_token * (attention + mlp)
 
 
 def device_memory_bytes(device: jax.Device) -> int:
-  """The memory of a device; of a CPU, that of the machine."""
+  """Returns the memory that JAX may use on `device`; on a CPU, the machine's physical memory."""
   if device.platform == "cpu":
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   stats = device.memory_stats() or {}
-  return stats.get("bytes_limit", 16 * 2**30)
+  return stats.get("bytes_limit", _DEFAULT_MEMORY_BYTES)

@@ -1,14 +1,14 @@
-"""The Transformer-VQ: embeddings, N layers of two branches, logits.
+"""The Transformer-VQ: embeddings, N layers of two residual branches each, logits.
 
 Letters: B batch, T tokens, D model width, X vocabulary, N layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -16,72 +16,28 @@ import jax.numpy as jnp
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import attention_layer, layers
 from tvq_haiku.model import remat as remat_lib
+from tvq_haiku.model.state import TransformerState, initial_state
 from tvq_haiku.ops import padding
 from tvq_haiku.parallel import sharding
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import checks
 
-_UNROLLED = 4  # layers
-_SAVED = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+# Models of at most this many layers are unrolled: a loop copies all that each layer keeps for the
+# backward pass.
+_MAX_UNROLLED_LAYERS = 4
 
-
-class TransformerState(NamedTuple):
-  """What the model remembers: constant in size, whatever the length of the context."""
-
-  document: Array  # [B] int32: the document of the last token; -1 before the first
-  position: Array  # [B] int32: tokens read of it (of everything, with doc_mask=False)
-  attention_1: attention_layer.State  # every field [N, ...]
-  attention_2: attention_layer.State | None  # every field [N, ...]; None: an MLP is there instead
+# States of the two branches of one layer; None if the second branch is an MLP.
+_LayerStates = tuple[attention_layer.State, attention_layer.State | None]
 
 
 class TransformerOutput(NamedTuple):
-  """What one call of the model returns."""
+  """The result of one call of the model."""
 
-  logits: Array  # [B, T, X] f32, of the token that follows each input; e_scale included
-  state: TransformerState
-  commit_loss: Array  # [] f32: summed over heads, attentions and layers
-  codebook_loss: Array  # [] f32: zero in value; its gradient moves the codebook
-  metrics: dict[str, Array]  # scalars, averaged over attentions; empty unless asked for
-
-
-def initial_state(config: TransformerConfig, batch_size: int) -> TransformerState:
-  """The state before the first token.
-
-  >>> config = TransformerConfig.tiny()
-  >>> initial_state(config, 3).attention_1.cache_means.shape  # N, B, G, S, V
-  (2, 3, 1, 16, 64)
-  """
-  if batch_size < 1:
-    raise ValueError(f"initial_state: batch_size={batch_size} must be at least 1.")
-  return _initial_state(config, batch_size)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _initial_state(config: TransformerConfig, batch_size: int) -> TransformerState:
-  one = attention_layer.initial_state(config, batch_size)
-
-  def stack() -> attention_layer.State:
-    return jax.tree.map(lambda x: jnp.repeat(x[None], config.n_layer, axis=0), one)
-
-  return TransformerState(
-    document=jnp.full((batch_size,), -1, jnp.int32),
-    position=jnp.zeros((batch_size,), jnp.int32),
-    attention_1=stack(),
-    attention_2=stack() if config.gated else None,
-  )
-
-
-def map_batch_axis(
-  function: Callable[[Array, int], Array], state: TransformerState, *, first: int = 0
-) -> TransformerState:
-  """`function(field, axis of its rows)` of every field; axes count from `first`."""
-
-  def fields(axis: int, part: Any) -> Any:
-    return jax.tree.map(lambda x: function(x, axis), part)
-
-  return TransformerState(
-    *(fields(first, part) for part in state[:2]), *(fields(first + 1, part) for part in state[2:])
-  )
+  logits: Array  # [B, T, X] f32: of the token that follows each input, multiplied by e_scale
+  state: TransformerState  # after the T tokens
+  commit_loss: Array  # [] f32: sum over heads, attentions and layers; 0 unless is_training
+  codebook_loss: Array  # [] f32: always 0; its gradient updates the codebook's moving averages
+  metrics: dict[str, Array]  # [] f32 each: means over attentions; empty unless with_metrics
 
 
 class Transformer(hk.Module):
@@ -102,121 +58,186 @@ class Transformer(hk.Module):
     sequence_rng: Array | None = None,
     with_metrics: bool = False,
   ) -> TransformerOutput:
-    """Reads T tokens after those that `state` remembers.
+    """Reads T tokens, which follow those that `state` remembers.
 
     Args:
-      tokens: [B, T] integers in [0, X); any T.
-      state: from `initial_state` or a previous call. An encoder (causal=False) takes every call
-        for a text of its own, and gives the state back as it was.
-      doc_ids: [B, T] int32. With `doc_mask`, tokens attend their own document only, and absolute
-        positions count from its start. Negative: padding, anywhere in a row; it is not attended
-        or remembered, and its logits mean nothing. None: no padding, and all tokens continue the
-        document of the state.
-      loss_mask: [B, T] weights of the commit loss and of the codebook's averages. None: ones.
-      is_training: switches dropout and the quantizer's losses on.
-      sequence_rng: seeds sinusoid dropout and LayerDrop, whose masks all windows of a sequence
-        share. None: drawn from the transform's rng.
-      with_metrics: also compute `metrics`.
+      tokens: [B, T] integers in [0, X); any T >= 1.
+      state: from `initial_state` or a previous call. An encoder (causal=False) does not use it and
+        returns it unchanged: every call is a sequence of its own.
+      doc_ids: [B, T] int32 document of each token. With `doc_mask`, tokens attend only to their own
+        document, and absolute positions restart with each document. Negative ids mark padding,
+        which may be anywhere: it is neither attended nor remembered, and its logits are undefined.
+        None: there is no padding, and all tokens continue the document of the state.
+      loss_mask: [B, T] weights of the tokens in the commitment loss and in the moving averages of
+        the codebook. None: all ones.
+      is_training: whether to apply dropout and to compute the losses of the quantizer.
+      sequence_rng: key of the masks that all windows of a sequence share (dropout of sinusoids, and
+        LayerDrop). None: drawn from the rng of the transform.
+      with_metrics: whether to compute the metrics of the quantizer.
 
     Returns:
       A `TransformerOutput`.
+
+    Raises:
+      ValueError, TypeError: an argument has a wrong shape, dtype or range; the message names it.
     """
     c = self._config
-    checks.check_tokens(tokens, c.n_vocab)
-    checks.check_mask("doc_ids", doc_ids, tokens)
-    checks.check_mask("loss_mask", loss_mask, tokens)
-    checks.check_state(state, initial_state, c, tokens.shape[0])
-    # To an encoder every call is a text of its own.
-    before = state if c.causal else initial_state(c, tokens.shape[0])
-    row = padding.compact(tokens, before.document, doc_ids, loss_mask)
+    self._check_arguments(tokens, state, doc_ids, loss_mask)
+    start = state if c.causal else initial_state(c, tokens.shape[0])
+    batch = padding.compact(tokens, start.document, doc_ids, loss_mask)
     index, document, position = padding.document_positions(
-      row, before.document, before.position, restart=c.doc_mask
+      batch, start.document, start.position, restart=c.doc_mask
     )
     context = attention_layer.LayerContext(
-      doc_ids=row.doc_ids if c.doc_mask else None,
-      lengths=row.lengths,
-      is_token=row.is_token,
-      loss_mask=row.loss_mask,
+      doc_ids=batch.doc_ids if c.doc_mask else None,
+      lengths=batch.lengths,
+      is_token=batch.is_token,
+      loss_mask=batch.loss_mask,
       is_training=is_training,
       with_metrics=with_metrics,
     )
-
     embedding = layers.TokenEmbedding(n_vocab=c.n_vocab, d_model=c.d_model, name="embedding")
-    x = embedding(row.tokens)
-    if c.pe_abs:
-      x += layers.AbsolutePositions(width=c.d_model, lam=c.pe_lam, name="position")(index)
-    if is_training and c.p_dropemb:
-      x = layers.dropout(hk.next_rng_key(), c.p_dropemb, x)
-    x = sharding.constrain(x.astype(c.policy.output_dtype), sharding.BATCH_AXES, "sequence")
-    with layers.mixed_precision(c.policy):
-      x, branches = self._layers(x, state, context, sequence_rng)
-    x = padding.restore(x, row)
-    if c.e_preln:
-      x = layers.RMSNorm(name="norm")(x)
-    x = x.astype(c.compute_dtype)
-    unembed = embedding.logits if c.e_tie else layers.Unembedding(c.n_vocab, name="unembedding")
+    x = self._embed(embedding, batch.tokens, index, is_training)
+    x, branches = self._apply_layers(x, state, context, sequence_rng)
+    x = padding.restore(x, batch)
+    if c.causal:
+      states = [branch.state for branch in branches]
+      state = TransformerState(document, position, states[0], states[1] if c.gated else None)
     return TransformerOutput(
-      logits=unembed(x) * c.e_scale,
-      state=state
-      if not c.causal
-      else TransformerState(
-        document, position, branches[0].state, branches[1].state if c.gated else None
-      ),
+      logits=self._logits(embedding, x),
+      state=state,
       commit_loss=sum(jnp.sum(branch.commit_loss) for branch in branches),
       codebook_loss=sum(jnp.sum(branch.codebook_loss) for branch in branches),
       metrics=jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *(b.metrics for b in branches)),
     )
 
+  def _check_arguments(
+    self,
+    tokens: Array,
+    state: TransformerState,
+    doc_ids: Array | None,
+    loss_mask: Array | None,
+  ) -> None:
+    checks.check_tokens(tokens, self._config.n_vocab)
+    checks.check_mask("doc_ids", doc_ids, tokens)
+    checks.check_mask("loss_mask", loss_mask, tokens)
+    checks.check_state(state, initial_state, self._config, tokens.shape[0])
+
   @hk.transparent
-  def _layers(
+  def _embed(
+    self, embedding: layers.TokenEmbedding, tokens: Array, index: Array, is_training: bool
+  ) -> Array:
+    """Returns the input of the first layer: tokens and index [B, T] -> [B, T, D]."""
+    c = self._config
+    chex.assert_equal_shape([tokens, index])
+    x = embedding(tokens)
+    if c.pe_abs:
+      x += layers.AbsolutePositions(width=c.d_model, lam=c.pe_lam, name="position")(index)
+    if is_training and c.p_dropemb:
+      x = layers.dropout(hk.next_rng_key(), c.p_dropemb, x)
+    return sharding.constrain(x.astype(c.policy.output_dtype), sharding.BATCH_AXES, "sequence")
+
+  @hk.transparent
+  def _apply_layers(
     self,
     x: Array,
     state: TransformerState,
     context: attention_layer.LayerContext,
     sequence_rng: Array | None,
-  ):
-    """N layers as one scanned layer: compile time does not grow with N."""
+  ) -> tuple[Array, tuple[attention_layer.BranchOutput, ...]]:
+    """Applies the N layers as one scanned layer, so that compile time does not grow with N.
+
+    Args:
+      x: [B, T, D] output of the embedding.
+      state: of the model.
+      context: documents, padding and masks of the batch.
+      sequence_rng: see `__call__`.
+
+    Returns:
+      [B, T, D], and the outputs of the one or two attentions of a layer, stacked along N.
+    """
     c = self._config
-    keys = None
+    rngs = None
     if context.is_training and (c.p_dropsin or c.p_droplyr):
       sequence_rng = hk.next_rng_key() if sequence_rng is None else sequence_rng
-      keys = jax.random.split(sequence_rng, (c.n_layer, 2))
-
+      rngs = jax.random.split(sequence_rng, (c.n_layer, 2))
     n_token = sharding.per_device(x.shape[0] * x.shape[1])
-    c = c.replace(remat=remat_lib.resolve_remat(c, n_token))
+    config = c.replace(remat=remat_lib.resolve_remat(c, n_token))
 
-    def layer(x: Array, states, keys):
-      first, second = (None, None) if keys is None else keys
-      x, output = attention_layer.AttentionLayer(c, name="attention_1")(
-        x, states[0], context, first
-      )
-      if not c.gated:
-        return layers.add_branch(
-          x,
-          layers.MLP(c.mlp_width, name="mlp")(x),
-          p_dropres=c.p_dropres,
-          p_droplyr=c.p_droplyr,
-          rng=second,
-          is_training=context.is_training,
-        ), (output,)
-      x, other = attention_layer.AttentionLayer(c, name="attention_2")(
-        x, states[1], context, second
-      )
-      return x, (output, other)
+    def layer(x: Array, states: _LayerStates, rngs: Array | None):
+      return _apply_layer(config, x, states, context, rngs)
 
-    # A few layers are unrolled: a loop would copy what each of them keeps for the backward pass.
-    unroll = c.n_layer if c.n_layer <= _UNROLLED else 1
-    stack = hk.layer_stack(c.n_layer, with_per_layer_inputs=True, unroll=unroll, name="layers")
-    if c.remat in _SAVED:
-      layer = hk.remat(layer, policy=_SAVED[c.remat])
-    return stack(layer)(x, (state.attention_1, state.attention_2), keys)
+    stack = hk.layer_stack(
+      c.n_layer,
+      with_per_layer_inputs=True,
+      unroll=c.n_layer if c.n_layer <= _MAX_UNROLLED_LAYERS else 1,
+      name="layers",
+    )
+    with layers.mixed_precision(c.policy):
+      return stack(remat_lib.remat_layer(layer, config.remat))(
+        x, (state.attention_1, state.attention_2), rngs
+      )
+
+  @hk.transparent
+  def _logits(self, embedding: layers.TokenEmbedding, x: Array) -> Array:
+    """Returns the logits of the next tokens: [B, T, D] -> [B, T, X] f32."""
+    c = self._config
+    chex.assert_shape(x, (None, None, c.d_model))
+    if c.e_preln:
+      x = layers.RMSNorm(name="norm")(x)
+    x = x.astype(c.compute_dtype)
+    unembed = embedding.logits if c.e_tie else layers.Unembedding(c.n_vocab, name="unembedding")
+    return unembed(x) * c.e_scale
+
+
+def _apply_layer(
+  config: TransformerConfig,
+  x: Array,
+  states: _LayerStates,
+  context: attention_layer.LayerContext,
+  rngs: Array | None,
+) -> tuple[Array, tuple[attention_layer.BranchOutput, ...]]:
+  """Applies both residual branches of one layer.
+
+  Args:
+    config: configuration of the model; `remat` is not 'auto'.
+    x: [B, T, D] residual stream.
+    states: of the layer's attentions; the second one is None if the second branch is an MLP.
+    context: documents, padding and masks of the batch.
+    rngs: [2] keys of the masks that all windows of a sequence share; None without dropout.
+
+  Returns:
+    [B, T, D], and the outputs of the one or two attentions.
+  """
+  rng_1, rng_2 = (None, None) if rngs is None else rngs
+  first = attention_layer.AttentionLayer(config, name="attention_1")
+  x, output_1 = first(x, states[0], context, rng_1)
+  if config.gated:
+    second = attention_layer.AttentionLayer(config, name="attention_2")
+    x, output_2 = second(x, states[1], context, rng_2)
+    return x, (output_1, output_2)
+  x = layers.add_branch(
+    x,
+    layers.MLP(config.mlp_width, name="mlp")(x),
+    p_dropres=config.p_dropres,
+    p_droplyr=config.p_droplyr,
+    rng=rng_2,
+    is_training=context.is_training,
+  )
+  return x, (output_1,)
 
 
 def make_transformer(config: TransformerConfig) -> hk.Transformed:
-  """The model as a pair of pure functions.
+  """Returns the model as a pair of pure functions, `init` and `apply`.
 
-  `init(rng, tokens, state)` and `apply(params, rng, tokens, state, doc_ids=None, loss_mask=None,
-  is_training=False, sequence_rng=None, with_metrics=False)`, as in `Transformer.__call__`.
+  Args:
+    config: configuration of the model.
+
+  Returns:
+    `init(rng, tokens, state)` -> parameters, and `apply(params, rng, tokens, state, doc_ids=None,
+    loss_mask=None, is_training=False, sequence_rng=None, with_metrics=False)` ->
+    `TransformerOutput`. The arguments are those of `Transformer.__call__`; `rng` may be None
+    without dropout.
 
   >>> config = TransformerConfig.tiny()
   >>> model = make_transformer(config)
@@ -227,14 +248,14 @@ def make_transformer(config: TransformerConfig) -> hk.Transformed:
   """
 
   def forward(
-    tokens,
-    state,
-    doc_ids=None,
-    loss_mask=None,
-    is_training=False,
-    sequence_rng=None,
-    with_metrics=False,
-  ):
+    tokens: Array,
+    state: TransformerState,
+    doc_ids: Array | None = None,
+    loss_mask: Array | None = None,
+    is_training: bool = False,
+    sequence_rng: Array | None = None,
+    with_metrics: bool = False,
+  ) -> TransformerOutput:
     return Transformer(config, name="transformer")(
       tokens,
       state,
@@ -249,13 +270,22 @@ def make_transformer(config: TransformerConfig) -> hk.Transformed:
 
 
 def params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-  """Shapes and types of all parameters of `make_transformer(config)`, without computing any.
+  """Returns shapes and dtypes of the parameters of `make_transformer(config)`; computes none.
 
   >>> shapes = params_shapes(TransformerConfig.tiny())
   >>> shapes["transformer/embedding"]["embeddings"].shape
   (259, 32)
   """
   return {module: dict(leaves) for module, leaves in _params_shapes(config).items()}
+
+
+@functools.cache
+def _params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  def init(rng: Array) -> hk.Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return make_transformer(config).init(rng, tokens, initial_state(config, 1))
+
+  return jax.eval_shape(init, jax.random.key(0))
 
 
 def check_params(params: Params, config: TransformerConfig) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tvq_haiku.config import TransformerConfig
+from tvq_haiku.model import state as state_lib
 from tvq_haiku.model import transformer
 from tvq_haiku.training import losses, optimizers
 from tvq_haiku.types import Array, Batch
@@ -61,7 +62,7 @@ def loss_gradients(
   parts = (
     jnp.arange(n_part),
     jax.tree.map(lambda x: _deal(x, 0, n_part), dict(batch)),
-    transformer.map_batch_axis(lambda x, axis: _deal(x, axis, n_part), state),
+    state_lib.map_batch_axis(lambda x, axis: _deal(x, axis, n_part), state),
   )
   totals, _ = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), totals)
@@ -74,7 +75,7 @@ def loss_gradients(
   *means, nats, weight = totals
   loss, commit, metrics, gradients = jax.tree.map(lambda x: x / n_part, means)
   loss_lm = nats / jnp.where(weight > 0.0, weight, 1.0)
-  state = transformer.map_batch_axis(_collect, state, first=1)
+  state = state_lib.map_batch_axis(_collect, state, first=1)
   # Each part pulled the averages all the way to its own share of the sums.
   gradients = optimizers.map_codebook(
     lambda mean, p: n_part * mean - (n_part - 1) * (1.0 - config.c_gamma) * p, gradients, params

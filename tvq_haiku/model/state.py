@@ -1,0 +1,82 @@
+"""The state of the model between two calls: the states of all its attentions, stacked.
+
+Letters: B batch, N layers. The fields of one attention's state are in `attention.state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tvq_haiku.config import TransformerConfig
+from tvq_haiku.model import attention_layer
+from tvq_haiku.types import Array, ArrayTree
+
+
+class TransformerState(NamedTuple):
+  """The model's memory of the tokens that it has read. Its size does not depend on their number."""
+
+  document: Array  # [B] int32: document of the last token; -1 before the first token
+  position: Array  # [B] int32: tokens read of this document (with doc_mask=False: of all documents)
+  attention_1: attention_layer.State  # every field [N, B, ...]
+  attention_2: attention_layer.State | None  # every field [N, B, ...]; None if layers have an MLP
+
+
+def initial_state(config: TransformerConfig, batch_size: int) -> TransformerState:
+  """Returns the state before the first token.
+
+  Args:
+    config: configuration of the model.
+    batch_size: B.
+
+  Raises:
+    ValueError: `batch_size` is less than 1.
+
+  >>> config = TransformerConfig.tiny()
+  >>> initial_state(config, 3).attention_1.cache_means.shape  # N, B, G, S, V
+  (2, 3, 1, 16, 64)
+  """
+  if batch_size < 1:
+    raise ValueError(f"initial_state: batch_size={batch_size} must be at least 1.")
+  return _initial_state(config, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initial_state(config: TransformerConfig, batch_size: int) -> TransformerState:
+  state = attention_layer.initial_state(config, batch_size)
+
+  def all_layers() -> attention_layer.State:
+    return jax.tree.map(lambda x: jnp.repeat(x[None], config.n_layer, axis=0), state)
+
+  return TransformerState(
+    document=jnp.full((batch_size,), -1, jnp.int32),
+    position=jnp.zeros((batch_size,), jnp.int32),
+    attention_1=all_layers(),
+    attention_2=all_layers() if config.gated else None,
+  )
+
+
+def map_batch_axis(
+  function: Callable[[Array, int], Array], state: TransformerState, *, first: int = 0
+) -> TransformerState:
+  """Applies a function that needs to know the batch axis to every field of a state.
+
+  Args:
+    function: called as `function(field, batch_axis)`.
+    state: a `TransformerState`, whose fields may have additional leading axes.
+    first: number of the additional leading axes.
+  """
+
+  def map_fields(fields: ArrayTree, axis: int) -> ArrayTree:
+    return jax.tree.map(lambda x: function(x, axis), fields)
+
+  return TransformerState(
+    document=function(state.document, first),
+    position=function(state.position, first),
+    attention_1=map_fields(state.attention_1, first + 1),
+    attention_2=map_fields(state.attention_2, first + 1),
+  )
