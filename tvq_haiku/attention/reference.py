@@ -4,20 +4,22 @@ The algorithm twice, with no tricks: first over all pairs of tokens, then token 
 memory. Both compute the same values. `vq_attention` computes them in linear time, block by block,
 and the tests compare it with this file.
 
-  paper                                code                           meaning
-  q_i, k_j, v_j                        q [B,T,H,K], k [B,T,G,K],      queries, keys, values
-                                       v [B,T,G,V]
-  codebook C, of S codes               codebook [G,S,K]               one codebook per key head
-  shortcode z_j                        codes [B,T,G]                  index of the code nearest to k_j
-  VQ(k_j; C), vector-quantized key     k_hat [B,T,G,K]                the code itself: C at z_j
-  block of length L                    block_len                      queries computed together
-  biases of Transformer-XL             content_bias u, position_bias  added to q in the two scores
-                                       [H,K]
-  compressive cache                    counts [B,G,S],                tokens of each code that have left
-                                       means [B,G,S,V]                the window, and their mean value
+  paper                         code                       meaning
+  q_i                           q [B,T,H,K]                queries
+  k_j, v_j                      k [B,T,G,K], v [B,T,G,V]   keys and values
+  codebook C of S codes         codebook [G,S,K]           one codebook for each key head
+  shortcode z_j                 codes [B,T,G]              index of the code nearest to k_j
+  VQ(k_j; C)                    k_hat [B,T,G,K]            the vector-quantized key: C at z_j
+  block of length L             block_len                  tokens that are attended together
+  biases of Transformer-XL      content_bias u [H,K],      added to q in the content score and
+                                position_bias w [H,K]      in the position score
+  relative positions            relative_keys r [M+1,G,K]  one key for each distance
+  compressive cache             counts n [B,G,S],          number of tokens of each code that left
+                                means m [B,G,S,V]          the window, and their mean value
 
 Letters: B batch, T tokens, H query heads, G key/value heads, P = H/G query heads for each of them,
-S codes, K key width, V value width, M memory length. Query i has relative bias up to distance M.
+S codes, K key width, V value width, M memory length: the reach of the relative bias. The paper
+calls the second bias v; it is w here, because v are the values.
 
 Sections of the paper (Lingle 2024, arXiv 2309.16354): `quadratic_attention` is its quadratic-time
 formulation; `recurrent_attention` is its linear-time decoder attention with blocks of one token.
@@ -63,9 +65,22 @@ def quadratic_attention(
 ) -> Array:
   """Computes attention over all pairs of tokens, in O(T^2) time and memory.
 
-  Args: as those of `vq_attention`, which start from an empty state here. `block_len` changes
-    gradients alone; None: one block. With `codebook=None` it is `full_attention`: keys are not
-    quantized, and tokens farther than M are masked.
+  Args:
+    q: [B, T, H, K] queries. Head h reads key/value head h // (H/G).
+    k: [B, T, G, K] keys.
+    v: [B, T, G, V] values.
+    codebook: [G, S, K]. None: as `full_attention`, keys are not quantized, and tokens farther than
+      M are masked.
+    mem_len: M.
+    block_len: L. It changes gradients alone: a key gets a gradient from the queries of its own
+      block and from those that follow within M. None: T.
+    is_causal: False: each token attends those before and after it.
+    relative_keys: [M+1, G, K] r_0, ..., r_M; if not causal [2M+1, G, K] r_-M, ..., r_M. None: zero.
+    content_bias: [H, K] u. None: zero.
+    position_bias: [H, K] w. None: zero.
+    segment_ids: [B, T] int32: tokens attend only tokens of their own segment. None: one segment.
+    lengths: [B] int32: number of tokens before the padding at the end of each row. None: all T.
+    agg_cache: False masks tokens farther than M.
 
   Returns:
     [B, T, H, V].
@@ -125,7 +140,15 @@ def recurrent_attention(
   All tokens of one code that have left the window have the same score. So they act together like
   one key C_s with logit (q_i + u)·C_s + log n_s, and their mean value m_s.
 
-  Args: as those of `quadratic_attention`.
+  Args:
+    q: [B, T, H, K] queries.
+    k: [B, T, G, K] keys.
+    v: [B, T, G, V] values.
+    codebook: [G, S, K].
+    mem_len: M.
+    relative_keys: [M+1, G, K] r_0, ..., r_M.
+    content_bias: [H, K] u.
+    position_bias: [H, K] w.
 
   Returns:
     [B, T, H, V].
