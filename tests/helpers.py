@@ -123,3 +123,11 @@ def apply(config, params, tokens, state=None, **kwargs):
 def jitted(config):
   model = tvq.make_transformer(config)
   return jax.jit(lambda p, t, s, kwargs: model.apply(p, None, t, s, **kwargs))
+
+
+def make_checkpoint(step=0):
+  """A checkpoint of RUN after `step` updates, with random parameters that depend on `step`."""
+  params = random_params(RUN, seed=step)
+  state = tvq.init_train_state(RUN, RUN_TRAINING, jax.random.key(0), params)
+  state = state._replace(step=jnp.int32(step))
+  return tvq.Checkpoint(RUN, RUN_TRAINING, state, jax.random.key(1), step // 2)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,14 @@ import numpy as np
 import pytest
 
 import tvq_haiku as tvq
-from tvq_haiku.checkpoint import checkpoint_writer, run_directory
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.model import quantizer
 from tvq_haiku.parallel import sharding
 from tvq_haiku.run import best_checkpoint, trainer
 from tvq_haiku.training import losses, nan_debug
 from tvq_haiku.training import train_step as train_step_lib
 
+from damage import damage
 import helpers
 from helpers import assert_same
 import privileges
@@ -230,117 +230,35 @@ def saved(tmp_path_factory):
   return workdir, trainer.fit(CONFIG, TRAIN, helpers.run_batches(), workdir, save_seconds=0.0)
 
 
-def harm(directory, kind):
-  """Damages a checkpoint; `kind` says how."""
-  files = [f for f in directory.rglob("*") if f.is_file() and f.name != "manifest.json"]
-  largest = max(files, key=lambda f: f.stat().st_size)
-  content = largest.read_bytes()
-  middle = len(content) // 2
-  match kind:
-    case "truncated":
-      largest.write_bytes(content[:middle])
-    case "one bit flipped":
-      largest.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    case "missing":
-      largest.unlink()
-    case "empty":
-      largest.write_bytes(b"")
-    case "no permission":
-      largest.chmod(0)
-    case "directory without permission":
-      directory.chmod(0)
-    case "all missing":
-      for file in files:
-        file.unlink()
-    case "manifest missing, truncated":
-      (directory / "manifest.json").unlink()
-      largest.write_bytes(content[:middle])
-    case "manifest broken":
-      (directory / "manifest.json").write_text("{")
-
-
-HARMS = (
-  "truncated",
-  "one bit flipped",
-  "missing",
-  "empty",
-  "no permission",
-  "directory without permission",
-  "all missing",
-  "manifest missing, truncated",
-  "manifest broken",
-)
-
-
 class TestDamage:
-  # Orbax leaves coroutines behind where it fails.
+  # Orbax leaves coroutines behind when it fails.
   @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-  @pytest.mark.parametrize("kind", HARMS)
-  def test_the_last_good_checkpoint_is_used(self, saved, tmp_path, capsys, kind):
-    shutil.copytree(saved[0], tmp_path / "run")
-    workdir = tmp_path / "run"
+  @pytest.mark.parametrize("kind", ["one bit flipped", "directory without permission"])
+  def test_run_resumes_from_the_newest_intact_checkpoint(self, saved, tmp_path, capsys, kind):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
     assert run_directory.saved_steps(workdir) == [10, 12]
-    harm(workdir / "checkpoints" / "12", kind)
+    damage(workdir / "checkpoints" / "12", kind)
     with privileges.none():
-      assert int(tvq.load_checkpoint(workdir).train_state.step) == 10
-      assert run_directory.saved_steps(workdir) == [10, 12]  # reading changes nothing
-      assert f"warning: {workdir}/checkpoints/12 is damaged" in capsys.readouterr().err
       end = trainer.fit(CONFIG, TRAIN, helpers.run_batches(), workdir)
+    assert f"warning: {workdir}/checkpoints/12 is damaged" in capsys.readouterr().err
     assert_same(end.train_state, saved[1].train_state)
     assert_same(tvq.load_checkpoint(workdir).train_state, saved[1].train_state)
     assert [p.name for p in (workdir / "damaged").iterdir()] == ["12"]
 
-  def test_a_checkpoint_that_was_half_written_is_not_one(self, saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "run")
-    steps = tmp_path / "run" / "checkpoints"
+  def test_run_resumes_before_an_incomplete_checkpoint(self, saved, tmp_path):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
+    steps = workdir / "checkpoints"
     (steps / "12").rename(steps / "12.orbax-checkpoint-tmp-7")
-    assert int(tvq.load_checkpoint(tmp_path / "run").train_state.step) == 10
-    end = trainer.fit(CONFIG, TRAIN, helpers.run_batches(), tmp_path / "run")
+    end = trainer.fit(CONFIG, TRAIN, helpers.run_batches(), workdir)
     assert_same(end.train_state, saved[1].train_state)
 
-  def test_all_are_damaged(self, saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "run")
+  def test_run_does_not_start_anew_if_all_checkpoints_are_damaged(self, saved, tmp_path):
+    workdir = shutil.copytree(saved[0], tmp_path / "run")
     for step in ("10", "12"):
-      harm(tmp_path / "run" / "checkpoints" / step, "empty")
-    with pytest.raises(
-      tvq.CheckpointError, match=r"checkpoints/12 is damaged .* No older checkpoint can be loaded"
-    ):
-      tvq.load_checkpoint(tmp_path / "run")
+      damage(workdir / "checkpoints" / step, "empty")
     with pytest.raises(tvq.CheckpointError, match="No older checkpoint"):
-      trainer.fit(CONFIG, TRAIN, helpers.run_batches(), tmp_path / "run")
-
-  def test_a_full_disk_is_named(self, tmp_path, monkeypatch):
-    writer = checkpoint_writer.CheckpointWriter(tmp_path, CONFIG, TRAIN)
-
-    def full():
-      raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
-
-    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
-    with pytest.raises(
-      OSError, match=r"cannot write the checkpoint of step 0 to .*: no space left"
-    ):
-      with writer:
-        monkeypatch.setattr(writer._manager, "wait_until_finished", full)
-        writer.save(tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
-
-  def test_the_manifest_does_not_wait_for_the_next_checkpoint(self, tmp_path):
-    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
-    with checkpoint_writer.CheckpointWriter(tmp_path, CONFIG, TRAIN) as writer:
-      writer.save(tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
-      deadline = time.monotonic() + 30
-      while not (tmp_path / "checkpoints" / "0" / "manifest.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-  def test_training_may_go_on_in_the_memory_that_is_written(self, tmp_path):
-    config = CONFIG.replace(n_vocab=50_000)
-    state = tvq.init_train_state(config, TRAIN, jax.random.key(0))
-    want = jax.device_get(jax.tree.map(jnp.copy, state))
-    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    with checkpoint_writer.CheckpointWriter(tmp_path, config, TRAIN) as writer:
-      writer.save(tvq.Checkpoint(config, TRAIN, state, jax.random.key(1), 0))
-      jax.block_until_ready(overwrite(state))
-    assert_same(tvq.load_checkpoint(tmp_path).train_state, want)
+      trainer.fit(CONFIG, TRAIN, helpers.run_batches(), workdir)
+    assert run_directory.saved_steps(workdir) == [10, 12]
 
   def test_best_is_what_is_noted_even_if_a_later_one_is_there(self, tmp_path):
     """The process died before it noted its best, and went on from an older checkpoint."""

@@ -1,9 +1,6 @@
 """The loop and its checkpoints: what is saved is what goes on."""
 
-import json
 import os
-import re
-import shutil
 import signal
 import threading
 import time
@@ -228,7 +225,7 @@ def test_loop_runs_outside_of_the_main_thread(tmp_path):
 
 
 class TestCheckpoints:
-  def test_round_trip(self, finished):
+  def test_checkpoint_on_disk_is_the_one_returned(self, finished):
     workdir, saved = finished
     loaded = tvq.load_checkpoint(workdir)
     assert (loaded.config, loaded.train_cfg, loaded.data_step) == (CONFIG, TRAIN, saved.data_step)
@@ -236,102 +233,15 @@ class TestCheckpoints:
     assert_same(jax.random.key_data(loaded.rng), jax.random.key_data(saved.rng))
     assert jax.tree.structure(loaded.train_state) == jax.tree.structure(saved.train_state)
 
-  def test_bfloat16_momentum_survives(self, tmp_path):
-    train_cfg = TRAIN.replace(optimizer="lion")
-    state = tvq.init_train_state(CONFIG, train_cfg, jax.random.key(0))
-    tvq.save_checkpoint(tmp_path, tvq.Checkpoint(CONFIG, train_cfg, state, jax.random.key(1), 7))
-    loaded = tvq.load_checkpoint(tmp_path)
-    assert_same(loaded.train_state, state)
-    assert [x.dtype for x in jax.tree.leaves(loaded.train_state)] == [
-      x.dtype for x in jax.tree.leaves(state)
-    ]
-    assert loaded.data_step == 7
-
-  def test_old_ones_are_removed_and_each_can_be_had(self, tmp_path):
-    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
-    for step in (2, 4, 6):
-      now = tvq.Checkpoint(
-        CONFIG, TRAIN, state._replace(step=jnp.int32(step)), jax.random.key(1), 1
-      )
-      tvq.save_checkpoint(tmp_path, now)
-    assert run_directory.latest_step(tmp_path) == 6
-    assert int(tvq.load_checkpoint(tmp_path, step=4).train_state.step) == 4
-    with pytest.raises(tvq.CheckpointError, match=r"no checkpoint of step 2; it holds steps 4, 6"):
-      tvq.load_checkpoint(tmp_path, step=2)
-
-  def test_what_would_not_be_written_is_refused(self, tmp_path):
-    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
-    now = tvq.Checkpoint(CONFIG, TRAIN, state._replace(step=jnp.int32(4)), jax.random.key(1), 1)
-    tvq.save_checkpoint(tmp_path, now)
-    for step in (2, 4):
-      with pytest.raises(
-        tvq.CheckpointError, match=f"holds a checkpoint of step 4; a checkpoint of step {step}"
-      ):
-        tvq.save_checkpoint(
-          tmp_path, now._replace(train_state=state._replace(step=jnp.int32(step)))
-        )
+  def test_checkpoints_without_their_config_are_refused(self, tmp_path):
+    tvq.save_checkpoint(tmp_path, helpers.make_checkpoint(4))
     (tmp_path / "config.json").unlink()
-    for use in (
-      lambda: tvq.save_checkpoint(tmp_path, now),
-      lambda: trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path),
-    ):
-      with pytest.raises(tvq.CheckpointError, match=r"holds checkpoints but no config\.json"):
-        use()
+    with pytest.raises(tvq.CheckpointError, match=r"holds checkpoints but no config\.json"):
+      trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path)
 
   def test_another_seed_is_refused(self, finished):
     with pytest.raises(tvq.CheckpointError, match="another seed than 99"):
       trainer.fit(CONFIG, TRAIN, make_batches(), finished[0], seed=99)
-
-  def test_missing(self, tmp_path):
-    assert run_directory.latest_step(tmp_path / "nowhere") is None
-    with pytest.raises(tvq.CheckpointError, match=r"nowhere holds no checkpoint: config\.json"):
-      tvq.load_checkpoint(tmp_path / "nowhere")
-    assert not (tmp_path / "nowhere").exists()
-
-  def test_configuration_without_steps(self, finished, tmp_path):
-    (tmp_path / "config.json").write_text((finished[0] / "config.json").read_text())
-    with pytest.raises(tvq.CheckpointError, match="holds no checkpoint: checkpoints/ is empty"):
-      tvq.load_checkpoint(tmp_path)
-
-  @pytest.mark.parametrize(
-    "text",
-    [
-      "",
-      "{",
-      "[]",
-      "{}",
-      '{"format": 99, "model": {}, "train": {}}',
-      '{"format": 1, "model": {"n_vocab": -1}, "train": {}}',
-    ],
-  )
-  def test_configuration_that_cannot_be_read(self, tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(tvq.CheckpointError, match=r"config\.json is damaged or was written"):
-      tvq.load_checkpoint(tmp_path)
-
-  @pytest.mark.parametrize("harm", ["truncate", "remove", "empty", "flip"])
-  def test_damage_is_found(self, tmp_path, harm):
-    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
-    tvq.save_checkpoint(tmp_path, tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
-    files = [f for f in (tmp_path / "checkpoints" / "0").rglob("*") if f.is_file()]
-    largest = max(files, key=lambda f: f.stat().st_size)
-    content = largest.read_bytes()
-    if harm == "remove":
-      largest.unlink()
-    else:
-      middle = len(content) // 2
-      flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-      largest.write_bytes({"truncate": content[:middle], "empty": b"", "flip": flipped}[harm])
-    problem = f"{re.escape(largest.name)} {'is missing' if harm == 'remove' else 'has changed'}"
-    with pytest.raises(
-      tvq.CheckpointError, match=f"checkpoints/0 is damaged or incomplete: .*{problem}"
-    ):
-      tvq.load_checkpoint(tmp_path)
-
-  def test_death_before_the_manifest_loses_nothing(self, finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "12" / "manifest.json").unlink()
-    assert_same(tvq.load_checkpoint(tmp_path / "run").train_state, finished[1].train_state)
 
   def test_another_configuration_is_refused_by_name(self, finished):
     with pytest.raises(
@@ -343,18 +253,3 @@ class TestCheckpoints:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to the directory .*file/run: Not a directory"):
       trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path / "file" / "run")
-
-  def test_missing_extra_is_named(self, monkeypatch, tmp_path):
-    def missing(name):
-      raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr("importlib.import_module", missing)
-    state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0))
-    with pytest.raises(
-      ImportError, match=r"checkpoints need orbax.*pip install 'tvq_haiku\[train\]'"
-    ):
-      tvq.save_checkpoint(tmp_path, tvq.Checkpoint(CONFIG, TRAIN, state, jax.random.key(1), 0))
-
-  def test_configuration_is_json_beside_the_steps(self, finished):
-    settings = json.loads((finished[0] / "config.json").read_text())
-    assert settings["model"]["n_code"] == 6 and settings["train"]["n_max_step"] == 12

@@ -1,0 +1,108 @@
+"""The files of a run, apart from the arrays of its checkpoints."""
+
+import pytest
+
+from tvq_haiku.checkpoint import run_directory
+from tvq_haiku.checkpoint.run_directory import CheckpointError
+
+import helpers
+import privileges
+
+CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A run's directory with its configuration, and steps without content."""
+  run_directory.write_config(tmp_path, CONFIG, TRAIN)
+  for name in ("4", "12", "10", "14.orbax-checkpoint-tmp-7"):
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+  return tmp_path
+
+
+def test_complete_steps_are_listed_in_ascending_order(run):
+  assert run_directory.saved_steps(run) == [4, 10, 12]
+  assert run_directory.latest_step(run) == 12
+  assert run_directory.has_checkpoint(run)
+
+
+def test_directory_without_checkpoints(tmp_path):
+  for directory in (tmp_path, tmp_path / "nowhere"):
+    assert not run_directory.has_checkpoint(directory)
+    assert run_directory.saved_steps(directory) == []
+    assert run_directory.latest_step(directory) is None
+  run_directory.write_config(tmp_path, CONFIG, TRAIN)
+  assert not run_directory.has_checkpoint(tmp_path)
+  assert run_directory.latest_step(tmp_path) is None
+
+
+def test_checkpoints_without_a_config(run):
+  (run / "config.json").unlink()
+  assert run_directory.latest_step(run) is None
+  with pytest.raises(CheckpointError, match=r"checkpoints but no config\.json.* Restore the file"):
+    run_directory.has_checkpoint(run)
+
+
+def test_config_round_trip(run):
+  assert run_directory.load_config(run) == (CONFIG, TRAIN)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "{",
+    "[]",
+    "{}",
+    '{"format": 99, "model": {}, "train": {}}',
+    '{"format": 1, "model": {"n_vocab": -1}, "train": {}}',
+  ],
+)
+def test_damaged_config_is_named(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(CheckpointError, match=r"config\.json is damaged or was written by"):
+    run_directory.load_config(tmp_path)
+
+
+def test_all_fields_that_differ_are_named(run):
+  with pytest.raises(
+    CheckpointError,
+    match=r"configuration: n_code is 6 in the run, 7 here; lr_max is 0.01 in the run, 0.02 here\.",
+  ):
+    run_directory.check_same_run(run, CONFIG.replace(n_code=7), TRAIN.replace(lr_max=0.02))
+
+
+def test_fields_that_do_not_change_results_may_differ(run):
+  changed = CONFIG.replace(remat="layer", reduction="scan"), TRAIN.replace(n_accumulate=2)
+  run_directory.check_same_run(run, *changed)
+
+
+def test_later_checkpoints_are_set_aside(run):
+  (run / "damaged" / "12").mkdir(parents=True)  # from an earlier time
+  run_directory.set_aside_later(run, after=4)
+  assert run_directory.saved_steps(run) == [4]
+  assert sorted(p.name for p in (run / "damaged").iterdir()) == ["10", "12", "12-2"]
+  run_directory.set_aside_later(run, after=4)
+  assert run_directory.saved_steps(run) == [4]
+
+
+def test_checkpoint_without_permissions_is_set_aside(run):
+  (run / "checkpoints" / "12").chmod(0)
+  with privileges.none():
+    run_directory.set_aside_later(run, after=10)
+  assert run_directory.saved_steps(run) == [4, 10]
+
+
+def test_checkpoint_that_cannot_be_moved_is_named(run):
+  (run / "checkpoints").chmod(0o555)
+  try:
+    with (
+      privileges.none(),
+      pytest.raises(
+        CheckpointError,
+        match=r"/12 can be neither loaded nor moved to .*/damaged/12 \(Permission denied\)",
+      ),
+    ):
+      run_directory.set_aside_later(run, after=10)
+  finally:
+    (run / "checkpoints").chmod(0o755)
