@@ -1,42 +1,38 @@
-"""One text that grows from both sides: what is fed to the model, and what it writes, piece by piece."""
+"""Conversations: a model's state is kept between prompts, and its text is streamed in chunks."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.data.vocabulary import ByteVocabulary
-from tvq_haiku.generation import decoder as decoder_lib
-from tvq_haiku.generation import generate as generate_lib
-from tvq_haiku.generation import sampling
+from tvq_haiku.generation import decoder, decoder_weights, prefill, sample_loop, sampling, stopping
 from tvq_haiku.model import transformer
-from tvq_haiku.types import Array
+from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import checks
 
-_CHUNK = 16  # tokens drawn between two pieces
+_CHUNK_LEN = 16  # tokens sampled before each chunk of text
 
 
 class Conversation:
-  """A byte-level model's state, kept between prompts.
+  """The state of a byte-level model, kept between prompts.
 
   >>> import jax
-  >>> import numpy as np
   >>> config = TransformerConfig.tiny()
   >>> params = transformer.make_transformer(config).init(
   ...     jax.random.key(0), np.ones((1, 1), np.int32), transformer.initial_state(config, 1))
-  >>> talk = Conversation(params, config, rng=jax.random.key(1), temperature=0.8)
-  >>> for piece in talk.write("It was ", max_new_tokens=20):
-  ...   pass  # print(piece, end="", flush=True)
-  >>> text = "".join(talk.write("A second prompt goes on from there. ", max_new_tokens=20))
+  >>> conversation = Conversation(params, config, rng=jax.random.key(1), temperature=0.8)
+  >>> for chunk in conversation.write("It was ", max_new_tokens=20):
+  ...   pass  # print(chunk, end="", flush=True)
+  >>> text = "".join(conversation.write("A second prompt continues. ", max_new_tokens=20))
   """
 
   def __init__(
     self,
-    params: Any,
+    params: Params,
     config: TransformerConfig,
     *,
     rng: Array,
@@ -46,7 +42,21 @@ class Conversation:
     top_k: int | None = None,
     min_p: float | None = None,
   ):
-    """Args are those of `generate`; `state` is of one row, and needs a prompt that is not empty."""
+    """Checks the arguments and prepares the weights.
+
+    Args:
+      params: parameters of `make_transformer(config)`.
+      config: configuration of the model, which must have the byte vocabulary.
+      rng: one key, into which each prompt is folded.
+      state: the state that the first prompt continues; B = 1. None: it starts a new text.
+      temperature: as in `generate`.
+      top_p: as in `generate`.
+      top_k: as in `generate`.
+      min_p: as in `generate`.
+
+    Raises:
+      ValueError: an argument has a wrong value; the message names it.
+    """
     ByteVocabulary.check("Conversation", config.n_vocab)
     if not config.causal:
       raise ValueError("Conversation: causal=False: an encoder does not continue a text.")
@@ -54,90 +64,115 @@ class Conversation:
     if state is not None:
       checks.check_state(state, transformer.initial_state, config, 1)
     self._sampling = sampling.make_sampling_params(
-      temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
+      temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, caller="Conversation"
     )
     self._params, self._config, self._rng = params, config, rng
-    self._weights = decoder_lib.prepare_weights(config, params)
-    self._state, self._logits = state, None
-    self._now: generate_lib.GenerationState | None = None
+    self._weights = decoder_weights.prepare_weights(config, params)
+    self._initial_state = state  # None: the next prompt starts a new text
+    self._generation: sample_loop.GenerationState | None = None  # None: no prompt was read yet
 
   @property
   def state(self) -> transformer.TransformerState:
-    """After all that was read and written so far."""
-    if self._now is not None:
-      return decoder_lib.finish_decoding(self._now.state)
-    return transformer.initial_state(self._config, 1) if self._state is None else self._state
+    """State of the model after all text that it has read and written; B = 1."""
+    if self._generation is not None:
+      return decoder.finish_decoding(self._generation.decode_state)
+    if self._initial_state is not None:
+      return self._initial_state
+    return transformer.initial_state(self._config, 1)
 
   def write(
     self, prompt: str | bytes = "", *, max_new_tokens: int, stop: Sequence[str | bytes] = ()
   ) -> Iterator[str]:
-    """Reads the prompt and yields what follows, in pieces, as it is drawn.
+    """Reads the prompt and yields the model's text in chunks, as it is sampled.
 
-    The pieces together are what `continue_text` returns for the same prompt and key. An iterator
-    that is dropped half-way leaves the conversation where the last piece ended, or a little after
-    it. When the model ends its text (by an eos), the next prompt begins a new one.
+    The chunks add up to what `continue_text` returns for the same prompt and key. A caller may
+    drop the iterator before its end: the conversation then continues after the last chunk, or a
+    few tokens later. If the model ends its text with an eos, the next prompt starts a new text.
 
     Args:
-      prompt: text, or bytes.
-      max_new_tokens: bytes to write, at most.
-      stop: texts, at each of which writing ends; they are read, but not yielded.
+      prompt: text or UTF-8 bytes. May be empty, except after a given `state`.
+      max_new_tokens: maximum number of bytes to sample.
+      stop: stop texts: the text ends before the first of them. The state includes the stop text.
+
+    Returns:
+      An iterator of texts that are not empty. It raises a ValueError if an empty prompt is the
+      first after a given `state`.
+
+    Raises:
+      ValueError: an argument has a wrong value; the message names it.
     """
     if max_new_tokens < 1:
       raise ValueError(f"Conversation: max_new_tokens={max_new_tokens} must be at least 1.")
-    endings = [ByteVocabulary.encode(text).tolist() for text in stop]
-    if not all(endings):
-      raise ValueError("Conversation: stop: a stop text must not be empty.")
-    return self._write(ByteVocabulary.encode(prompt), max_new_tokens, endings)
+    sequences = tuple(tuple(ByteVocabulary.encode(text).tolist()) for text in stop)
+    if not all(sequences):
+      raise ValueError(f"Conversation: stop={list(stop)!r}: a stop text must not be empty.")
+    conditions = stopping.StopConditions(ByteVocabulary.EOS, sequences)
+    return self._write(ByteVocabulary.encode(prompt), max_new_tokens, conditions)
 
   def _write(
-    self, prompt: np.ndarray, max_new_tokens: int, endings: list[list[int]]
+    self, prompt: np.ndarray, max_new_tokens: int, stop: stopping.StopConditions
   ) -> Iterator[str]:
-    state, logits = self.state, self._logits if self._now is None else self._now.logits
-    if logits is None and self._state is None:  # nothing has been read
+    """Yields the texts of `write`."""
+    if self._generation is None and self._initial_state is None:
       prompt = np.append(ByteVocabulary.EOS, prompt).astype(np.int32)
-    if not prompt.size and logits is None:
-      raise ValueError("Conversation: prompt: it must not be empty after a given state.")
-    keys = sampling.example_rngs(self._rng, [prompt])
-    self._state, self._logits = generate_lib.prefill(
-      self._params, self._config, [prompt], state, logits
-    )
-    stop = tuple(map(tuple, endings))
-    self._now = generate_lib.start_generation(self._config, self._state, self._logits, stop=stop)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    pending: list[int] = []
-    left, ended = max_new_tokens, False
-    while left > 0 and not ended:
-      drawn, self._now = generate_lib.sample_tokens(
+    self._read_prompt(prompt, stop)
+    rngs = sampling.example_rngs(self._rng, [prompt])
+    text = _TextStream(stop.sequences)
+    n_left, ended = max_new_tokens, False
+    while n_left > 0 and not ended:
+      sampled, self._generation = sample_loop.sample_tokens(
         self._config,
         self._weights,
-        self._now,
-        keys,
+        self._generation,
+        rngs,
         self._sampling,
-        min(left, _CHUNK),
-        n=_CHUNK,
-        eos_id=ByteVocabulary.EOS,
+        min(n_left, _CHUNK_LEN),
+        chunk_len=_CHUNK_LEN,
         stop=stop,
       )
-      new = np.asarray(drawn.tokens)[0, : int(drawn.lengths[0])].tolist()
-      left, ended = left - len(new), bool(self._now.ended[0])
-      pending += new
-      if ended:
-        if pending[-1] == ByteVocabulary.EOS:
-          self._now = self._state = self._logits = None
-        else:
-          matched = max(len(s) for s in endings if pending[-len(s) :] == s)
-          pending = pending[: len(pending) - matched]
-      held = 0 if ended or left == 0 else _held_back(pending, endings)
-      ready, pending = pending[: len(pending) - held], pending[len(pending) - held :]
-      piece = decoder.decode(ByteVocabulary.decode(ready), final=ended or left == 0)
-      if piece:
-        yield piece
+      tokens = np.asarray(sampled.tokens)[0, : int(sampled.lengths[0])].tolist()
+      n_left, ended = n_left - len(tokens), bool(self._generation.ended[0])
+      if ended and tokens[-1] == ByteVocabulary.EOS:
+        self._generation = self._initial_state = None
+      chunk = text.decode(tokens, is_last=ended or n_left == 0)
+      if chunk:
+        yield chunk
+
+  def _read_prompt(self, prompt: np.ndarray, stop: stopping.StopConditions) -> None:
+    """Reads the tokens [P] of a prompt after all text so far."""
+    logits = None if self._generation is None else self._generation.logits
+    if not prompt.size and logits is None:
+      raise ValueError("Conversation: prompt must not be empty after a given state.")
+    state, logits = prefill.prefill(self._params, self._config, [prompt], self.state, logits)
+    self._generation = sample_loop.start_generation(self._config, state, logits, stop)
 
 
-def _held_back(tokens: list[int], endings: Sequence[list[int]]) -> int:
-  """How many of the last tokens may turn out to be the beginning of an ending.
+class _TextStream:
+  """Decodes chunks of byte tokens to text that never has to be taken back.
 
-  >>> _held_back([5, 1, 2], [[1, 2, 3], [2, 9]])
-  2
+  It holds back tokens that may be the beginning of a stop sequence, and the first bytes of a
+  character.
   """
-  return max((n for s in endings for n in range(1, len(s)) if tokens[-n:] == s[:n]), default=0)
+
+  def __init__(self, stop_sequences: Sequence[Sequence[int]]):
+    self._stop_sequences = stop_sequences
+    self._utf8_decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    self._held_back: list[int] = []
+
+  def decode(self, tokens: list[int], *, is_last: bool) -> str:
+    """Returns the text of all tokens that need not be held back.
+
+    Args:
+      tokens: the next tokens.
+      is_last: no more tokens follow. A stop sequence at the end of the text is removed.
+
+    Returns:
+      The text, which may be empty.
+    """
+    tokens = self._held_back + tokens
+    if is_last:
+      n_ready = len(stopping.strip_stop_sequence(tokens, self._stop_sequences))
+    else:
+      n_ready = len(tokens) - stopping.partial_match_len(tokens, self._stop_sequences)
+    self._held_back = tokens[n_ready:]
+    return self._utf8_decoder.decode(ByteVocabulary.decode(tokens[:n_ready]), final=is_last)

@@ -1,157 +1,119 @@
-"""The model for one token at a time: the same function as `Transformer`, laid out for reading weights.
+"""The model, one token at a time: computes the same function as `Transformer`.
 
-Letters: B batch, D model width, X vocabulary, N layers, H query heads, G key/value heads, M memory
-length, W = M+1, S codes, K key width, V value width.
-
-A decode step reads every weight and all of the state once, so it is as fast as memory. Hence each
-layer has arrays of its own (a scan over stacked layers would copy its slice of them), in the
-policy's compute dtype, with one row per output; and what does not depend on the token (the
-codebook, the relative keys) is computed beforehand.
+Letters: B batch, D model width, E outputs of a product, X vocabulary, N layers, H query heads, G
+key/value heads, K key width, V value width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from tvq_haiku.attention import decode, quantization
+from tvq_haiku.attention import decode
+from tvq_haiku.attention.compressive_cache import NO_DOCUMENT
+from tvq_haiku.attention.state import AttentionState, KeyValueState
 from tvq_haiku.config import TransformerConfig
+from tvq_haiku.generation.decoder_weights import (
+  AttentionWeights,
+  DecoderWeights,
+  LayerWeights,
+  MLPWeights,
+  NormWeights,
+)
 from tvq_haiku.model import layers, transformer
 from tvq_haiku.ops import positions
 from tvq_haiku.types import Array
 
 
-class Norm(NamedTuple):
-  """Of an RMSNorm."""
+class LayerBuffers(NamedTuple):
+  """Ring buffers of one layer."""
 
-  gain: Array  # [D] f32
-  offset: Array  # [D] f32
-
-
-class Attention(NamedTuple):
-  """Weights of one attention."""
-
-  norm: Norm
-  into: Array  # [H·K + G·K + G·V (+ H·V), D]: q, k, v (and gate)
-  keys: decode.DecodeParams
-  out: Array  # [D, H·V]
-
-
-class MLP(NamedTuple):
-  """Weights of one MLP."""
-
-  norm: Norm
-  up: Array  # [F, D]
-  down: Array  # [D, F]
-
-
-class DecoderWeights(NamedTuple):
-  """Of a whole model."""
-
-  embeddings: Array  # [X, D]
-  position_scale: Array | None  # []; None: no absolute positions
-  layers: tuple[tuple[Attention, Attention | MLP], ...]
-  norm: Norm | None
-  logits: Array  # [X, D]
-  bias: Array  # [X]
+  attention_1: decode.RingBuffer
+  attention_2: decode.RingBuffer | None  # None: there is an MLP
 
 
 class DecodeState(NamedTuple):
-  """What the model remembers between two tokens: a `TransformerState` whose memories are rings."""
+  """Memory of the model between two tokens: a `TransformerState` with ring buffers."""
 
-  document: Array  # [B] int32
-  position: Array  # [B] int32: tokens read of it
-  read: Array  # [B] int32: tokens read in all
-  written: Array  # [B] int32: tokens read since `start_decoding`
-  rings: tuple[tuple[decode.RingBuffer, decode.RingBuffer | None], ...]  # of N layers
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def prepare_weights(
-  config: TransformerConfig, params: Mapping[str, Mapping[str, Array]]
-) -> DecoderWeights:
-  """Lays the parameters of `make_transformer(config)` out for decoding; once for any number of steps."""
-  c, dtype = config, config.compute_dtype
-  scale = c.d_k**-0.25
-  table = positions.sinusoids(jnp.arange(c.mem_len, -1, -1), width=c.d_model, lam=c.pe_lam)
-
-  def norm(leaves: Mapping[str, Array], layer: Any = ...) -> Norm:
-    return Norm(leaves["gain"][layer], leaves["offset"][layer])
-
-  def layer(name: str, i: int) -> Attention | MLP:
-    under = f"transformer/layers/{name}"
-    get = lambda module, leaf="kernel": params[f"{under}/{module}"][leaf][i]
-    rows = lambda *modules: jnp.concatenate([get(m) for m in modules], axis=1).T.astype(dtype)
-    normed = norm(params[f"{under}/norm"], i)
-    if name == "mlp":
-      return MLP(normed, rows("up"), rows("down"))
-    relative = (table.astype(dtype) @ get("r").astype(dtype)).reshape(-1, c.kv_heads, c.d_k)
-    codebook = None
-    if c.attn_type == "vq":
-      codebook = quantization.codebook_from_averages(
-        get("quantizer", "c_sum"), get("quantizer", "c_count")
-      )
-    keys = decode.DecodeParams(
-      *(scale * params[under][bias][i].reshape(c.n_head, c.d_k) for bias in "uv"),
-      relative_keys=(scale * relative).astype(dtype).swapaxes(0, 1),
-      codebook=codebook,
-    )
-    return Attention(normed, rows("q", "kvg" if c.gated else "kv"), keys, rows("out"))
-
-  embedding = params["transformer/embedding"]
-  logits, bias = embedding["embeddings"], embedding["output_bias"]
-  if not c.e_tie:
-    logits, bias = (params["transformer/unembedding"][leaf].T for leaf in ("kernel", "bias"))
-  return DecoderWeights(
-    embeddings=embedding["embeddings"],
-    position_scale=params["transformer/position"]["scale"] if c.pe_abs else None,
-    layers=tuple(
-      (layer("attention_1", i), layer("attention_2" if c.gated else "mlp", i))
-      for i in range(c.n_layer)
-    ),
-    norm=norm(params["transformer/norm"]) if c.e_preln else None,
-    logits=logits.astype(dtype),
-    bias=bias,
-  )
+  document: Array  # [B] int32: document of the next token
+  position: Array  # [B] int32: number of tokens read of the document
+  n_read: Array  # [B] int32: number of tokens read in all
+  n_written: Array  # [B] int32: number of tokens read since `start_decoding`
+  buffers: tuple[LayerBuffers, ...]  # of N layers
 
 
 def start_decoding(config: TransformerConfig, state: transformer.TransformerState) -> DecodeState:
-  """The same memory, in rings."""
+  """Returns the memory of `state` in ring buffers.
 
-  def rings(states: Any, i: int) -> decode.RingBuffer | None:
-    return None if states is None else decode.from_state(jax.tree.map(lambda x: x[i], states))
+  Args:
+    config: configuration of the model.
+    state: from a call of the model, or from `initial_state`.
 
-  document = jnp.maximum(state.document, 0)
-  read = state.attention_1.position[0]
+  Returns:
+    The state for the first call of `decode_token`.
+  """
+  chex.assert_equal_shape((state.document, state.position))
+  is_new = state.document == NO_DOCUMENT
+  n_read = state.attention_1.position[0]
   return DecodeState(
-    document,
-    jnp.where(state.document < 0, 0, state.position),
-    read,
-    jnp.zeros_like(read),
-    tuple(
-      (rings(state.attention_1, i), rings(state.attention_2, i)) for i in range(config.n_layer)
+    document=jnp.maximum(state.document, 0),
+    position=jnp.where(is_new, 0, state.position),
+    n_read=n_read,
+    n_written=jnp.zeros_like(n_read),
+    buffers=tuple(
+      LayerBuffers(_ring_buffer(state.attention_1, i), _ring_buffer(state.attention_2, i))
+      for i in range(config.n_layer)
     ),
   )
+
+
+def _ring_buffer(
+  stacked: AttentionState | KeyValueState | None, layer: int
+) -> decode.RingBuffer | None:
+  """Returns the ring buffer of one layer from the states [N, ...] of all layers."""
+  return None if stacked is None else decode.from_state(jax.tree.map(lambda x: x[layer], stacked))
 
 
 @jax.jit
 def finish_decoding(state: DecodeState) -> transformer.TransformerState:
-  """The inverse of `start_decoding`, after some tokens."""
+  """Returns the state from which the model or `start_decoding` continues.
 
-  def stacked(rings: tuple[decode.RingBuffer | None, ...]) -> Any:
-    if rings[0] is None:
-      return None
-    states = [decode.to_state(x, position=state.read, n_written=state.written) for x in rings]
-    return jax.tree.map(lambda *x: jnp.stack(x), *states)
+  Args:
+    state: from `start_decoding` or `decode_token`.
 
-  document = jnp.where(state.read > 0, state.document, -1)
+  Returns:
+    The state as a call of the model on the same tokens returns it.
+  """
   return transformer.TransformerState(
-    document, state.position, *(stacked(rings) for rings in zip(*state.rings))
+    document=jnp.where(state.n_read > 0, state.document, NO_DOCUMENT),
+    position=state.position,
+    attention_1=_stacked_state([layer.attention_1 for layer in state.buffers], state),
+    attention_2=_stacked_state([layer.attention_2 for layer in state.buffers], state),
   )
+
+
+def _stacked_state(
+  buffers: Sequence[decode.RingBuffer | None], state: DecodeState
+) -> AttentionState | KeyValueState | None:
+  """Returns the states [N, ...] of the ring buffers of N layers."""
+  if buffers[0] is None:
+    return None
+  states = [
+    decode.to_state(buffer, position=state.n_read, n_written=state.n_written) for buffer in buffers
+  ]
+  return jax.tree.map(lambda *fields: jnp.stack(fields), *states)
+
+
+class _TokenContext(NamedTuple):
+  """What the attentions of all layers need to know about the current token."""
+
+  n_written: Array  # [] int32: number of tokens written before it to each active ring buffer
+  doc_id: Array  # [B] int32: its document
+  active: Array  # [B] bool
 
 
 def decode_token(
@@ -161,76 +123,117 @@ def decode_token(
   state: DecodeState,
   active: Array,
 ) -> tuple[Array, DecodeState]:
-  """Reads one token of each row.
+  """Reads one token per batch element.
 
   Args:
-    config: the model.
-    weights: of `prepare_weights`.
-    tokens: [B] int32.
-    state: of `start_decoding`, or of the step before.
-    active: [B] bool. A row that is not keeps its state, and its logits mean nothing; it can not
-      become active again before a new `start_decoding`.
+    config: configuration of the model.
+    weights: from `prepare_weights`.
+    tokens: [B] int32 in [0, X).
+    state: from `start_decoding` or the previous step.
+    active: [B] bool. Inactive batch elements keep their state, and their logits are undefined;
+      they must stay inactive until `start_decoding` is called again.
 
   Returns:
-    logits [B, X] f32 of the next token, and the state after this one.
+    The logits [B, X] f32 of the next token, and the state after this one.
   """
   c = config
-  document = state.document if c.doc_mask else jnp.zeros_like(state.document)
-  # Active rows have all written equally often.
-  settings = dict(n_written=jnp.max(state.written), doc_id=document, active=active)
+  chex.assert_shape((tokens, active, state.document), jnp.shape(tokens)[:1])
+  chex.assert_type((tokens, active), (int, bool))
+  context = _TokenContext(
+    n_written=jnp.max(state.n_written),  # active batch elements have all written this number
+    doc_id=state.document if c.doc_mask else jnp.zeros_like(state.document),
+    active=active,
+  )
   x = weights.embeddings[tokens]
   if weights.position_scale is not None:
     x += weights.position_scale * positions.sinusoids(state.position, width=c.d_model, lam=c.pe_lam)
   x = x.astype(c.policy.output_dtype)
-  rings = []
-  for (first, second), (ring_1, ring_2) in zip(weights.layers, state.rings):
-    x, ring_1 = _attention(c, first, x, ring_1, **settings)
-    if c.gated:
-      x, ring_2 = _attention(c, second, x, ring_2, **settings)
-    else:
-      x += _product(second.down, jax.nn.relu(_product(second.up, _normed(second.norm, x))) ** 2)
-    rings.append((ring_1, ring_2))
+  buffers = []
+  for layer, layer_buffers in zip(weights.layers, state.buffers, strict=True):
+    x, new_buffers = _layer(c, layer, x, layer_buffers, context)
+    buffers.append(new_buffers)
   if weights.norm is not None:
-    x = _normed(weights.norm, x)
-  logits = _product(weights.logits, x, preferred_element_type=jnp.float32) + weights.bias
-  one = active.astype(jnp.int32)
-  return logits * c.e_scale, DecodeState(
-    state.document, state.position + one, state.read + one, state.written + one, tuple(rings)
+    x = _normalize(weights.norm, x)
+  logits = _project(weights.unembedding, x, preferred_element_type=jnp.float32)
+  logits = (logits + weights.logit_bias) * c.e_scale
+  n_new = active.astype(jnp.int32)
+  return logits, DecodeState(
+    document=state.document,
+    position=state.position + n_new,
+    n_read=state.n_read + n_new,
+    n_written=state.n_written + n_new,
+    buffers=tuple(buffers),
   )
 
 
+def _layer(
+  config: TransformerConfig,
+  weights: LayerWeights,
+  x: Array,
+  buffers: LayerBuffers,
+  context: _TokenContext,
+) -> tuple[Array, LayerBuffers]:
+  """Applies one layer to activations [B, D]."""
+  x, buffer_1 = _attention(config, weights.attention_1, x, buffers.attention_1, context)
+  if weights.mlp is not None:
+    return x + _mlp(weights.mlp, x), LayerBuffers(buffer_1, None)
+  x, buffer_2 = _attention(config, weights.attention_2, x, buffers.attention_2, context)
+  return x, LayerBuffers(buffer_1, buffer_2)
+
+
+def _mlp(weights: MLPWeights, x: Array) -> Array:
+  """Computes the MLP [B, D] without the residual."""
+  hidden = jax.nn.relu(_project(weights.up, _normalize(weights.norm, x)))
+  return _project(weights.down, hidden**2)
+
+
 def _attention(
-  config: TransformerConfig, weights: Attention, x: Array, memory: decode.RingBuffer, **settings
+  config: TransformerConfig,
+  weights: AttentionWeights,
+  x: Array,
+  buffer: decode.RingBuffer,
+  context: _TokenContext,
 ) -> tuple[Array, decode.RingBuffer]:
+  """Adds one attention to activations [B, D], and the token to its ring buffer."""
   c = config
   H, G, K, V, B = c.n_head, c.kv_heads, c.d_k, c.d_v, x.shape[0]
-  widths = [H * K, G * K, G * V, H * V] if c.gated else [H * K, G * K, G * V]
-  cuts = [sum(widths[:i]) for i in range(1, len(widths))]
-  q, k, v, *gate = jnp.split(_product(weights.into, _normed(weights.norm, x)), cuts, axis=1)
+  ends = [H * K, H * K + G * K, H * K + G * K + G * V]
+  projected = _project(weights.qkv, _normalize(weights.norm, x))
+  q, k, v, *gate = jnp.split(projected, ends if c.gated else ends[:2], axis=1)
   if c.gated:
     v = jax.nn.silu(v)
   q, k = (layers.rms_normalize(y.reshape(B, -1, K)) * K**-0.25 for y in (q, k))
-  values, memory = decode.decode_step(
-    memory,
+  values, buffer = decode.decode_step(
+    buffer,
     q.astype(c.compute_dtype),
     k,
     v.reshape(B, G, V).astype(c.compute_dtype),
-    weights.keys,
+    weights.decode_params,
+    n_written=context.n_written,
+    doc_id=context.doc_id,
+    active=context.active,
     agg_cache=c.agg_cache,
-    **settings,
   )
   branch = values.reshape(B, H * V)
   if c.gated:
     branch = branch * jax.nn.silu(gate[0])
-  return x + _product(weights.out, branch).astype(x.dtype), memory
+  return x + _project(weights.out, branch).astype(x.dtype), buffer
 
 
-def _normed(norm: Norm, x: Array) -> Array:
-  return (layers.rms_normalize(x) * norm.gain + norm.offset).astype(x.dtype)
+def _normalize(weights: NormWeights, x: Array) -> Array:
+  """Computes the RMSNorm of activations [B, D], in their dtype."""
+  return (layers.rms_normalize(x) * weights.gain + weights.offset).astype(x.dtype)
 
 
-def _product(weights: Array, x: Array, **settings) -> Array:
-  """[E, D] by [B, D] -> [B, E]; settings of `jnp.einsum`."""
-  # As [E, B], which CPUs compute faster, and turned only then: left to itself, XLA turns it back.
-  rows = jnp.einsum("ed,bd->eb", weights, x.astype(weights.dtype), **settings)
-  return jax.lax.optimization_barrier(rows).T
+def _project(weights: Array, x: Array, *, preferred_element_type: jnp.dtype | None = None) -> Array:
+  """Multiplies activations [B, D] by weights [E, D]: [B, E] in the dtype of the weights.
+
+  `preferred_element_type` is the dtype of the result, as in `jnp.einsum`.
+  """
+  chex.assert_shape(x, (None, weights.shape[1]))
+  # CPUs compute [E, D] times [D, B] faster than [B, D] times [D, E]. The barrier keeps XLA from
+  # merging the transposition into the product, which would bring back the slower one.
+  transposed = jnp.einsum(
+    "ed,bd->eb", weights, x.astype(weights.dtype), preferred_element_type=preferred_element_type
+  )
+  return jax.lax.optimization_barrier(transposed).T

@@ -1,18 +1,23 @@
-"""Drawing one token from logits."""
+"""Sampling one token from logits, with temperature, top-p, top-k and min-p.
+
+Letters: B batch, X vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import zlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tvq_haiku.types import Array
 
-_ROUNDING = 1e-6  # relative, of a sum of probabilities in float32
+_ROUNDING = 1e-6  # relative error of a sum of probabilities in float32
 
 
 @functools.partial(
@@ -22,12 +27,15 @@ _ROUNDING = 1e-6  # relative, of a sum of probabilities in float32
 )
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How to draw; None switches a rule off. Other numbers need no other compiled program."""
+  """Sampling parameters. None disables a filter; changing a value does not recompile.
 
-  temperature: float | Array | None = None  # None: the likeliest token
-  top_p: float | Array | None = None
-  top_k: int | None = None
-  min_p: float | Array | None = None
+  `top_k` is the exception: it sets the size of an array, so each value compiles anew.
+  """
+
+  temperature: float | Array | None = None  # [] f32, > 0; None: take the most probable token
+  top_p: float | Array | None = None  # [] f32 in (0, 1)
+  top_k: int | None = None  # >= 1
+  min_p: float | Array | None = None  # [] f32 in [0, 1]
 
 
 def make_sampling_params(
@@ -36,86 +44,113 @@ def make_sampling_params(
   top_p: float = 1.0,
   top_k: int | None = None,
   min_p: float | None = None,
+  caller: str = "make_sampling_params",
 ) -> SamplingParams:
-  """The rules as a `SamplingParams`, checked.
+  """Checks sampling parameters as a user passes them.
 
   Args:
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_p: draws from the smallest set of likeliest tokens whose probabilities reach it.
-    top_k: draws from that many likeliest tokens.
-    min_p: draws from tokens with at least this share of the greatest probability.
+    temperature: divides the logits; 0 takes the most probable token.
+    top_p: samples from the smallest set of most probable tokens whose probabilities add up to at
+      least this number; 1 disables the filter.
+    top_k: samples from this number of most probable tokens; None disables the filter.
+    min_p: samples from tokens whose probability is at least this fraction of the highest one; None
+      disables the filter.
+    caller: name of the public function, for error messages.
 
-  >>> make_sampling(temperature=0.0)
-  Sampling(temperature=None, top_p=None, top_k=None, min_p=None)
+  Returns:
+    The same as `SamplingParams`, in which None stands for every disabled filter.
+
+  Raises:
+    ValueError: a number is out of range; the message names it.
+
+  >>> make_sampling_params(temperature=0.0)
+  SamplingParams(temperature=None, top_p=None, top_k=None, min_p=None)
   """
-  for name, value, valid, rule in (
-    ("temperature", temperature, 0 <= temperature < float("inf"), "must be a number, not negative"),
+  for name, value, is_valid, rule in (
+    ("temperature", temperature, 0 <= temperature < float("inf"), "must be finite and at least 0"),
     ("top_p", top_p, 0 < top_p <= 1, "must lie in (0, 1]"),
     (
       "top_k",
       top_k,
       top_k is None or top_k == int(top_k) >= 1,
-      "must be an integer, at least 1, or None",
+      "must be None or an integer of at least 1",
     ),
-    ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "must lie in [0, 1], or None"),
+    ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "must be None or lie in [0, 1]"),
   ):
-    if not valid:
-      raise ValueError(f"{name}={value!r} {rule}.")
+    if not is_valid:
+      raise ValueError(f"{caller}: {name}={value!r} {rule}.")
   if temperature == 0:
     return SamplingParams()
   return SamplingParams(
-    float(temperature),
-    None if top_p == 1 else float(top_p),
-    None if top_k is None else int(top_k),
-    None if min_p is None else float(min_p),
+    temperature=float(temperature),
+    top_p=None if top_p == 1 else float(top_p),
+    top_k=None if top_k is None else int(top_k),
+    min_p=None if min_p is None else float(min_p),
   )
 
 
-def sample_token(rng: Array, logits: Array, sampling: SamplingParams) -> Array:
-  """Draws one token from logits [X].
+def sample_token(rng: Array, logits: Array, params: SamplingParams) -> Array:
+  """Samples one token.
 
-  Probabilities are those of the tempered softmax over all X; the rules are applied to them side by
-  side, and none of them ever excludes the likeliest token. Sorts once, or, if neither `top_p` nor
-  `top_k` asks for it, not at all.
+  All filters apply to the probabilities of softmax(logits / temperature) over all X tokens, so
+  their order does not matter. No filter ever excludes the most probable token. The logits are
+  sorted once with `top_p` or `top_k`, and never without both.
+
+  Args:
+    rng: one typed key.
+    logits: [X] f32.
+    params: from `make_sampling_params`.
+
+  Returns:
+    [] int32, in [0, X).
 
   >>> logits = jnp.log(jnp.array([0.1, 0.6, 0.3]))
-  >>> int(sample_token(jax.random.key(0), logits, make_sampling(top_p=0.5)))
+  >>> int(sample_token(jax.random.key(0), logits, make_sampling_params(top_p=0.5)))
   1
   """
-  if sampling.temperature is None:
+  chex.assert_rank(logits, 1)
+  if params.temperature is None:
     return jnp.argmax(logits).astype(jnp.int32)
-  scaled = logits / sampling.temperature
-  if sampling.top_p is None and sampling.top_k is None:
-    kept = scaled
-    if sampling.min_p is not None:
-      kept = jnp.where(scaled >= jnp.max(scaled) + jnp.log(sampling.min_p), scaled, -jnp.inf)
-    return jax.random.categorical(rng, kept).astype(jnp.int32)
-  n_candidate = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-  ordered, tokens = jax.lax.top_k(scaled, n_candidate)
-  probabilities = jnp.exp(ordered - jax.nn.logsumexp(scaled))
-  keep = jnp.ones(ordered.shape, bool)
-  if sampling.top_p is not None:
-    # The mass of all likelier tokens: below p until the set reaches it, and 0 for the likeliest.
-    # What falls short of it by rounding alone has reached it.
-    keep &= jnp.cumsum(probabilities) - probabilities < sampling.top_p * (1 - _ROUNDING)
-  if sampling.min_p is not None:
-    keep &= probabilities >= sampling.min_p * probabilities[0]
-  choice = jax.random.categorical(rng, jnp.where(keep, ordered, -jnp.inf))
+  scaled = logits / params.temperature
+  if params.top_p is None and params.top_k is None:
+    if params.min_p is not None:
+      threshold = jnp.max(scaled) + jnp.log(params.min_p)
+      scaled = jnp.where(scaled >= threshold, scaled, -jnp.inf)
+    return jax.random.categorical(rng, scaled).astype(jnp.int32)
+  n_candidate = min(params.top_k or logits.shape[-1], logits.shape[-1])
+  candidates, tokens = jax.lax.top_k(scaled, n_candidate)  # most probable first
+  probabilities = jnp.exp(candidates - jax.nn.logsumexp(scaled))
+  kept = jnp.ones(candidates.shape, bool)
+  if params.top_p is not None:
+    # A token is kept if those before it have not yet reached p: the first one always is. A sum
+    # that is below p by rounding alone has reached it.
+    mass_before = jnp.cumsum(probabilities) - probabilities
+    kept &= mass_before < params.top_p * (1 - _ROUNDING)
+  if params.min_p is not None:
+    kept &= probabilities >= params.min_p * probabilities[0]
+  choice = jax.random.categorical(rng, jnp.where(kept, candidates, -jnp.inf))
   return tokens[choice].astype(jnp.int32)
 
 
-def example_rngs(rng: Array, prompts: list[np.ndarray]) -> Array:
-  """One key for each prompt, that does not depend on the other rows of its batch.
+def example_rngs(rng: Array, prompts: Sequence[np.ndarray]) -> Array:
+  """Derives one key for each prompt; it does not depend on the other prompts of the batch.
 
-  A key is `rng` with the prompt folded in, and with the number of earlier rows with the same
-  prompt: equal prompts of one batch go on differently.
+  Folds a checksum of the prompt into `rng`, then the number of earlier prompts in the batch that
+  are equal to it: equal prompts continue differently.
 
   Args:
-    rng: one key, or one for each row, which then are taken as they are.
-    prompts: B arrays of integers.
+    rng: one key; or [B] keys, one for each prompt, which are returned as they are.
+    prompts: B arrays of integers, of any lengths.
+
+  Returns:
+    [B] typed keys.
+
+  Raises:
+    ValueError: `rng` has another shape.
 
   >>> a, b = np.array([1, 2]), np.array([3])
-  >>> bool(row_keys(jax.random.key(0), [a, b])[1] == row_keys(jax.random.key(0), [b])[0])
+  >>> rng = jax.random.key(0)
+  >>> bool(example_rngs(rng, [a, b])[1] == example_rngs(rng, [b])[0])
   True
   """
   if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
@@ -124,12 +159,15 @@ def example_rngs(rng: Array, prompts: list[np.ndarray]) -> Array:
     return rng
   if rng.shape:
     raise ValueError(
-      f"rng must be one key, or one for each of {len(prompts)} rows, got shape {rng.shape}."
+      f"rng must be one key, or one for each of {len(prompts)} prompts, got keys of shape "
+      f"{rng.shape}."
     )
-  seen: dict[bytes, int] = {}
-  keys = []
+  n_seen: dict[bytes, int] = {}
+  rngs = []
   for prompt in prompts:
-    raw = np.asarray(prompt, np.int32).tobytes()
-    seen[raw] = seen.get(raw, -1) + 1
-    keys.append(jax.random.fold_in(jax.random.fold_in(rng, np.uint32(zlib.crc32(raw))), seen[raw]))
-  return jnp.stack(keys)
+    content = np.asarray(prompt, np.int32).tobytes()
+    n_earlier = n_seen.get(content, 0)
+    n_seen[content] = n_earlier + 1
+    prompt_rng = jax.random.fold_in(rng, np.uint32(zlib.crc32(content)))
+    rngs.append(jax.random.fold_in(prompt_rng, n_earlier))
+  return jnp.stack(rngs)

@@ -1,0 +1,150 @@
+"""Reading prompts of different lengths before sampling.
+
+Letters: B batch, P longest prompt, T tokens of one window, X vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tvq_haiku.attention.compressive_cache import NO_DOCUMENT
+from tvq_haiku.config import TransformerConfig
+from tvq_haiku.model import transformer
+from tvq_haiku.types import Array, Params
+from tvq_haiku.utils import checks
+
+_MAX_WINDOW_LEN = 1024  # tokens of each prompt that one call of the model reads
+
+
+def round_up_to_power_of_two(n: int) -> int:
+  """Returns the smallest power of two >= n: all lengths up to it share one compiled program.
+
+  >>> [round_up_to_power_of_two(n) for n in (1, 2, 3, 8, 9)]
+  [1, 2, 4, 8, 16]
+  """
+  return 1 << max(n - 1, 0).bit_length()
+
+
+def unpad_prompts(
+  prompts: Array, lengths: Sequence[int] | Array | None, n_vocab: int
+) -> list[np.ndarray]:
+  """Checks the prompts of `generate` and removes their padding.
+
+  Args:
+    prompts: [B, P] integers in [0, X); P may be 0.
+    lengths: [B] number of tokens of each prompt; the padding follows them. None: no padding.
+    n_vocab: X.
+
+  Returns:
+    B arrays of int32, of the given lengths.
+
+  Raises:
+    ValueError: a wrong shape, a length outside [0, P], or a token that is out of range.
+    TypeError: tokens or lengths are not integers.
+  """
+  prompts = np.asarray(prompts)
+  if prompts.ndim != 2 or prompts.shape[0] == 0:
+    raise ValueError(f"generate: prompts must be [B, P] with B >= 1, got shape {prompts.shape}.")
+  B, P = prompts.shape
+  lengths = np.full(B, P) if lengths is None else np.asarray(lengths)
+  if not np.issubdtype(lengths.dtype, np.integer):
+    raise TypeError(f"generate: lengths must be integers, got {lengths.dtype}.")
+  if lengths.shape != (B,) or not ((0 <= lengths) & (lengths <= P)).all():
+    raise ValueError(
+      f"generate: lengths={lengths.tolist()} must be one integer in [0, {P}] for each of {B} "
+      "prompts."
+    )
+  if P:
+    checks.check_tokens(prompts, n_vocab)
+  return [row[:n].astype(np.int32) for row, n in zip(prompts, lengths, strict=True)]
+
+
+def fill_empty_prompts(
+  prompts: Sequence[np.ndarray], state: transformer.TransformerState, eos_id: int | None
+) -> list[np.ndarray]:
+  """Replaces each empty prompt by the eos, which starts a new text.
+
+  Args:
+    prompts: B arrays of int32 tokens.
+    state: the state that the prompts continue.
+    eos_id: see `generate`.
+
+  Returns:
+    B arrays of at least one token.
+
+  Raises:
+    ValueError: an empty prompt continues a text, or there is no eos.
+  """
+  is_new = np.asarray(state.document) < 0
+  for b, prompt in enumerate(prompts):
+    if prompt.size == 0 and not is_new[b]:
+      raise ValueError(
+        f"generate: prompts[{b}] is empty, so that the logits of its next token are unknown: pass "
+        "the `logits` that came with `state`."
+      )
+    if prompt.size == 0 and eos_id is None:
+      raise ValueError(f"generate: prompts[{b}] is empty: pass an `eos_id` to start the text with.")
+  return [prompt if prompt.size else np.array([eos_id], np.int32) for prompt in prompts]
+
+
+def prefill(
+  params: Params,
+  config: TransformerConfig,
+  prompts: Sequence[np.ndarray],
+  state: transformer.TransformerState,
+  logits: Array | None = None,
+) -> tuple[transformer.TransformerState, Array]:
+  """Reads prompts of any lengths, one window at a time.
+
+  Args:
+    params: parameters of the model.
+    config: configuration of the model.
+    prompts: B arrays of int32 tokens; an empty one leaves its batch element unchanged.
+    state: the state that the prompts continue.
+    logits: [B, X] f32 that came with `state`, returned for empty prompts. None: zeros.
+
+  Returns:
+    The state after the prompts, and the logits [B, X] f32 of the token after each.
+  """
+  B = len(prompts)
+  if logits is None:
+    logits = jnp.zeros((B, config.n_vocab), jnp.float32)
+  chex.assert_shape((state.document, logits), [(B,), (B, config.n_vocab)])
+  lengths = np.array([len(prompt) for prompt in prompts])
+  longest = int(lengths.max())
+  T = min(_MAX_WINDOW_LEN, round_up_to_power_of_two(longest))
+  for start in range(0, longest, T):
+    window = np.zeros((B, T), np.int32)
+    window_lengths = np.clip(lengths - start, 0, T)
+    for b, prompt in enumerate(prompts):
+      window[b, : window_lengths[b]] = prompt[start : start + T]
+    state, logits = _read_window(config, params, window, window_lengths, state, logits)
+  return state, logits
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _read_window(
+  config: TransformerConfig,
+  params: Params,
+  tokens: Array,
+  lengths: Array,
+  state: transformer.TransformerState,
+  logits: Array,
+) -> tuple[transformer.TransformerState, Array]:
+  """Reads the first `lengths` [B] of `tokens` [B, T]; see `prefill`."""
+  B, T = tokens.shape
+  chex.assert_shape(lengths, (B,))
+  is_token = jnp.arange(T) < lengths[:, None]
+  document = jnp.maximum(state.document, 0)[:, None]
+  out = transformer.make_transformer(config).apply(
+    params, None, tokens, state, doc_ids=jnp.where(is_token, document, NO_DOCUMENT)
+  )
+  last = jnp.maximum(lengths - 1, 0)[:, None, None]
+  last_logits = jnp.take_along_axis(out.logits, last, axis=1)[:, 0]
+  return out.state, jnp.where((lengths > 0)[:, None], last_logits, logits)

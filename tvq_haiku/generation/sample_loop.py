@@ -1,0 +1,229 @@
+"""The compiled loop that samples tokens until every batch element has ended.
+
+Letters: B batch, T tokens of one call, X vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tvq_haiku.config import TransformerConfig
+from tvq_haiku.generation import decoder, prefill, sampling
+from tvq_haiku.generation.decoder_weights import DecoderWeights
+from tvq_haiku.generation.sampling import SamplingParams
+from tvq_haiku.generation.stopping import StopConditions, ends_text
+from tvq_haiku.model import transformer
+from tvq_haiku.types import Array
+from tvq_haiku.utils import progress
+
+_MAX_CHUNK_LEN = 256  # tokens that one call samples on the device, which nothing can interrupt
+
+
+class GenerationState(NamedTuple):
+  """State of B texts between two sampled tokens."""
+
+  decode_state: decoder.DecodeState  # memory of the model, after the last token
+  logits: Array  # [B, X] f32: of the next token
+  ended: Array  # [B] bool: a stop condition is met
+  # [B, n] int32: the last n sampled tokens, where n = stop.max_len;
+  # -1 before the first token, so that no stop sequence is found in the prompt.
+  recent_tokens: Array
+
+
+class SampledTokens(NamedTuple):
+  """Tokens that one call of `sample_tokens` has sampled."""
+
+  tokens: Array  # [B, T] int32; 0 after the end of a text
+  logprobs: Array  # [B, T] f32: of the model at temperature 1; 0 after the end of a text
+  lengths: Array  # [B] int32: number of sampled tokens
+
+
+@functools.partial(jax.jit, static_argnames=("config", "stop"))
+def start_generation(
+  config: TransformerConfig,
+  state: transformer.TransformerState,
+  logits: Array,
+  stop: StopConditions,
+) -> GenerationState:
+  """Returns the initial state of `sample_tokens`.
+
+  Args:
+    config: configuration of the model.
+    state: the model's state after the prompts, from `prefill`.
+    logits: [B, X] f32 of the token after each prompt, from `prefill`.
+    stop: the same as for `sample_tokens`.
+
+  Returns:
+    A state in which no text has ended.
+  """
+  B, X = logits.shape
+  chex.assert_shape(state.document, (B,))
+  chex.assert_equal(X, config.n_vocab)
+  return GenerationState(
+    decode_state=decoder.start_decoding(config, state),
+    logits=logits,
+    ended=jnp.zeros((B,), bool),
+    recent_tokens=jnp.full((B, stop.max_len), -1, jnp.int32),
+  )
+
+
+def sample_in_chunks(
+  config: TransformerConfig,
+  weights: DecoderWeights,
+  state: GenerationState,
+  rngs: Array,
+  sampling_params: SamplingParams,
+  *,
+  max_new_tokens: int,
+  stop: StopConditions,
+  show_progress: bool,
+) -> tuple[SampledTokens, GenerationState]:
+  """Calls `sample_tokens` until all texts have ended, and concatenates the results.
+
+  Args:
+    config: configuration of the model.
+    weights: from `prepare_weights`.
+    state: from `start_generation`. Its memory is donated.
+    rngs: [B] typed keys.
+    sampling_params: from `make_sampling_params`.
+    max_new_tokens: maximum number of tokens for each text, at least 1.
+    stop: what ends a text.
+    show_progress: reports progress on standard error.
+
+  Returns:
+    The sampled tokens, T = max_new_tokens, and the state after them.
+  """
+  chunk_len = min(_MAX_CHUNK_LEN, prefill.round_up_to_power_of_two(max_new_tokens))
+  chunks: list[SampledTokens] = []
+  with progress.bar("sampling", max_new_tokens, enabled=show_progress) as report:
+    for start in range(0, max_new_tokens, chunk_len):
+      if chunks and np.all(state.ended):
+        break
+      limit = min(max_new_tokens - start, chunk_len)
+      chunk, state = sample_tokens(
+        config, weights, state, rngs, sampling_params, limit, chunk_len=chunk_len, stop=stop
+      )
+      chunks.append(chunk)
+      report(start + limit)
+
+  def concatenate(columns: Sequence[Array]) -> Array:
+    joined = jnp.concatenate(columns, axis=1)[:, :max_new_tokens]
+    return jnp.pad(joined, ((0, 0), (0, max_new_tokens - joined.shape[1])))
+
+  return SampledTokens(
+    tokens=concatenate([chunk.tokens for chunk in chunks]),
+    logprobs=concatenate([chunk.logprobs for chunk in chunks]),
+    lengths=sum(chunk.lengths for chunk in chunks),
+  ), state
+
+
+class _LoopCarry(NamedTuple):
+  """What one iteration of the loop passes to the next."""
+
+  n_sampled: Array  # [] int32: number of iterations so far
+  state: GenerationState
+  tokens: Array  # [B, T] int32; 0 in columns that are not yet sampled
+  logprobs: Array  # [B, T] f32; 0 in columns that are not yet sampled
+
+
+@functools.partial(
+  jax.jit, static_argnames=("config", "chunk_len", "stop"), donate_argnames="state"
+)
+def sample_tokens(
+  config: TransformerConfig,
+  weights: DecoderWeights,
+  state: GenerationState,
+  rngs: Array,
+  sampling_params: SamplingParams,
+  limit: int | Array,
+  *,
+  chunk_len: int,
+  stop: StopConditions,
+) -> tuple[SampledTokens, GenerationState]:
+  """Samples tokens for each text until all texts have ended or `limit` is reached.
+
+  Args:
+    config: configuration of the model.
+    weights: from `prepare_weights`.
+    state: from `start_generation` or the previous call. Its memory is donated.
+    rngs: [B] typed keys; each token folds the number of tokens before it into them.
+    sampling_params: from `make_sampling_params`.
+    limit: [] int32: maximum number of tokens per text, at most `chunk_len`.
+    chunk_len: T, the length of the result. Each value compiles anew; `limit` does not.
+    stop: what ends a text.
+
+  Returns:
+    The sampled tokens, including the eos or stop sequence, and the state after them.
+  """
+  B = state.logits.shape[0]
+  chex.assert_shape((rngs, limit), [(B,), ()])
+
+  def should_continue(carry: _LoopCarry) -> Array:
+    return (carry.n_sampled < limit) & ~jnp.all(carry.state.ended)
+
+  def sample_column(carry: _LoopCarry) -> _LoopCarry:
+    token, logprob, next_state = _sample_step(
+      config, weights, carry.state, rngs, sampling_params, stop
+    )
+    write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=carry.n_sampled, axis=1)
+    return _LoopCarry(
+      carry.n_sampled + 1, next_state, write(carry.tokens, token), write(carry.logprobs, logprob)
+    )
+
+  start = _LoopCarry(
+    n_sampled=jnp.zeros((), jnp.int32),
+    state=state,
+    tokens=jnp.zeros((B, chunk_len), jnp.int32),
+    logprobs=jnp.zeros((B, chunk_len)),
+  )
+  end = jax.lax.while_loop(should_continue, sample_column, start)
+  lengths = end.state.decode_state.n_written - state.decode_state.n_written
+  return SampledTokens(end.tokens, end.logprobs, lengths), end.state
+
+
+def _sample_step(
+  config: TransformerConfig,
+  weights: DecoderWeights,
+  state: GenerationState,
+  rngs: Array,
+  sampling_params: SamplingParams,
+  stop: StopConditions,
+) -> tuple[Array, Array, GenerationState]:
+  """Samples one token for each text that has not ended, and reads it.
+
+  Returns:
+    The token [B] int32, its log-probability [B] f32 (both 0 for texts that have ended), and the
+    next state.
+  """
+  active = ~state.ended
+  n_read = state.decode_state.n_read
+  token = jnp.where(active, _sample_each(rngs, n_read, state.logits, sampling_params), 0)
+  logprobs = jax.nn.log_softmax(state.logits)
+  logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+  logits, decode_state = decoder.decode_token(config, weights, token, state.decode_state, active)
+  recent_tokens = jnp.concatenate([state.recent_tokens[:, 1:], token[:, None]], axis=1)
+  next_state = GenerationState(
+    decode_state=decode_state,
+    logits=jnp.where(active[:, None], logits, state.logits),
+    ended=state.ended | ends_text(recent_tokens, stop),
+    recent_tokens=recent_tokens,
+  )
+  return token, jnp.where(active, logprob, 0.0), next_state
+
+
+def _sample_each(
+  rngs: Array, n_read: Array, logits: Array, sampling_params: SamplingParams
+) -> Array:
+  """Samples a token [B] from logits [B, X], each with its own key and number of tokens read."""
+
+  def sample(rng: Array, n: Array, example_logits: Array) -> Array:
+    return sampling.sample_token(jax.random.fold_in(rng, n), example_logits, sampling_params)
+
+  return jax.vmap(sample)(rngs, n_read, logits)
