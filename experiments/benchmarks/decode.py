@@ -27,9 +27,7 @@ import numpy as np
 from experiments import launcher
 from experiments.benchmarks import measure
 import tvq_haiku as tvq
-from tvq_haiku.generation import decoder as decoder_lib
-from tvq_haiku.generation import generate as generate_lib
-from tvq_haiku.generation import sampling
+from tvq_haiku.generation import decoder, decoder_weights, prefill, sample_loop, sampling, stopping
 
 _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Rows side by side.")
 _LAYERS = flags.DEFINE_integer("layers", 2, "Layers of the model.", lower_bound=1)
@@ -66,14 +64,14 @@ def main() -> None:
   params = tvq.make_transformer(config).init(
     jax.random.key(0), jnp.zeros((1, 1), jnp.int32), tvq.initial_state(config, 1)
   )
-  weights = jax.block_until_ready(decoder_lib.prepare_weights(config, params))
+  weights = jax.block_until_ready(decoder_weights.prepare_weights(config, params))
 
   rows = []
   for B in batches:
     state = tvq.initial_state(config, B)
     rates = dict(
       weights=_Products(weights),
-      state=_Updates(decoder_lib.start_decoding(config, state)),
+      state=_Updates(decoder.start_decoding(config, state)),
       step=_Steps(config, params, weights, B, 8, n),
     )
     times = _in_turn(rates, rounds)
@@ -115,28 +113,28 @@ class _Steps:
     self, config: tvq.TransformerConfig, params: Any, weights: Any, B: int, position: int, n: int
   ):
     tokens = np.random.default_rng(0).integers(3, config.n_vocab, (B, position)).astype(np.int32)
-    state, logits = generate_lib.prefill(params, config, list(tokens), tvq.initial_state(config, B))
-    self._now = generate_lib.start_generation(config, state, logits)
+    state, logits = prefill.prefill(params, config, list(tokens), tvq.initial_state(config, B))
+    self._now = sample_loop.start_generation(config, state, logits, stopping.StopConditions())
     self._write = functools.partial(
-      generate_lib.sample_tokens,
+      sample_loop.sample_tokens,
       config,
       weights,
-      keys=jax.random.split(jax.random.key(1), B),
-      sampling=sampling.make_sampling_params(),
+      rngs=jax.random.split(jax.random.key(1), B),
+      sampling_params=sampling.make_sampling_params(),
       limit=n,
-      n=n,
-      eos_id=None,
+      chunk_len=n,
+      stop=stopping.StopConditions(),
     )
 
   def __call__(self) -> Any:
-    drawn, self._now = self._write(now=self._now)
+    drawn, self._now = self._write(state=self._now)
     return drawn
 
 
 class _Products:
   """One product of a vector with each matrix of the model, each waiting for the one before."""
 
-  def __init__(self, weights: decoder_lib.DecoderWeights):
+  def __init__(self, weights: decoder_weights.DecoderWeights):
     matrices = [x for x in jax.tree.leaves(weights) if x.ndim >= 2 and x.size > 1]
     self.n_byte = sum(x.nbytes for x in jax.tree.leaves(weights))
     self._matrices = [x.reshape(-1, x.shape[-1]) for x in matrices]
@@ -161,7 +159,7 @@ class _Updates:
   def __init__(self, state: Any):
     self._arrays = [
       jnp.ones_like(x)
-      for x in jax.tree.leaves(state.rings)
+      for x in jax.tree.leaves(state.buffers)
       if jnp.issubdtype(x.dtype, jnp.floating)
     ]
     self.n_byte = sum(x.nbytes for x in self._arrays)

@@ -1,4 +1,4 @@
-"""A conversation: pieces that add up to the text, and a state that is kept."""
+"""Tests of conversations: chunks add up to the text, and the state is kept between prompts."""
 
 import jax
 import numpy as np
@@ -6,128 +6,123 @@ import pytest
 
 import tvq_haiku as tvq
 from tvq_haiku import data
-from tvq_haiku.generation import conversation
+from tvq_haiku.generation import conversation as conversation_lib
+from tvq_haiku.generation import sample_loop
 
 import helpers
 
 CONFIG = tvq.TransformerConfig.tiny(n_layer=1)
 PARAMS = helpers.random_params(CONFIG)
-KEY = jax.random.key(0)
+RNG = jax.random.key(0)
 
 
-def talk(**kwargs):
-  return tvq.Conversation(PARAMS, CONFIG, **{"rng": KEY, "temperature": 0.9, **kwargs})
+def start_conversation(**kwargs):
+  return tvq.Conversation(PARAMS, CONFIG, **{"rng": RNG, "temperature": 0.9, **kwargs})
 
 
-def whole(prompt, n, **kwargs):
-  return tvq.continue_text(
-    PARAMS, CONFIG, [prompt], max_new_tokens=n, rng=KEY, temperature=0.9, **kwargs
-  )[0]
+def continue_text(prompt, n, **kwargs):
+  settings = dict(max_new_tokens=n, rng=RNG, temperature=0.9, **kwargs)
+  return tvq.continue_text(PARAMS, CONFIG, [prompt], **settings)[0]
+
+
+def generate(tokens, n, **kwargs):
+  return tvq.generate(PARAMS, CONFIG, tokens[None], max_new_tokens=n, rng=RNG, **kwargs)
+
+
+def decode(out):
+  return data.ByteVocabulary.decode(out.tokens).decode(errors="replace")
 
 
 @pytest.mark.parametrize("prompt, n", [("", 40), ("Anne", 16), ("Käse", 37), (b"\xc3", 3)])
-def test_pieces_add_up_to_the_text(prompt, n):
-  pieces = list(talk().write(prompt, max_new_tokens=n))
-  assert "".join(pieces) == whole(prompt, n) and all(pieces)
+def test_chunks_add_up_to_the_text_of_continue_text(prompt, n):
+  chunks = list(start_conversation().write(prompt, max_new_tokens=n))
+  assert "".join(chunks) == continue_text(prompt, n)
+  assert all(chunks)
 
 
-def test_characters_of_several_bytes_are_never_cut(monkeypatch):
+def test_no_character_is_split_between_chunks(monkeypatch):
   text = "Käse 🧀 und Brot ☃ " * 4
-  raw = data.ByteVocabulary.encode(text)
-  monkeypatch.setattr(conversation, "_CHUNK", 3)
-  place = 0
+  tokens = data.ByteVocabulary.encode(text)
+  n_sampled = 0
 
-  def write(config, weights, now, keys, sampling, limit, *, n, eos_id, stop):
-    nonlocal place
-    tokens = np.zeros((1, n), np.int32)
-    part = raw[place : place + limit]
-    tokens[0, : len(part)] = part
-    place += len(part)
-    ended = np.array([place == len(raw)])
-    return conversation.generate_lib.Drawn(tokens, None, [len(part)]), now._replace(ended=ended)
+  def sample_tokens(config, weights, state, rngs, params, limit, *, chunk_len, stop):
+    nonlocal n_sampled
+    chunk = tokens[n_sampled : n_sampled + limit]
+    n_sampled += len(chunk)
+    padded = np.pad(chunk, (0, chunk_len - len(chunk)))
+    sampled = sample_loop.SampledTokens(padded[None], None, [len(chunk)])
+    return sampled, state._replace(ended=np.array([n_sampled == len(tokens)]))
 
-  monkeypatch.setattr(conversation.generate_lib, "write", write)
-  monkeypatch.setattr(data.ByteVocabulary, "EOS", int(raw[-1]))
-  pieces = list(talk().write("x", max_new_tokens=1000))
-  assert "".join(pieces) == text.rstrip(" ") + " " and "�" not in "".join(pieces)
-  assert len(pieces) > 10
+  monkeypatch.setattr(conversation_lib, "_CHUNK_LEN", 3)
+  monkeypatch.setattr(sample_loop, "sample_tokens", sample_tokens)
+  chunks = list(start_conversation().write("x", max_new_tokens=1000))
+  assert "".join(chunks) == text
+  assert len(chunks) > 10
 
 
-def test_stop_texts_are_held_back():
-  free = whole("Anne", 40)
-  raw = free.encode()
-  stop = raw[20:25]  # begins in one piece and ends in another
-  got = "".join(talk().write("Anne", max_new_tokens=40, stop=[stop]))
-  assert got == whole("Anne", 40, stop=[stop])
-  assert conversation._held_back([1, 2, 3], [[3, 4], [2, 3, 9]]) == 2
-  assert conversation._held_back([1, 2, 3], [[1, 2]]) == 0
+def test_a_stop_text_is_not_yielded_even_in_part():
+  unstopped = continue_text("Anne", 40)
+  stop = unstopped.encode()[14:18]  # begins in the first chunk and ends in the second
+  chunks = list(start_conversation().write("Anne", max_new_tokens=40, stop=[stop]))
+  before = unstopped.encode()[: unstopped.encode().find(stop)]
+  assert "".join(chunks) == before.decode(errors="replace")
+  assert "".join(chunks) == continue_text("Anne", 40, stop=[stop])
 
 
-def test_the_state_goes_on_over_prompts():
-  conversing = talk(temperature=0.0)
-  first = "".join(conversing.write("Emma ", max_new_tokens=10))
-  second = "".join(conversing.write("went", max_new_tokens=10))
-  out = tvq.generate(
-    PARAMS,
-    CONFIG,
-    np.append(1, data.ByteVocabulary.encode("Emma "))[None],
-    max_new_tokens=10,
-    rng=KEY,
-    temperature=0.0,
-  )
-  then = tvq.generate(
-    PARAMS,
-    CONFIG,
-    data.ByteVocabulary.encode("went")[None],
-    state=out.state,
-    max_new_tokens=10,
-    rng=KEY,
-    temperature=0.0,
-  )
-  decode = lambda out: data.ByteVocabulary.decode(out.tokens).decode(errors="replace")
-  assert (first, second) == (decode(out), decode(then))
-  assert int(conversing.state.position[0]) == 1 + 5 + 10 + 4 + 10
-  helpers.assert_trees_close(conversing.state, then.state)
-  resumed = talk(temperature=0.0, state=out.state)
+def test_the_state_is_kept_between_prompts():
+  conversation = start_conversation(temperature=0.0)
+  first = "".join(conversation.write("Emma ", max_new_tokens=10))
+  second = "".join(conversation.write("went", max_new_tokens=10))
+  prompts = [np.append(1, data.ByteVocabulary.encode("Emma ")), data.ByteVocabulary.encode("went")]
+  out_1 = generate(prompts[0], 10, temperature=0.0)
+  out_2 = generate(prompts[1], 10, temperature=0.0, state=out_1.state)
+  assert (first, second) == (decode(out_1), decode(out_2))
+  assert int(conversation.state.position[0]) == 1 + 5 + 10 + 4 + 10
+  helpers.assert_trees_close(conversation.state, out_2.state)
+  resumed = start_conversation(temperature=0.0, state=out_1.state)
   assert "".join(resumed.write("went", max_new_tokens=10)) == second
 
 
-def test_a_reply_that_is_dropped_leaves_a_usable_state():
-  conversing = talk()
-  next(conversing.write("Anne ", max_new_tokens=64))
-  assert int(conversing.state.position[0]) == 6 + conversation._CHUNK
-  assert "".join(conversing.write("went", max_new_tokens=8))
+def test_a_conversation_continues_after_an_iterator_is_dropped():
+  conversation = start_conversation()
+  next(conversation.write("Anne ", max_new_tokens=64))
+  state = conversation.state
+  assert int(state.position[0]) == 6 + conversation_lib._CHUNK_LEN
+  out = generate(data.ByteVocabulary.encode("went"), 8, temperature=0.9, state=state)
+  assert "".join(conversation.write("went", max_new_tokens=8)) == decode(out)
 
 
-def test_after_the_end_a_new_text_begins():
-  free = tvq.generate(
-    PARAMS,
-    CONFIG,
-    np.append(1, data.ByteVocabulary.encode("Anne"))[None],
-    max_new_tokens=200,
-    rng=KEY,
-    temperature=3.0,
-    eos_id=1,
+def test_an_empty_prompt_continues_the_last_text():
+  conversation = start_conversation(temperature=0.0)
+  text = "".join(conversation.write("Anne", max_new_tokens=9))
+  text += "".join(conversation.write("", max_new_tokens=11))
+  out = generate(np.append(1, data.ByteVocabulary.encode("Anne")), 20, temperature=0.0)
+  assert text == decode(out)
+
+
+def test_the_prompt_after_an_eos_starts_a_new_text():
+  tokens = np.append(1, data.ByteVocabulary.encode("Anne"))
+  assert generate(tokens, 200, temperature=3.0, eos_id=1).lengths[0] < 200
+  conversation = start_conversation(temperature=3.0)
+  list(conversation.write("Anne", max_new_tokens=200))
+  assert int(conversation.state.position[0]) == 0
+  fresh = start_conversation(temperature=3.0)
+  assert list(conversation.write("Käse", max_new_tokens=9)) == list(
+    fresh.write("Käse", max_new_tokens=9)
   )
-  assert free.lengths[0] < 200  # it does end
-  conversing = talk(temperature=3.0)
-  list(conversing.write("Anne", max_new_tokens=200))
-  assert int(conversing.state.position[0]) == 0
-  assert "".join(conversing.write("Käse", max_new_tokens=9)) == "".join(
-    talk(temperature=3.0).write("Käse", max_new_tokens=9)
-  )
 
 
-def test_what_cannot_be_said():
+def test_invalid_arguments_are_refused():
   with pytest.raises(ValueError, match="Conversation: the model has n_vocab=11, not the 259"):
-    tvq.Conversation({}, helpers.tiny(), rng=KEY)
-  with pytest.raises(ValueError, match="temperature=-1"):
-    talk(temperature=-1)
-  with pytest.raises(ValueError, match="max_new_tokens=0"):
-    talk().write("a", max_new_tokens=0)
-  with pytest.raises(ValueError, match="a stop text must not be empty"):
-    talk().write("a", max_new_tokens=1, stop=[""])
+    tvq.Conversation({}, helpers.tiny(), rng=RNG)
+  with pytest.raises(ValueError, match="Conversation: temperature=-1"):
+    start_conversation(temperature=-1)
   with pytest.raises(ValueError, match="batch of 1"):
-    talk(state=tvq.initial_state(CONFIG, 2))
-  with pytest.raises(ValueError, match="must not be empty after a given state"):
-    list(talk(state=tvq.initial_state(CONFIG, 1)).write("", max_new_tokens=1))
+    start_conversation(state=tvq.initial_state(CONFIG, 2))
+  with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+    start_conversation().write("a", max_new_tokens=0)
+  with pytest.raises(ValueError, match=r"stop=\[''\]: a stop text must not be empty"):
+    start_conversation().write("a", max_new_tokens=1, stop=[""])
+  conversation = start_conversation(state=tvq.initial_state(CONFIG, 1))
+  with pytest.raises(ValueError, match="prompt must not be empty after a given state"):
+    list(conversation.write("", max_new_tokens=1))

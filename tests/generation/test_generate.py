@@ -1,4 +1,4 @@
-"""Sampling: what is drawn, and that decoding reads as a forward pass does."""
+"""Tests of `generate` and `continue_text`: their results are those of forward passes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ import pytest
 
 import tvq_haiku as tvq
 from tvq_haiku import data
-from tvq_haiku.generation import generate as generate_lib
+from tvq_haiku.generation import sample_loop
 
 import helpers
 
-CONFIG = tvq.TransformerConfig.tiny(
-  n_vocab=11, d_model=16, d_k=8, d_v=16, n_code=6, n_layer=1, block_len=8, mem_len=8
-)
+CONFIG = helpers.tiny()
 PARAMS = helpers.random_params(CONFIG)
+TEXT_CONFIG = tvq.TransformerConfig.tiny(n_layer=1)
+TEXT_PARAMS = helpers.random_params(TEXT_CONFIG)
 
 
 def generate(prompts, n=12, **kwargs):
@@ -22,194 +22,198 @@ def generate(prompts, n=12, **kwargs):
   return tvq.generate(PARAMS, CONFIG, prompts, max_new_tokens=n, **kwargs)
 
 
-def test_tokens_logprobs_and_state_are_those_of_one_forward_pass():
+def continue_text(prompts, n=20, **kwargs):
+  settings = {"rng": jax.random.key(0), "max_new_tokens": n, **kwargs}
+  return tvq.continue_text(TEXT_PARAMS, TEXT_CONFIG, prompts, **settings)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_and_state_equal_those_of_one_forward_pass(temperature):
   prompts = helpers.random_tokens(CONFIG, 2, 13)
-  for temperature in (0.0, 1.0):
-    out = generate(prompts, temperature=temperature)
-    whole = np.concatenate([prompts, out.tokens], axis=1)
-    forward = helpers.apply(CONFIG, PARAMS, whole)
-    logprobs = jax.nn.log_softmax(forward.logits[:, 12:-1])
-    if temperature == 0.0:
-      np.testing.assert_array_equal(out.tokens, logprobs.argmax(-1))
-    drawn = jnp.take_along_axis(logprobs, out.tokens[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(out.logprobs, drawn, atol=2e-5)
-    helpers.assert_trees_close(out.state, forward.state)
+  out = generate(prompts, temperature=temperature)
+  forward = helpers.apply(CONFIG, PARAMS, np.concatenate([prompts, out.tokens], axis=1))
+  logprobs = jax.nn.log_softmax(forward.logits[:, 12:-1])
+  if temperature == 0.0:
+    np.testing.assert_array_equal(out.tokens, logprobs.argmax(-1))
+  expected = jnp.take_along_axis(logprobs, out.tokens[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(out.logprobs, expected, atol=2e-5)
+  np.testing.assert_allclose(out.logits, forward.logits[:, -1], atol=2e-5)
+  helpers.assert_trees_close(out.state, forward.state)
 
 
-def test_ragged_prompts_and_warm_states_give_what_rows_give_alone():
+def test_ragged_prompts_after_a_state_give_the_same_as_each_prompt_alone():
   text = helpers.random_tokens(CONFIG, 2, 20)
-  warm = generate(text).state
+  state = generate(text).state
   prompts, lengths = helpers.random_tokens(CONFIG, 2, 9, seed=5), [9, 4]
-  both = generate(prompts, lengths=lengths, state=warm)
-  for row in range(2):
-    state = generate(text[row : row + 1]).state
-    alone = generate(prompts[row : row + 1, : lengths[row]], state=state)
-    np.testing.assert_array_equal(both.tokens[row], alone.tokens[0])
-    np.testing.assert_allclose(both.logprobs[row], alone.logprobs[0], atol=2e-5)
+  batch = generate(prompts, lengths=lengths, state=state)
+  for b in range(2):
+    own_state = generate(text[b : b + 1]).state
+    alone = generate(prompts[b : b + 1, : lengths[b]], state=own_state)
+    np.testing.assert_array_equal(batch.tokens[b], alone.tokens[0])
+    np.testing.assert_allclose(batch.logprobs[b], alone.logprobs[0], atol=2e-5)
 
 
-def test_rows_end_at_eos():
+def test_texts_end_at_an_eos():
   prompts = helpers.random_tokens(CONFIG, 4, 5)
-  free = generate(prompts, n=16, temperature=1.0)
-  eos = int(free.tokens[0, 3])
+  unstopped = generate(prompts, n=16, temperature=1.0)
+  eos = int(unstopped.tokens[0, 3])
   out = generate(prompts, n=16, temperature=1.0, eos_id=eos)
-  for row, length in enumerate(out.lengths):
-    stop = np.flatnonzero(free.tokens[row] == eos)
-    assert length == (stop[0] + 1 if stop.size else 16)
-    np.testing.assert_array_equal(out.tokens[row, :length], free.tokens[row, :length])
-    assert not out.tokens[row, length:].any() and not out.logprobs[row, length:].any()
+  for b, length in enumerate(out.lengths):
+    positions = np.flatnonzero(unstopped.tokens[b] == eos)
+    assert length == (positions[0] + 1 if positions.size else 16)
+    np.testing.assert_array_equal(out.tokens[b, :length], unstopped.tokens[b, :length])
+    assert not out.tokens[b, length:].any() and not out.logprobs[b, length:].any()
+  assert out.lengths[0] <= 4
   np.testing.assert_array_equal(out.state.attention_1.position[0], 5 + out.lengths)
 
 
-def test_same_seed_same_text_whatever_the_batch():
+def test_the_same_key_gives_the_same_text_in_any_batch():
   prompts = helpers.random_tokens(CONFIG, 4, 5)
   prompts[3] = prompts[0]
   first, again = (generate(prompts, temperature=1.0).tokens for _ in range(2))
   np.testing.assert_array_equal(first, again)
-  assert (first[0] != first[3]).any()  # equal prompts go on differently
+  assert (first[0] != first[3]).any()  # equal prompts continue differently
   assert (generate(prompts, temperature=1.0, rng=jax.random.key(1)).tokens != first).any()
-  for row in range(3):
-    alone = generate(prompts[row : row + 1], temperature=1.0).tokens[0]
-    np.testing.assert_array_equal(alone, first[row])
+  for b in range(3):
+    alone = generate(prompts[b : b + 1], temperature=1.0).tokens[0]
+    np.testing.assert_array_equal(alone, first[b])
 
 
-def test_in_two_parts_as_in_one():
-  prompts, keys = helpers.random_tokens(CONFIG, 2, 5), jax.random.split(jax.random.key(3), 2)
-  whole = generate(prompts, n=12, temperature=1.0, rng=keys)
-  first = generate(prompts, n=5, temperature=1.0, rng=keys)
+def test_two_calls_continue_each_other():
+  prompts, rngs = helpers.random_tokens(CONFIG, 2, 5), jax.random.split(jax.random.key(3), 2)
+  one = generate(prompts, n=12, temperature=1.0, rng=rngs)
+  first = generate(prompts, n=5, temperature=1.0, rng=rngs)
   empty = np.zeros((2, 0), np.int32)
-  then = generate(empty, n=7, temperature=1.0, rng=keys, state=first.state, logits=first.logits)
-  np.testing.assert_array_equal(np.concatenate([first.tokens, then.tokens], axis=1), whole.tokens)
-  helpers.assert_trees_close(then.state, whole.state)
-  with pytest.raises(ValueError, match="prompt 0 is empty: give the logits"):
+  resume = dict(state=first.state, logits=first.logits)
+  second = generate(empty, n=7, temperature=1.0, rng=rngs, **resume)
+  np.testing.assert_array_equal(np.concatenate([first.tokens, second.tokens], axis=1), one.tokens)
+  helpers.assert_trees_close(second.state, one.state)
+  with pytest.raises(ValueError, match=r"prompts\[0\] is empty, .* pass the `logits`"):
     generate(empty, state=first.state)
 
 
-def test_long_texts_are_drawn_in_parts(monkeypatch):
+def test_the_result_does_not_depend_on_the_chunk_length(monkeypatch):
   prompts = helpers.random_tokens(CONFIG, 3, 5)
   eos = int(generate(prompts, temperature=1.0).tokens[0, 2])
-  whole = generate(prompts, n=12, temperature=1.0, eos_id=eos)
-  monkeypatch.setattr(generate_lib, "_LONGEST_LOOP", 4)
-  parts = generate(prompts, n=12, temperature=1.0, eos_id=eos)
+  one_chunk = generate(prompts, n=12, temperature=1.0, eos_id=eos)
+  monkeypatch.setattr(sample_loop, "_MAX_CHUNK_LEN", 4)
+  chunks = generate(prompts, n=12, temperature=1.0, eos_id=eos)
   for name in ("tokens", "lengths"):
-    np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
-  helpers.assert_trees_close(parts._replace(tokens=0), whole._replace(tokens=0))
-  short = generate(prompts[:1], n=12, temperature=1.0, eos_id=eos)  # ends in the first part
-  np.testing.assert_array_equal(short.tokens, whole.tokens[:1])
+    np.testing.assert_array_equal(getattr(chunks, name), getattr(one_chunk, name))
+  helpers.assert_trees_close(chunks._replace(tokens=0), one_chunk._replace(tokens=0))
+  short = generate(prompts[:1], n=12, temperature=1.0, eos_id=eos)
+  assert short.lengths[0] <= 3  # ends in the first of three chunks
+  np.testing.assert_array_equal(short.tokens, one_chunk.tokens[:1])
 
 
-def test_an_empty_prompt_begins_with_the_eos():
+def test_an_empty_prompt_starts_with_the_eos():
   prompts = helpers.random_tokens(CONFIG, 2, 5)
-  got = generate(prompts, lengths=[5, 0], eos_id=1)
-  want = generate(np.array([[1]]), eos_id=1)
-  np.testing.assert_array_equal(got.tokens[1], want.tokens[0])
-  np.testing.assert_array_equal(generate(np.zeros((1, 0), np.int32), eos_id=1).tokens, want.tokens)
+  from_eos = generate(np.array([[1]]), eos_id=1)
+  ragged = generate(prompts, lengths=[5, 0], eos_id=1)
+  np.testing.assert_array_equal(ragged.tokens[1], from_eos.tokens[0])
+  empty = generate(np.zeros((1, 0), np.int32), eos_id=1)
+  np.testing.assert_array_equal(empty.tokens, from_eos.tokens)
 
 
-def test_rows_end_at_stop_sequences():
+def test_texts_end_at_a_stop_sequence():
   prompts = helpers.random_tokens(CONFIG, 3, 5)
-  free = np.asarray(generate(prompts, n=16, temperature=1.0).tokens)
-  stops = [free[0, 4:7].tolist(), free[1, 9:10].tolist()]
-  out = generate(prompts, n=16, temperature=1.0, stop=stops)
-  for row in range(3):
-    ends = [
-      i for i in range(1, 17) for s in stops if free[row, max(i - len(s), 0) : i].tolist() == s
-    ]
-    assert out.lengths[row] == (min(ends) if ends else 16)
-    np.testing.assert_array_equal(
-      out.tokens[row, : out.lengths[row]], free[row, : out.lengths[row]]
-    )
+  unstopped = np.asarray(generate(prompts, n=16, temperature=1.0).tokens)
+  stop = [unstopped[0, 4:7].tolist(), unstopped[1, 9:10].tolist()]
+  out = generate(prompts, n=16, temperature=1.0, stop=stop)
+  for b in range(3):
+    length = length_until(unstopped[b].tolist(), stop)
+    assert out.lengths[b] == length
+    np.testing.assert_array_equal(out.tokens[b, :length], unstopped[b, :length])
+    assert not out.tokens[b, length:].any()
   assert out.lengths[0] <= 7 and out.lengths[1] <= 10
 
 
-def test_a_stop_sequence_is_not_found_in_the_prompt():
+def length_until(tokens, stop):
+  """Returns the number of tokens up to the end of the first stop sequence."""
+  for n in range(1, len(tokens) + 1):
+    if any(tokens[max(n - len(sequence), 0) : n] == sequence for sequence in stop):
+      return n
+  return len(tokens)
+
+
+def test_a_stop_sequence_that_begins_in_the_prompt_does_not_end_the_text():
   prompts = helpers.random_tokens(CONFIG, 1, 5)
-  free = generate(prompts, n=4).tokens[0]
-  both = [int(prompts[0, -1]), int(free[0])]
-  out = generate(prompts, n=1, stop=[both])
-  assert not jnp.any(out.state.document < 0) and out.lengths[0] == 1
-  out = generate(prompts, n=4, stop=[both])
-  assert out.lengths[0] == 4 or free.tolist()[: int(out.lengths[0])][-2:] == both
-
-
-def test_prompts_longer_than_a_window_are_read_in_parts(monkeypatch):
-  monkeypatch.setattr(generate_lib, "_LONGEST_WINDOW", 16)
-  prompts, lengths = helpers.random_tokens(CONFIG, 2, 50), [50, 20]
-  out = generate(prompts, lengths=lengths, n=3)
-  for row, length in enumerate(lengths):
-    forward = helpers.apply(CONFIG, PARAMS, prompts[row : row + 1, :length])
-    want = jax.nn.log_softmax(forward.logits[0, -1])
-    assert out.tokens[row, 0] == want.argmax()
-    np.testing.assert_allclose(out.logprobs[row, 0], want.max(), atol=2e-5)
+  unstopped = generate(prompts, n=8).tokens[0].tolist()
+  stop = [[int(prompts[0, -1]), unstopped[0]]]
+  out = generate(prompts, n=8, stop=stop)
+  length = length_until(unstopped, stop)
+  assert length > 1  # it would be 1 with the prompt
+  assert out.lengths[0] == length
+  assert out.tokens[0, :length].tolist() == unstopped[:length]
 
 
 @pytest.mark.parametrize(
   "settings, message",
   [
     (dict(top_p=1.1), r"generate: top_p=1.1 must lie in \(0, 1\]"),
-    (dict(stop=[[]]), "a stop sequence must have at least one token"),
+    (dict(stop=[[3], []]), r"stop=\[\[3\], \[\]\]: each stop sequence must have at least one"),
     (dict(logits=np.zeros((2, 10))), r"logits must have shape \[B=2, X=11\], got \(2, 10\)"),
-    (dict(eos_id=11), r"eos_id=11 must lie in \[0, 11\)"),
+    (dict(eos_id=11), r"eos_id=11 must be None or lie in \[0, 11\)"),
     (dict(state=tvq.initial_state(CONFIG, 3)), "batch of 2"),
-    (dict(n=2.5), "max_new_tokens=2.5"),
+    (dict(n=2.5), "max_new_tokens=2.5 must be an integer of at least 1"),
     (dict(n=0), "max_new_tokens=0"),
-    (dict(lengths=[1, 6]), r"lengths=\[1, 6\] must be one of 0...5"),
-    (dict(lengths=[0, 5]), "prompt 0 is empty: it needs an eos_id"),
+    (dict(lengths=[1, 6]), r"lengths=\[1, 6\] must be one integer in \[0, 5\]"),
+    (dict(lengths=[0, 5]), r"prompts\[0\] is empty: pass an `eos_id`"),
     (dict(lengths=[5]), r"lengths=\[5\]"),
+    (dict(rng=jax.random.split(jax.random.key(0), 3)), "rng must be one key, or one for each of 2"),
   ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_invalid_arguments_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     generate(helpers.random_tokens(CONFIG, 2, 5), **settings)
 
 
-def test_an_encoder_neither_writes_nor_predicts():
-  config = CONFIG.replace(causal=False)
-  params = helpers.random_params(config)
-  with pytest.raises(ValueError, match="causal=False: an encoder does not continue"):
-    tvq.generate(
-      params, config, np.zeros((1, 3), np.int32), max_new_tokens=1, rng=jax.random.key(0)
-    )
-  with pytest.raises(ValueError, match="causal=False: an encoder sees"):
-    tvq.evaluate(config, params, data.stream_of([np.arange(9)]))
-
-
-def test_prompts_out_of_range():
+def test_tokens_out_of_range_are_refused():
   with pytest.raises(ValueError, match=r"\[0, 11\), got 11...11"):
     generate(np.full((1, 3), 11))
 
 
-def test_text_needs_the_byte_vocabulary():
-  with pytest.raises(ValueError, match="n_vocab=11, not the 259"):
-    tvq.continue_text(PARAMS, CONFIG, ["a"], max_new_tokens=1, rng=jax.random.key(0))
-  config = tvq.TransformerConfig.tiny()
-  for prompts in ("text", []):
-    with pytest.raises(ValueError, match="must be a list of at least one text"):
-      tvq.continue_text(PARAMS, config, prompts, max_new_tokens=1, rng=jax.random.key(0))
+def test_an_encoder_cannot_generate():
+  config = CONFIG.replace(causal=False)
+  params, prompts = helpers.random_params(config), np.zeros((1, 3), np.int32)
+  with pytest.raises(ValueError, match="causal=False: an encoder does not continue"):
+    tvq.generate(params, config, prompts, max_new_tokens=1, rng=jax.random.key(0))
 
 
-def test_text_continues_each_prompt():
-  config = tvq.TransformerConfig.tiny(n_layer=1)
-  params = helpers.random_params(config)
+def test_text_is_that_of_generate_after_an_eos():
   prompts = ["", "Anne", "Captain Wentworth"]
-  write = lambda prompts: tvq.continue_text(
-    params, config, prompts, max_new_tokens=20, rng=jax.random.key(0), temperature=0.0
-  )
-  assert write(prompts) == [write([prompt])[0] for prompt in prompts]
+  texts = continue_text(prompts)
+  for prompt, text in zip(prompts, texts, strict=True):
+    tokens = np.append(1, data.ByteVocabulary.encode(prompt))[None]
+    settings = dict(max_new_tokens=20, rng=jax.random.key(0), eos_id=1)
+    out = tvq.generate(TEXT_PARAMS, TEXT_CONFIG, tokens, **settings)
+    assert text == data.ByteVocabulary.decode(out.tokens[0]).decode(errors="replace")
+    assert text
 
 
 def test_text_ends_before_a_stop_text():
-  config = tvq.TransformerConfig.tiny(n_layer=1)
-  params = helpers.random_params(config)
-  write = lambda **kwargs: tvq.continue_text(
-    params, config, ["Anne"], max_new_tokens=40, rng=jax.random.key(0), **kwargs
-  )[0]
-  raw = data.ByteVocabulary.encode("Anne")
-  out = tvq.generate(
-    params, config, np.append(1, raw)[None], max_new_tokens=40, rng=jax.random.key(0)
-  )
+  settings = dict(max_new_tokens=40, rng=jax.random.key(0))
+  prompt = np.append(1, data.ByteVocabulary.encode("Anne"))[None]
+  out = tvq.generate(TEXT_PARAMS, TEXT_CONFIG, prompt, **settings)
   tokens = np.asarray(out.tokens)[0]
-  place = next(i for i in range(5, 40) if (tokens[i : i + 2] >= 3).all() and 1 not in tokens[:i])
-  stop = data.ByteVocabulary.decode(tokens[place : place + 2])
-  first = data.ByteVocabulary.decode(tokens).find(stop)
-  assert write(stop=[stop]) == data.ByteVocabulary.decode(tokens)[:first].decode(errors="replace")
+  # Two bytes in a row, before the first eos.
+  i = next(i for i in range(5, 40) if (tokens[i : i + 2] >= 3).all() and 1 not in tokens[:i])
+  stop, text = (data.ByteVocabulary.decode(x) for x in (tokens[i : i + 2], tokens))
+  expected = text[: text.find(stop)].decode(errors="replace")
+  assert continue_text(["Anne"], 40, stop=[stop]) == [expected]
+
+
+def test_text_needs_the_vocabulary_of_the_model():
+  with pytest.raises(ValueError, match="n_vocab=11, not the 259"):
+    tvq.continue_text(PARAMS, CONFIG, ["a"], max_new_tokens=1, rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize("prompts", ["text", b"text", []])
+def test_text_needs_a_list_of_prompts(prompts):
+  with pytest.raises(ValueError, match="prompts=.* must be a list of at least one text"):
+    continue_text(prompts)
+
+
+def test_text_needs_a_list_of_stop_texts():
+  with pytest.raises(ValueError, match="stop='end' must be a list of texts, not one text"):
+    continue_text(["Anne"], stop="end")

@@ -1,4 +1,4 @@
-"""Drawing a token: from the allowed set, in proportion, with a key of the row's own."""
+"""Tests of sampling one token: allowed tokens, their frequencies, keys for each prompt."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,22 @@ import pytest
 from tvq_haiku.generation import sampling
 
 PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
-PLACE = np.array([3, 0, 4, 1, 2])  # likeliest first: token PLACE[i] has PROBABILITIES[i]
+TOKENS = np.array([3, 0, 4, 1, 2])  # most probable first: TOKENS[i] has PROBABILITIES[i]
 
 
-def draws(settings, n=4000):
+def sample_many(logits, n, **settings):
+  """Samples n tokens from the same logits."""
+  params = sampling.make_sampling_params(**settings)
+  rngs = jax.random.split(jax.random.key(0), n)
+  return np.asarray(jax.vmap(lambda rng: sampling.sample_token(rng, logits, params))(rngs))
+
+
+def sample_counts(settings):
+  """Returns how often each of TOKENS is sampled, most probable first."""
   logits = np.zeros(5, np.float32)
-  logits[PLACE] = np.log(PROBABILITIES)
-  rules = sampling.make_sampling_params(**settings)
-  keys = jax.random.split(jax.random.key(0), n)
-  return np.asarray(
-    jax.vmap(lambda key: sampling.sample_token(key, jnp.asarray(logits), rules))(keys)
-  )
+  logits[TOKENS] = np.log(PROBABILITIES)
+  tokens = sample_many(jnp.asarray(logits), 4000, **settings)
+  return np.bincount(tokens, minlength=5)[TOKENS]
 
 
 @pytest.mark.parametrize(
@@ -41,23 +46,23 @@ def draws(settings, n=4000):
     (dict(temperature=0.0, top_p=0.9, top_k=3), {0}),
   ],
 )
-def test_draws_from_the_allowed_set_in_proportion(settings, allowed):
-  counts = np.bincount(draws(settings), minlength=5)[PLACE]
+def test_samples_only_allowed_tokens_in_proportion_to_their_probabilities(settings, allowed):
+  counts = sample_counts(settings)
   kept = np.where([i in allowed for i in range(5)], PROBABILITIES, 0.0)
   np.testing.assert_allclose(counts / counts.sum(), kept / kept.sum(), atol=0.03)
   assert set(np.flatnonzero(counts)) <= allowed
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(top_p=0.999999)])
-def test_temperature_sharpens(settings):
-  counts = np.bincount(draws(dict(temperature=0.5, **settings)), minlength=5)[PLACE]
+def test_temperature_is_the_inverse_power_of_the_probabilities(settings):
+  counts = sample_counts(dict(temperature=0.5, **settings))
   np.testing.assert_allclose(
     counts / counts.sum(), PROBABILITIES**2 / (PROBABILITIES**2).sum(), atol=0.03
   )
 
 
 @pytest.mark.parametrize(
-  "settings, sorts",
+  "settings, n_sort",
   [
     (dict(), 0),
     (dict(min_p=0.1), 0),
@@ -67,52 +72,68 @@ def test_temperature_sharpens(settings):
     (dict(top_p=0.9, top_k=3, min_p=0.1), 1),
   ],
 )
-def test_sorts_at_most_once(settings, sorts):
-  rules = sampling.make_sampling_params(**settings)
-  text = str(
-    jax.make_jaxpr(lambda key, x: sampling.sample_token(key, x, rules))(
-      jax.random.key(0), jnp.zeros(50)
-    )
-  )
-  assert text.count("top_k[") + text.count("sort[") == sorts
+def test_sorts_at_most_once(settings, n_sort):
+  params = sampling.make_sampling_params(**settings)
+  jaxpr = jax.make_jaxpr(sampling.sample_token)(jax.random.key(0), jnp.zeros(50), params)
+  assert str(jaxpr).count("top_k[") + str(jaxpr).count("sort[") == n_sort
 
 
-def test_equal_logits_are_cut_off_all_the_same():
-  rules = sampling.make_sampling_params(top_p=0.5)
-  keys = jax.random.split(jax.random.key(0), 200)
-  drawn = jax.vmap(lambda key: sampling.sample_token(key, jnp.zeros(4), rules))(keys)
-  assert len(set(drawn.tolist())) == 2
+def test_other_values_of_the_same_filters_do_not_recompile():
+  n_trace = 0
+
+  @jax.jit
+  def sample(rng, logits, params):
+    nonlocal n_trace
+    n_trace += 1
+    return sampling.sample_token(rng, logits, params)
+
+  rng, logits = jax.random.key(0), jnp.zeros(5)
+  for temperature, top_p, min_p in ((0.5, 0.9, 0.1), (2.0, 0.5, 0.0)):
+    params = sampling.make_sampling_params(temperature=temperature, top_p=top_p, min_p=min_p)
+    sample(rng, logits, params)
+  assert n_trace == 1
+  sample(rng, logits, sampling.make_sampling_params(temperature=0.5, top_p=0.9))
+  assert n_trace == 2  # without min_p
+
+
+def test_top_p_keeps_only_some_of_equally_probable_tokens():
+  tokens = sample_many(jnp.zeros(4), 200, top_p=0.5)
+  assert len(set(tokens.tolist())) == 2
 
 
 @pytest.mark.parametrize(
   "settings, message",
   [
-    (dict(temperature=-1.0), "temperature=-1.0 must be a number, not negative"),
+    (dict(temperature=-1.0), "temperature=-1.0 must be finite and at least 0"),
     (dict(temperature=float("nan")), "temperature=nan"),
-    (dict(temperature=float("inf")), "inf"),
+    (dict(temperature=float("inf")), "temperature=inf"),
     (dict(top_p=0.0), r"top_p=0.0 must lie in \(0, 1\]"),
     (dict(top_p=1.1), "top_p=1.1"),
-    (dict(top_k=0), "top_k=0 must be an integer, at least 1"),
+    (dict(top_k=0), "top_k=0 must be None or an integer of at least 1"),
     (dict(top_k=1.5), "top_k=1.5"),
-    (dict(min_p=2.0), "min_p=2.0"),
+    (dict(min_p=2.0), r"min_p=2.0 must be None or lie in \[0, 1\]"),
     (dict(min_p=-0.1), "min_p=-0.1"),
   ],
 )
-def test_rules_that_cannot_be(settings, message):
-  with pytest.raises(ValueError, match=message):
-    sampling.make_sampling_params(**settings)
+def test_out_of_range_parameters_are_refused(settings, message):
+  with pytest.raises(ValueError, match=f"caller: {message}"):
+    sampling.make_sampling_params(caller="caller", **settings)
 
 
-def test_keys_depend_on_the_prompt_and_not_on_the_batch():
+def test_example_rngs_depend_on_the_prompt_and_not_on_the_batch():
   a, b, c = np.array([1, 2]), np.array([1]), np.array([], np.int32)
-  keys = sampling.example_rngs(jax.random.key(5), [a, b, a, c])
-  data = [tuple(row) for row in jax.random.key_data(keys).tolist()]
-  assert len(set(data)) == 4
-  assert (sampling.example_rngs(jax.random.key(5), [b])[0] == keys[1]).all()
-  assert (sampling.example_rngs(jax.random.key(5), [b, a])[1] == keys[0]).all()
-  own = jax.random.split(jax.random.key(0), 4)
-  assert (sampling.example_rngs(own, [a, b, a, c]) == own).all()
-  old_style = sampling.example_rngs(jax.random.PRNGKey(5), [a])
-  assert (old_style[0] == keys[0]).all()
-  with pytest.raises(ValueError, match="one for each of 3 rows"):
-    sampling.example_rngs(own, [a, b, c])
+  rng = jax.random.key(5)
+  rngs = sampling.example_rngs(rng, [a, b, a, c])
+  assert len({tuple(row) for row in jax.random.key_data(rngs).tolist()}) == 4
+  assert sampling.example_rngs(rng, [b])[0] == rngs[1]
+  assert sampling.example_rngs(rng, [b, a])[1] == rngs[0]
+
+
+def test_example_rngs_take_one_key_for_each_prompt_or_an_old_style_key():
+  prompts = [np.array([1, 2]), np.array([1])]
+  rngs = jax.random.split(jax.random.key(0), 2)
+  assert (sampling.example_rngs(rngs, prompts) == rngs).all()
+  old_style = sampling.example_rngs(jax.random.PRNGKey(5), prompts)
+  assert (old_style == sampling.example_rngs(jax.random.key(5), prompts)).all()
+  with pytest.raises(ValueError, match=r"one for each of 3 prompts, got keys of shape \(2,\)"):
+    sampling.example_rngs(rngs, [*prompts, np.array([3])])

@@ -26,6 +26,7 @@ import numpy as np
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.generation import decoder as decoder_lib
+from tvq_haiku.generation import decoder_weights
 from tvq_haiku.model import transformer
 from tvq_haiku.types import Array
 from tvq_haiku.utils import optional, progress
@@ -143,7 +144,7 @@ def _run(
   categorical = optional.require(
     "constriction", extra="compress", purpose="arithmetic coding"
   ).stream.model
-  weights = decoder_lib.prepare_weights(config, params)
+  weights = decoder_weights.prepare_weights(config, params)
   state = decoder_lib.start_decoding(config, transformer.initial_state(config, rows))
   pieces = _pieces(n_byte, rows)
   longest = -(-n_byte // rows)
@@ -161,7 +162,7 @@ def _run(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _step(
   config: TransformerConfig,
-  weights: decoder_lib.DecoderWeights,
+  weights: decoder_weights.DecoderWeights,
   tokens: Array,
   state: decoder_lib.DecodeState,
 ) -> tuple[Array, decoder_lib.DecodeState]:

@@ -1,0 +1,122 @@
+"""Tests of the sampling loop: its end, and that the compiled program copies no large array."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tvq_haiku as tvq
+from tvq_haiku.generation import decoder_weights, sample_loop, sampling
+from tvq_haiku.generation.stopping import StopConditions
+
+from helpers import assert_same, random_params, tiny
+
+CONFIG = tiny()
+PARAMS = random_params(CONFIG)
+RNGS = jax.random.split(jax.random.key(0), 2)
+
+
+def start(stop, config=CONFIG, batch_size=2):
+  state = tvq.initial_state(config, batch_size)
+  return sample_loop.start_generation(config, state, jnp.zeros((batch_size, 11)), stop)
+
+
+def sample(state, limit, stop, chunk_len=8):
+  return sample_loop.sample_tokens(
+    CONFIG,
+    decoder_weights.prepare_weights(CONFIG, PARAMS),
+    state,
+    RNGS,
+    sampling.make_sampling_params(),
+    limit,
+    chunk_len=chunk_len,
+    stop=stop,
+  )
+
+
+def test_samples_up_to_the_limit_and_pads_with_zeros():
+  sampled, state = sample(start(StopConditions()), 5, StopConditions())
+  full, _ = sample(start(StopConditions()), 8, StopConditions())
+  assert sampled.tokens.shape == (2, 8) and sampled.lengths.tolist() == [5, 5]
+  np.testing.assert_array_equal(sampled.tokens[:, :5], full.tokens[:, :5])
+  assert not sampled.tokens[:, 5:].any() and not sampled.logprobs[:, 5:].any()
+  assert (sampled.logprobs[:, :5] < 0.0).all()
+  assert state.decode_state.n_read.tolist() == [5, 5] and not state.ended.any()
+
+
+def test_a_text_that_has_ended_keeps_its_state():
+  unstopped, _ = sample(start(StopConditions()), 8, StopConditions())
+  first, second = np.asarray(unstopped.tokens)
+  eos = int(next(token for token in first if token not in second))
+  length = first.tolist().index(eos) + 1
+  stop = StopConditions(eos_id=eos)
+  sampled, state = sample(start(stop), 8, stop)
+  assert sampled.lengths.tolist() == [length, 8] and state.ended.tolist() == [True, False]
+  assert sampled.tokens[0].tolist() == [*first[:length].tolist(), *[0] * (8 - length)]
+  np.testing.assert_array_equal(sampled.tokens[1], second)
+  _, at_end = sample(start(stop), length, stop)
+  assert_same(state.logits[0], at_end.logits[0])
+  assert state.decode_state.n_read.tolist() == [length, 8]
+
+
+def test_a_stop_sequence_may_span_two_calls():
+  unstopped, _ = sample(start(StopConditions()), 8, StopConditions())
+  sequence = tuple(np.asarray(unstopped.tokens)[0, 3:6].tolist())
+  stop = StopConditions(sequences=(sequence,))
+  _, state = sample(start(stop), 4, stop)
+  assert not state.ended[0]
+  sampled, state = sample(state, 4, stop)
+  assert state.ended[0] and sampled.lengths[0] == 2
+
+
+def test_several_chunks_are_the_same_as_one(monkeypatch):
+  unstopped, _ = sample(start(StopConditions()), 8, StopConditions())
+  stop = StopConditions(eos_id=int(unstopped.tokens[0, 2]))
+
+  def sample_in_chunks(max_new_tokens):
+    weights = decoder_weights.prepare_weights(CONFIG, PARAMS)
+    return sample_loop.sample_in_chunks(
+      CONFIG,
+      weights,
+      start(stop),
+      RNGS,
+      sampling.make_sampling_params(),
+      max_new_tokens=max_new_tokens,
+      stop=stop,
+      show_progress=False,
+    )
+
+  one = sample_in_chunks(13)
+  monkeypatch.setattr(sample_loop, "_MAX_CHUNK_LEN", 4)
+  several = sample_in_chunks(13)
+  assert several[0].tokens.shape == several[0].logprobs.shape == (2, 13)
+  assert_same(several, one)
+
+
+@pytest.fixture
+def with_optimizations():
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_compiled_loop_copies_no_ring_buffer_or_cache(with_optimizations, batch_size):
+  # W = 25, S = 27 and V = 40 are the sizes of no other axis.
+  config = tiny(d_v=40, mem_len=24, n_code=27)
+  program = sample_loop.sample_tokens.lower(
+    config,
+    decoder_weights.prepare_weights(config, random_params(config)),
+    start(StopConditions(), config, batch_size),
+    jax.random.split(jax.random.key(0), batch_size),
+    sampling.make_sampling_params(),
+    50,
+    chunk_len=50,
+    stop=StopConditions(),
+  ).compile()
+  text = program.as_text()
+  assert re.search(r"\[(4,)?25,40\]", text) and re.search(r"\[(4,)?27,40\]", text)
+  copies = re.findall(r"= f32\[(?:\d,)*(?:25|27),40\]\S* copy\(.*", text)
+  assert not copies, copies
