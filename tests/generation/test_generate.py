@@ -210,7 +210,7 @@ def test_text_needs_the_vocabulary_of_the_model():
 
 @pytest.mark.parametrize("prompts", ["text", b"text", []])
 def test_text_needs_a_list_of_prompts(prompts):
-  with pytest.raises(ValueError, match="prompts=.* must be a list of at least one text"):
+  with pytest.raises(ValueError, match=r"prompts=.* must be a list of at least one text"):
     continue_text(prompts)
 
 
