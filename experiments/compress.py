@@ -1,13 +1,19 @@
-"""Compresses a file with a model, losslessly: the proof that its bits per byte are real.
+r"""Compresses a file losslessly with a byte-level model, which verifies its bits per byte.
 
   python -m experiments.compress --checkpoint=runs/quickstart README.md
-  python -m experiments.compress --checkpoint=runs/quickstart --decompress README.md.tvqz --output=copy.md
+  python -m experiments.compress --checkpoint=runs/quickstart \
+      --decompress README.md.tvqz --output=copy.md
 
-The model itself is not in the compressed file. To read it back takes the same checkpoint, the same
-versions of jax and this library, and a machine of the same kind.
+The compressed file does not contain the model. Decompression needs the same checkpoint, the same
+versions of JAX and of this library, and the same kind of machine.
 """
 
 from __future__ import annotations
+
+from experiments import restart
+
+if __name__ == "__main__":
+  restart.restart_with_malloc_settings()  # before JAX is imported
 
 import pathlib
 
@@ -17,15 +23,22 @@ from experiments import launcher
 import tvq_haiku as tvq
 from tvq_haiku.utils import files
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
-_DECOMPRESS = flags.DEFINE_boolean("decompress", False, "Turn a compressed file back.")
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "Directory of the training run.", required=True
+)
+_DECOMPRESS = flags.DEFINE_boolean(
+  "decompress", False, "Decompress FILE instead of compressing it."
+)
 _OUTPUT = flags.DEFINE_string(
-  "output", None, "File to write, which must not exist; default: FILE.tvqz, or FILE without it."
+  "output",
+  None,
+  "File to write; it must not exist. Default: FILE.tvqz, or with --decompress FILE without .tvqz.",
 )
 _ROWS = flags.DEFINE_integer(
   "rows",
   1,
-  "Pieces read side by side; more are faster, with less context.",
+  "Batch size: the file is divided into this many parts, which are compressed in parallel. A "
+  "larger number is faster, but each part starts without context.",
   lower_bound=1,
   upper_bound=65_535,
 )
@@ -34,14 +47,11 @@ _SUFFIX = ".tvqz"
 
 
 def main(file: str) -> None:
-  name = _OUTPUT.value
-  if name is None and _DECOMPRESS.value and not file.endswith(_SUFFIX):
-    raise ValueError(f"{file} does not end in {_SUFFIX}: name the --output.")
-  name = name or (file.removesuffix(_SUFFIX) if _DECOMPRESS.value else file + _SUFFIX)
+  """Compresses or decompresses `file` and prints the sizes of input and output."""
+  output = _output_path(file, _OUTPUT.value, decompress=_DECOMPRESS.value)
   content = pathlib.Path(file).read_bytes()
-  output = pathlib.Path(name)
   if output.exists():
-    raise ValueError(f"{output} exists already: remove it, or name another --output.")
+    raise ValueError(f"{output} exists already: remove it, or set a different --output.")
   files.prepare_directory(output.absolute().parent)
   run = tvq.load_checkpoint(_CHECKPOINT.value)
   model = (run.train_state.params, run.config)
@@ -53,10 +63,21 @@ def main(file: str) -> None:
   else:
     result = tvq.compress(*model, content, rows=_ROWS.value, show_progress=True)
   files.write_atomically(output, result)
-  note = ""
+  rate = ""
   if content and not _DECOMPRESS.value:
-    note = f", {8 * len(result) / len(content):.4f} bits per byte"
-  print(f"{output}: {len(result):,} bytes, from {len(content):,}{note}")
+    rate = f", {8 * len(result) / len(content):.4f} bits per byte"
+  print(f"{output}: {len(result):,} bytes, from {len(content):,}{rate}")
+
+
+def _output_path(file: str, output: str | None, *, decompress: bool) -> pathlib.Path:
+  """Returns the file to write: `output`, or by default `file` with or without the suffix."""
+  if output is not None:
+    return pathlib.Path(output)
+  if not decompress:
+    return pathlib.Path(file + _SUFFIX)
+  if not file.endswith(_SUFFIX):
+    raise ValueError(f"{file} does not end in {_SUFFIX}: name the file to write with --output.")
+  return pathlib.Path(file.removesuffix(_SUFFIX))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""Bits per byte of a file under a checkpoint.
+"""Evaluates a byte-level model on a file and prints its bits per byte.
 
 python -m experiments.evaluate --checkpoint=runs/quickstart --file=README.md
 """
 
 from __future__ import annotations
+
+from experiments import restart
+
+if __name__ == "__main__":
+  restart.restart_with_malloc_settings()  # before JAX is imported
 
 import pathlib
 
@@ -13,14 +18,23 @@ from experiments import launcher
 import tvq_haiku as tvq
 from tvq_haiku import data
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
-_FILE = flags.DEFINE_string("file", None, "What to read, as bytes.", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "Directory of the training run.", required=True
+)
+_FILE = flags.DEFINE_string(
+  "file", None, "File to evaluate; its bytes are the tokens.", required=True
+)
 _ROWS = flags.DEFINE_integer(
-  "rows", 1, "Pieces read side by side; more are faster, with less context.", lower_bound=1
+  "rows",
+  1,
+  "Batch size: the file is divided into this many parts, which are read in parallel. A larger "
+  "number is faster, but each part starts without context.",
+  lower_bound=1,
 )
 
 
 def main() -> None:
+  """Prints the bits per byte of --file."""
   text = pathlib.Path(_FILE.value).read_bytes()
   if not text:
     raise ValueError(f"--file={_FILE.value} is empty: there is nothing to evaluate.")

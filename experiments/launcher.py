@@ -1,16 +1,18 @@
-"""How every experiment starts: flags in, one clear line out when something is wrong."""
+"""Runs a command: parses its flags, and reports errors in one line with an exit status."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
 import os
 import signal
 import sys
-import threading
 import traceback
+from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
 
+from experiments import quiet
 from tvq_haiku.parallel import multihost
 
 EXIT_BAD_INPUT = 1
@@ -20,72 +22,119 @@ EXIT_BAD_FLAGS = 2
 def launch(name: str, main: Callable[..., None], *, argument: str | None = None) -> None:
   """Parses the flags and runs `main`.
 
-  Exits with 2 for wrong flags and with 1 for wrong input (a file, a size, a checkpoint, a missing
-  package); either is one line on standard error that begins with `name`. A reader of standard
-  output that goes away ends the command without a word.
+  Expected errors end the process with one line on standard error that begins with `name`:
+  - wrong flags: exit status 2;
+  - wrong input (a file, a size, a checkpoint, a missing package), a full disk, too little memory,
+    or the failure of another process of the same run: exit status 1.
+  Other errors are bugs and are shown with their traceback. Ctrl-C ends with one line and status
+  130. If the reader of standard output closes it, the command ends silently with status 141.
 
   Args:
-    name: of the command.
-    main: what it does.
-    argument: what the one argument is called that is not a flag, and that `main` gets; None: there
-      is none.
+    name: name of the command.
+    main: function to run. It is called with the positional argument, if there is one.
+    argument: name of the positional argument, for messages. None: the command takes none.
   """
-  expected = [] if argument is None else [argument]
-
-  def fail(message: object, status: int) -> None:
-    line = " ".join(str(message).split())
-    print(f"{name}: {line}", file=sys.stderr, flush=True)
-    if multihost.is_initialized():  # a clean end would wait for processes that wait for this one
-      sys.stdout.flush()
-      os._exit(status)
-    sys.exit(status)
-
-  def parse(argv: Sequence[str]) -> list[str]:
-    try:
-      return flags.FLAGS(argv)
-    except flags.Error as error:
-      return fail(error, EXIT_BAD_FLAGS)
-
-  def guarded(argv: Sequence[str]) -> None:
-    if len(argv) > 1 + len(expected):
-      fail(f"unexpected argument {argv[1 + len(expected)]!r}; see --help.", EXIT_BAD_FLAGS)
-    if len(argv) < 1 + len(expected):
-      fail(f"{argument} is missing; see --help.", EXIT_BAD_FLAGS)
-    if not flags.FLAGS["verbosity"].present:
-      # Orbax narrates every save, and what fails in its threads is raised here again.
-      logging.set_verbosity(logging.FATAL)
-      threading.excepthook = sys.unraisablehook = lambda _: None
-    try:
-      main(*argv[1:])
-      sys.stdout.flush()
-    except KeyboardInterrupt:
-      print(f"{name}: interrupted.", file=sys.stderr, flush=True)
-      # At once: threads that still compile may crash in an interpreter that shuts down.
-      os._exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-      sys.exit(128 + signal.SIGPIPE)
-    except flags.Error as error:
-      fail(error, EXIT_BAD_FLAGS)
-    except Exception as error:
-      if multihost.is_peer_failure(error):
-        error = OSError(
-          "stopped, because another process of this run stopped or cannot be reached "
-          f"({str(error)[:300]}). The last checkpoint is complete: restart all processes to resume."
-        )
-      if isinstance(error, (ArithmeticError, ImportError, OSError, ValueError)):
-        fail(error, EXIT_BAD_INPUT)
-      if not multihost.is_initialized():
-        raise
-      # At once: a normal exit would wait for processes that wait for this one.
-      traceback.print_exc()
-      os._exit(EXIT_BAD_INPUT)
-
-  app.run(guarded, flags_parser=parse)
+  app.run(
+    functools.partial(_run, name, main, argument),
+    flags_parser=functools.partial(_parse_flags, name),
+  )
 
 
 def parse_positive(name: str, text: str) -> int:
-  """One entry of a list flag as a number, at least 1."""
+  """Returns one entry of a list flag as an integer of at least 1.
+
+  Args:
+    name: name of the flag, for the message.
+    text: the entry.
+
+  Raises:
+    ValueError: the entry is not an integer, or less than 1.
+  """
   if not text.strip().isdigit() or int(text) < 1:
-    raise ValueError(f"--{name}: {text!r} must be a whole number, at least 1.")
+    raise ValueError(f"--{name}: {text!r} must be an integer of at least 1.")
   return int(text)
+
+
+def _parse_flags(name: str, argv: Sequence[str]) -> list[str]:
+  """Returns the positional arguments, after the name of the program."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _fail(name, error, EXIT_BAD_FLAGS)
+
+
+def _run(name: str, main: Callable[..., None], argument: str | None, argv: Sequence[str]) -> None:
+  """Runs `main` with the positional arguments; reports expected errors in one line."""
+  n_expected = 0 if argument is None else 1
+  if len(argv) > 1 + n_expected:
+    _fail(name, f"unexpected argument {argv[1 + n_expected]!r}; see --help.", EXIT_BAD_FLAGS)
+  if len(argv) < 1 + n_expected:
+    _fail(name, f"{argument} is missing; see --help.", EXIT_BAD_FLAGS)
+  if not flags.FLAGS["verbosity"].present:
+    quiet.hide_checkpoint_messages()
+  try:
+    main(*argv[1:])
+    sys.stdout.flush()
+  except KeyboardInterrupt:
+    print(f"{name}: interrupted.", file=sys.stderr, flush=True)
+    # Exits without cleaning up: threads that still compile may crash while the interpreter stops.
+    os._exit(128 + signal.SIGINT)
+  except BrokenPipeError:
+    # Python flushes standard output once more when it exits: that must not fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
+  except flags.Error as error:
+    _fail(name, error, EXIT_BAD_FLAGS)
+  except Exception as error:
+    _report_error(name, error)
+
+
+def _report_error(name: str, error: Exception) -> None:
+  """Ends the process: with one line if the error is expected, with the traceback if it is a bug."""
+  message = _describe_expected(error)
+  if message is not None:
+    _fail(name, message, EXIT_BAD_INPUT)
+  if not multihost.is_initialized():
+    raise error
+  # A normal exit would wait for the other processes, which may wait for this one.
+  traceback.print_exception(error)
+  os._exit(EXIT_BAD_INPUT)
+
+
+def _describe_expected(error: Exception) -> str | None:
+  """Returns the message for an expected error, or None if the error is a bug."""
+  if _is_out_of_memory(error):
+    return (
+      f"out of memory ({_shorten(error)}). Use a smaller model or batch, or a device with more "
+      "memory."
+    )
+  if multihost.is_peer_failure(error):
+    return (
+      "stopped, because another process of this run stopped or cannot be reached "
+      f"({_shorten(error)}). The last checkpoint is complete: restart all processes to resume."
+    )
+  if isinstance(error, (ArithmeticError, ImportError, OSError, ValueError)):
+    return str(error)
+  return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+  """Returns whether memory of the host or of a device is exhausted; JAX has no type for that."""
+  return isinstance(error, MemoryError) or (
+    isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
+  )
+
+
+def _shorten(error: Exception) -> str:
+  return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _fail(name: str, message: object, status: int) -> NoReturn:
+  """Ends the process with `status`, and with one line on standard error."""
+  line = " ".join(str(message).split())
+  print(f"{name}: {line}", file=sys.stderr, flush=True)
+  if multihost.is_initialized():
+    # A normal exit would wait for the other processes, which may wait for this one.
+    sys.stdout.flush()
+    os._exit(status)
+  sys.exit(status)

@@ -1,36 +1,50 @@
 """Trains a small byte-level Transformer-VQ on five novels and tests it on a sixth.
 
-  python -m experiments.quickstart            # minutes on two CPU cores
-  python -m experiments.quickstart --smoke    # the same path in seconds
+  python -m experiments.quickstart            # takes minutes on two CPU cores
+  python -m experiments.quickstart --smoke    # checks all steps in seconds
 
-It can be stopped (Ctrl-C) and started again at any time, and ends with a table: bits per byte of
-the unseen novel beside what gzip, bzip2 and xz need for it, given the same training text.
+Ctrl-C stops the run and saves it; the same command resumes it. At the end, the command prints the
+bits per byte of the unseen novel, next to those of gzip, bzip2 and xz, which are given the same
+training text.
 """
 
 from __future__ import annotations
 
+from experiments import restart
+
+if __name__ == "__main__":
+  restart.restart_with_malloc_settings()  # before JAX is imported
+
+from collections.abc import Mapping, Sequence
 import pathlib
 import shlex
+from typing import NamedTuple
 
 from absl import flags
 import jax
 
-from experiments import launcher
+from experiments import command_line, launcher
 import tvq_haiku as tvq
 from tvq_haiku import data
 from tvq_haiku.data import austen_novels
 from tvq_haiku.evaluation import baseline_compressors
 from tvq_haiku.run import trainer
+from tvq_haiku.types import Params
 from tvq_haiku.utils import files
 
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Directory of the run; default runs/quickstart, or runs/quickstart-smoke."
+  "workdir",
+  None,
+  "Directory of the run. Default: runs/quickstart, or runs/quickstart-smoke with --smoke.",
 )
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Seeds parameters, the order of the data and samples.", lower_bound=0
+  "seed", 0, "Seed of the initial parameters, the order of the data, and samples.", lower_bound=0
 )
 _SMOKE = flags.DEFINE_boolean(
-  "smoke", False, "A tiny model and little text: the path, not the result."
+  "smoke",
+  False,
+  "Use a tiny model and little text, to check in seconds that all steps work. The results are "
+  "meaningless.",
 )
 
 _MODEL = tvq.TransformerConfig(
@@ -56,7 +70,7 @@ _SMOKE_MODEL = tvq.TransformerConfig.tiny(n_layer=1, remat="none")
 _SMOKE_TRAINING = _TRAINING.replace(
   n_max_step=20, n_warmup_step=5, sequence_len=64, update_len=64, global_batch_size=4
 )
-_SMOKE_BYTES = 50_000
+_SMOKE_BYTES = 50_000  # of each novel
 
 _PROMPTS = (
   "It is a truth universally acknowledged, that ",
@@ -66,84 +80,132 @@ _PROMPTS = (
 _SAMPLE_BYTES = 300
 
 
+class Novels(NamedTuple):
+  """The text of the experiment."""
+
+  training: Mapping[str, bytes]  # title -> text
+  held_out: bytes  # the novel to test on
+
+
 def main() -> None:
-  smoke = _SMOKE.value
+  """Trains, or resumes; when the training is complete, tests the model and prints a report."""
+  smoke, seed = _SMOKE.value, _SEED.value
   config, train_cfg = (_SMOKE_MODEL, _SMOKE_TRAINING) if smoke else (_MODEL, _TRAINING)
-  workdir = pathlib.Path(
-    _WORKDIR.value or ("runs/quickstart-smoke" if smoke else "runs/quickstart")
-  )
+  default_workdir = "runs/quickstart-smoke" if smoke else "runs/quickstart"
+  workdir = pathlib.Path(_WORKDIR.value or default_workdir)
   report_file = workdir / "report.txt"
 
-  # -- data: five novels to learn from, one to be tested on ------------------------------------
-  limit = _SMOKE_BYTES if smoke else None
-  novels = {title: text[:limit] for title, text in austen_novels.austen().items()}
-  held_out = novels.pop(austen_novels.HELD_OUT)
-  encode = data.ByteVocabulary.encode
+  # -- data ------------------------------------------------------------------------------------
+  novels = _load_novels(_SMOKE_BYTES if smoke else None)
   batches = data.PackedBatches(
-    data.stream_of([encode(text) for text in novels.values()]),
-    seed=_SEED.value,
+    data.stream_of([data.ByteVocabulary.encode(text) for text in novels.training.values()]),
+    seed=seed,
     batch_size=train_cfg.global_batch_size,
     sequence_len=train_cfg.sequence_len,
   )
 
-  # -- train, or go on, or find it done --------------------------------------------------------
-  run = trainer.fit(config, train_cfg, batches, workdir, seed=_SEED.value, token_name="byte")
-  command = "python -m experiments.quickstart" + (" --smoke" if smoke else "")
-  made = int(run.train_state.step)
-  if made < train_cfg.n_max_step:
-    again = command + (f" --seed={_SEED.value}" if _SEED.value else "")
-    again += f" --workdir={shlex.quote(_WORKDIR.value)}" if _WORKDIR.value else ""
-    print(f"Stopped after {made} of {train_cfg.n_max_step} updates and saved. To go on: {again}")
+  # -- training --------------------------------------------------------------------------------
+  run = trainer.fit(config, train_cfg, batches, workdir, seed=seed, token_name="byte")
+  n_update, n_max = int(run.train_state.step), train_cfg.n_max_step
+  if n_update < n_max:
+    resume = command_line.resume_command()
+    print(f"Stopped after {n_update} of {n_max} updates and saved. To resume: {resume}")
     return
   if report_file.exists():
-    print(report_file.read_text(), end="")
-    print(
-      f"\nThis run is done. To start another: {command} --seed={_SEED.value + 1} --workdir=DIRECTORY"
-    )
+    print(report_file.read_text())
+    another = "python -m experiments.quickstart" + (" --smoke" if smoke else "")
+    another += f" --seed={seed + 1} --workdir=DIRECTORY"
+    print(f"This run is complete. To start another one: {another}")
     return
 
-  # -- test on all of the sixth novel ----------------------------------------------------------
+  # -- evaluation and samples ------------------------------------------------------------------
   params = run.train_state.params
-  likelihood = tvq.evaluate(config, params, data.stream_of([encode(held_out)]), show_progress=True)
-  table = {"tvq_haiku": likelihood.bits_per(len(held_out))}
-  for name, compress in baseline_compressors.COMPRESSORS.items():
-    table[name] = baseline_compressors.bits_per_byte(compress, b"".join(novels.values()), held_out)
-
-  # -- write -----------------------------------------------------------------------------------
+  table = _bits_per_byte(config, params, novels)
   passages = tvq.continue_text(
     params,
     config,
     _PROMPTS,
     max_new_tokens=_SAMPLE_BYTES,
-    rng=jax.random.key(_SEED.value),
+    rng=jax.random.key(seed),
     temperature=0.8,
     top_p=0.95,
   )
-  n_params = sum(x.size for x in jax.tree.leaves(params))
-  small = (
-    ["This is the smoke test: a tiny model that has learned nothing yet.", ""] if smoke else []
-  )
-  report = "\n".join(
-    [
-      *small,
-      f"Bits per byte of {austen_novels.HELD_OUT} ({len(held_out):,} bytes, never seen), after training "
-      f"on {len(novels)} other novels:",
-      "",
-      *(f"  {name:<12}{bits:7.3f}" for name, bits in table.items()),
-      "",
-      f"The model's {n_params:,} parameters are not counted. It writes:",
-      "",
-      *(
-        f"  [{prompt}]{passage}\n".replace("\n", "\n  ")
-        for prompt, passage in zip(_PROMPTS, passages)
-      ),
-      f"The checkpoint lies in {workdir}. To write more:",
-      f"  python -m experiments.sample --checkpoint={shlex.quote(str(workdir))} --prompt='The Admiral '",
-      "",
-    ]
-  )
+  n_param = sum(x.size for x in jax.tree.leaves(params))
+  report = _describe(table, passages, novels, workdir, n_param=n_param, smoke=smoke)
   print(report, end="")
   files.write_atomically(report_file, report)
+
+
+def _load_novels(n_byte: int | None) -> Novels:
+  """Returns the novels, or the first `n_byte` bytes of each."""
+  texts = austen_novels.austen()
+  held_out = texts[austen_novels.HELD_OUT][:n_byte]
+  return Novels(
+    {title: text[:n_byte] for title, text in texts.items() if title != austen_novels.HELD_OUT},
+    held_out,
+  )
+
+
+def _bits_per_byte(
+  config: tvq.TransformerConfig, params: Params, novels: Novels
+) -> dict[str, float]:
+  """Returns the bits per byte of the held-out novel, for the model and for each compressor.
+
+  Args:
+    config: the model's configuration.
+    params: the model's parameters.
+    novels: the training novels, which the compressors may refer to, and the held-out novel.
+  """
+  stream = data.stream_of([data.ByteVocabulary.encode(novels.held_out)])
+  likelihood = tvq.evaluate(config, params, stream, show_progress=True)
+  table = {"tvq_haiku": likelihood.bits_per(len(novels.held_out))}
+  training_text = b"".join(novels.training.values())
+  for name, compress in baseline_compressors.COMPRESSORS.items():
+    table[name] = baseline_compressors.bits_per_byte(compress, training_text, novels.held_out)
+  return table
+
+
+def _describe(
+  table: Mapping[str, float],
+  passages: Sequence[str],
+  novels: Novels,
+  workdir: pathlib.Path,
+  *,
+  n_param: int,
+  smoke: bool,
+) -> str:
+  """Returns the report.
+
+  Args:
+    table: name of a compressor -> bits per byte of the held-out novel.
+    passages: the text sampled after each of the prompts.
+    novels: the text of the experiment.
+    workdir: directory of the run.
+    n_param: number of parameters of the model.
+    smoke: whether this was a smoke run.
+  """
+  lines = []
+  if smoke:
+    lines += ["This was a smoke run: a tiny model that has learned almost nothing.", ""]
+  lines += [
+    f"Bits per byte of {austen_novels.HELD_OUT} ({len(novels.held_out):,} bytes, not seen in "
+    f"training), after training on {len(novels.training)} other novels:",
+    "",
+    *(f"  {name:<12}{bits:7.3f}" for name, bits in table.items()),
+    "",
+    f"The {n_param:,} parameters of the model are not counted. Samples of the model, with the "
+    "prompts in brackets:",
+    "",
+  ]
+  for prompt, passage in zip(_PROMPTS, passages, strict=True):
+    lines.append(f"  [{prompt}]{passage}\n".replace("\n", "\n  "))
+  lines += [
+    f"The checkpoint is in {workdir}. To sample more:",
+    f"  python -m experiments.sample --checkpoint={shlex.quote(str(workdir))} "
+    "--prompt='The Admiral '",
+    "",
+  ]
+  return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,42 @@
-"""A model of any text file, or directory of text files, of your own.
-
-The last 10 % of the bytes, in the order of the files' names, are for validation and the test; or
-directories train, validation and test are the splits.
+"""Trains a language model on a text file, or on a directory of text files.
 
   python -m experiments.text --size=cpu --data_dir=FILE
   python -m experiments.text --size=cpu --data_dir=FILE --command=test
   python -m experiments.text --size=cpu --command=sample --prompt='Once '
 
-Tokens are bytes, or pieces of words: --vocab=NEW.model --command=train_vocab --config.n_vocab=4096.
+Directories named train, validation and test hold the three splits. Without them, the last 10 % of
+the bytes, in the order of the file names, are the validation and the test split.
+
+A token is a byte. For SentencePiece tokens, first train a vocabulary with --command=train_vocab
+--vocab=NEW.model --config.n_vocab=4096, and then pass the last two flags to every command.
 """
 
 from __future__ import annotations
 
-from absl import flags
+from experiments import restart
 
-from experiments import cli
+if __name__ == "__main__":
+  restart.restart_with_malloc_settings()  # before JAX is imported
+
+from experiments import cli, specs
 import tvq_haiku as tvq
 from tvq_haiku import data
 from tvq_haiku.data import toy_datasets
 
-flags.adopt_module_key_flags(cli)  # so that --help lists them
+SPEC = specs.ExperimentSpec(
+  name="text",
+  source=data.TextFiles,
+  smoke_source=lambda directory: data.TextFiles(
+    toy_datasets.write_text(directory, name="text.txt")
+  ),
+  presets={
+    "paper": specs.SizePreset(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
+    "cpu": specs.TEXT_CPU,
+    "smoke": specs.TEXT_SMOKE,
+  },
+  measures=("bits_per_byte",),
+  vocabularies=(specs.BYTES, specs.SENTENCEPIECE),
+)
 
 if __name__ == "__main__":
-  cli.launch(
-    cli.ExperimentSpec(
-      name="text",
-      source=data.TextFiles,
-      smoke_source=lambda place: data.TextFiles(toy_datasets.write_text(place, name="text.txt")),
-      sizes={
-        "paper": cli.SizePreset(tvq.TransformerConfig.enwik8(), tvq.TrainConfig.enwik8()),
-        "cpu": cli.TEXT_CPU,
-        "smoke": cli.TEXT_SMOKE,
-      },
-      measures=("bits_per_byte",),
-      vocabularies=("bytes", "pieces"),
-    )
-  )
+  cli.launch(SPEC)

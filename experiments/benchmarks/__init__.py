@@ -1,1 +1,1 @@
-"""Measurements of the library, each a command that prints a table."""
+"""Benchmarks of the library; each is a command that prints a table."""

@@ -1,8 +1,8 @@
-"""Alternating medians of compiled programs, beside the machine's own speed of matrix products."""
+"""Measures compiled programs in alternation, relative to the speed of a square matrix product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -14,35 +14,68 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tvq_haiku.types import ArrayTree
 from tvq_haiku.utils import files
+
+
+class Compiled(NamedTuple):
+  """A compiled program and what its compilation took."""
+
+  program: Callable[..., ArrayTree]
+  seconds: float  # to compile
+  temp_bytes: int  # temporary memory of one call, as reported by the compiler
 
 
 class Case(NamedTuple):
   """A program to measure."""
 
-  name: str
-  settings: dict[str, Any]  # what the row says of it
-  run: Callable[[], Any]  # one call; returns arrays to wait for
-  n_token: int  # read by one call
-  model_flops: float  # of one call
+  name: str  # unique among the cases that are compared
+  settings: dict[str, Any]  # columns of the table that describe the program
+  run: Callable[[], ArrayTree]  # makes one call and returns arrays to wait for
+  n_token: int  # tokens that one call processes
+  model_flops: float  # FLOPs of one call
   compile_seconds: float
-  temp_bytes: int  # the compiled program's own count of temporary memory
+  temp_bytes: int  # temporary memory of one call, as reported by the compiler
 
 
-def compiled(function: Callable[..., Any], *args: Any, **jit_settings: Any):
-  """(compiled program, seconds it took, bytes of temporary memory)."""
+def compile_program(
+  function: Callable[..., ArrayTree], *args: ArrayTree, **jit_settings: Any
+) -> Compiled:
+  """Compiles `function` for the shapes of `args`.
+
+  Args:
+    function: a function of arrays.
+    *args: its arguments.
+    **jit_settings: arguments of `jax.jit`, such as `donate_argnums`.
+
+  Returns:
+    The program, the time to compile it, and its temporary memory.
+  """
   start = time.perf_counter()
   program = jax.jit(function, **jit_settings).lower(*args).compile()
   seconds = time.perf_counter() - start
-  return program, seconds, program.memory_analysis().temp_size_in_bytes
+  return Compiled(program, seconds, program.memory_analysis().temp_size_in_bytes)
 
 
 def matmul_peak(dtype: jnp.dtype, *, size: int | None = None) -> Case:
-  """A square product, in the dtype of the models: the yardstick of a row's `of peak`."""
+  """Returns the product of two square matrices, which measures the peak speed of the machine.
+
+  Args:
+    dtype: data type of the matrices.
+    size: number of rows and columns. None: 2048 on a CPU, else 8192.
+  """
   size = size or (2048 if jax.default_backend() == "cpu" else 8192)
   x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-  program, seconds, temp = compiled(jnp.matmul, x, x)
-  return Case("peak", {}, lambda: program(x, x), 0, 2.0 * size**3, seconds, temp)
+  product = compile_program(jnp.matmul, x, x)
+  return Case(
+    name="peak",
+    settings={},
+    run=lambda: product.program(x, x),
+    n_token=0,
+    model_flops=2.0 * size**3,
+    compile_seconds=product.seconds,
+    temp_bytes=product.temp_bytes,
+  )
 
 
 def compare(
@@ -52,50 +85,63 @@ def compare(
   dtype: jnp.dtype = jnp.float32,
   peak_size: int | None = None,
 ) -> list[dict[str, Any]]:
-  """Runs all cases in turn, `rounds` times, and returns a row for each.
+  """Measures all cases in alternation.
 
-  Speeds are medians. Each row's share of the peak is against the median of the square product,
-  which takes its turn before every case.
+  Args:
+    cases: the programs.
+    rounds: number of measured calls of each program.
+    dtype: data type of the square product that measures the peak speed. It runs before each call.
+    peak_size: number of rows and columns of the square product. None: depends on the backend.
+
+  Returns:
+    One row per case: its settings, the median and the shortest time of a call in seconds, tokens
+    per second, FLOPs, the fraction of the peak speed, memory and compilation time.
   """
   peak = matmul_peak(dtype, size=peak_size)
-  everything = [peak, *cases]
-  for case in everything:
+  for case in (peak, *cases):
     jax.block_until_ready(case.run())
-  times = {case.name: [] for case in everything}
+  times: dict[str, list[float]] = {case.name: [] for case in (peak, *cases)}
   for _ in range(rounds):
     for case in cases:
-      times[peak.name].append(_seconds(peak))
-      times[case.name].append(_seconds(case))
+      times[peak.name].append(time_call(peak.run))
+      times[case.name].append(time_call(case.run))
   peak_flops = peak.model_flops / statistics.median(times[peak.name])
-  rows = []
-  for case in cases:
-    seconds = statistics.median(times[case.name])
-    rows.append(
-      dict(
-        case.settings,
-        seconds=seconds,
-        fastest=min(times[case.name]),
-        rounds=rounds,
-        tokens_per_second=case.n_token / seconds,
-        model_flops=case.model_flops,
-        of_peak=case.model_flops / seconds / peak_flops,
-        peak_gflops=peak_flops / 1e9,
-        temp_mbytes=case.temp_bytes / 1e6,
-        compile_seconds=case.compile_seconds,
-      )
-    )
-  return rows
+  return [_make_row(case, times[case.name], peak_flops) for case in cases]
 
 
-def _seconds(case: Case) -> float:
+def _make_row(case: Case, times: Sequence[float], peak_flops: float) -> dict[str, Any]:
+  """Returns the row of one case.
+
+  Args:
+    case: the program.
+    times: the duration of each call, in seconds.
+    peak_flops: peak speed of the machine, in FLOP/s.
+  """
+  seconds = statistics.median(times)
+  return dict(
+    case.settings,
+    seconds=seconds,
+    fastest=min(times),
+    rounds=len(times),
+    tokens_per_second=case.n_token / seconds,
+    model_flops=case.model_flops,
+    of_peak=case.model_flops / seconds / peak_flops,
+    peak_gflops=peak_flops / 1e9,
+    temp_mbytes=case.temp_bytes / 1e6,
+    compile_seconds=case.compile_seconds,
+  )
+
+
+def time_call(run: Callable[[], ArrayTree]) -> float:
+  """Returns the time in seconds until the results of one call of `run` are ready."""
   start = time.perf_counter()
-  jax.block_until_ready(case.run())
+  jax.block_until_ready(run())
   return time.perf_counter() - start
 
 
-def print_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-  """One line a row: the settings `names`, then what was measured."""
-  heads = [*names, "tokens/s", "ms", "of peak", "temp MB", "compile s"]
+def print_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+  """Prints one line per row: the settings `names`, then the measurements."""
+  titles = [*names, "tokens/s", "ms", "of peak", "temp MB", "compile s"]
   lines = [
     [
       *(str(row[name]) for name in names),
@@ -107,13 +153,21 @@ def print_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
     ]
     for row in rows
   ]
-  widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-  for line in [heads, *lines]:
-    print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
+  widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(len(titles))]
+  for line in [titles, *lines]:
+    print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
 
 
-def write_json(path: str | pathlib.Path, rows: Sequence[dict[str, Any]], **about: Any) -> None:
-  """The rows, and the machine they were measured on."""
+def write_json(
+  file: str | pathlib.Path, rows: Sequence[Mapping[str, Any]], **metadata: Any
+) -> None:
+  """Writes the rows and a description of the machine to a JSON file.
+
+  Args:
+    file: the file to write.
+    rows: the measurements.
+    **metadata: further entries of the file.
+  """
   device = jax.devices()[0]
   machine = dict(
     backend=jax.default_backend(),
@@ -124,5 +178,5 @@ def write_json(path: str | pathlib.Path, rows: Sequence[dict[str, Any]], **about
     python=platform.python_version(),
     jax=jax.__version__,
   )
-  text = json.dumps(dict(machine=machine, **about, rows=list(rows)), indent=1)
-  files.write_atomically(pathlib.Path(path), text + "\n")
+  text = json.dumps(dict(machine=machine, **metadata, rows=list(rows)), indent=1)
+  files.write_atomically(pathlib.Path(file), text + "\n")

@@ -1,1 +1,1 @@
-"""Scripts that check long runs: kills and resumes, memory growth."""
+"""Scripts that check long runs: resuming after kills, and memory growth."""

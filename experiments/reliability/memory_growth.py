@@ -1,13 +1,19 @@
-"""Memory of a long training run: what a step leaves behind.
+"""Measures the memory growth of a long training run.
 
   python -m experiments.reliability.memory_growth --updates=4000
 
-Trains with everything on: checkpoints, validation, records, event files. Prints resident memory
-every tenth of the run, and its slope over the second half, by least squares.
+Trains with checkpoints, validation, log records and event files. Prints the resident memory of the
+process at every tenth of the run, and the slope of a least-squares line over the second half.
 """
 
 from __future__ import annotations
 
+from experiments import restart
+
+if __name__ == "__main__":
+  restart.restart_with_malloc_settings()  # before JAX is imported
+
+from collections.abc import Mapping
 import os
 import pathlib
 import tempfile
@@ -22,67 +28,100 @@ from tvq_haiku.data import toy_datasets
 from tvq_haiku.run import experiment as experiment_lib
 from tvq_haiku.run import metric_writers, trainer
 
-_SAVE_SECONDS = flags.DEFINE_float("save_seconds", 2.0, "Between two checkpoints.")
-_UPDATES = flags.DEFINE_integer("updates", 4000, "Of the run.", lower_bound=100)
+_SAVE_SECONDS = flags.DEFINE_float(
+  "save_seconds", 2.0, "Minimum time between two checkpoints, in seconds."
+)
+_UPDATES = flags.DEFINE_integer("updates", 4000, "Number of updates of the run.", lower_bound=100)
+
+_LOG_EVERY = 10  # updates
+
+
+class MemoryRecorder:
+  """Passes metrics on to other writers, and notes the memory at each call."""
+
+  def __init__(self, record: metric_writers.RecordMetrics):
+    self._record = record
+    self.steps: list[int] = []
+    self.megabytes: list[float] = []
+
+  def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Records the metrics and the resident memory after `step` updates."""
+    self._record(step, metrics)
+    self.steps.append(step)
+    self.megabytes.append(_resident_megabytes())
 
 
 def main() -> None:
-  with tempfile.TemporaryDirectory() as directory:
-    place = pathlib.Path(directory)
-    train_cfg = tvq.TrainConfig(
+  """Trains, and prints the memory and its slope."""
+  with tempfile.TemporaryDirectory() as name:
+    directory = pathlib.Path(name)
+    with metric_writers.open_writers(directory / "run", tensorboard=True) as record:
+      recorder = MemoryRecorder(record)
+      _train(_make_experiment(directory, _UPDATES.value), recorder, _SAVE_SECONDS.value)
+  steps, megabytes = np.array(recorder.steps), np.array(recorder.megabytes)
+  for i in range(0, len(steps), max(len(steps) // 10, 1)):
+    print(f"update {steps[i]:>7,}  {megabytes[i]:8.1f} MB")
+  half = len(steps) // 2
+  slope = np.polyfit(steps[half:], megabytes[half:], 1)[0]
+  print(f"slope over the second half: {1000 * slope:.2f} MB per 1,000 updates")
+
+
+def _make_experiment(directory: pathlib.Path, n_update: int) -> experiment_lib.Experiment:
+  """Returns a tiny text experiment in `directory`."""
+  return experiment_lib.Experiment(
+    source=data.TextFiles(toy_datasets.write_text(directory, n_byte=200_000)),
+    vocabulary=data.ByteVocabulary,
+    config=tvq.TransformerConfig.tiny(n_layer=1, remat="none"),
+    train_cfg=tvq.TrainConfig(
       lr_max=4e-3,
       n_warmup_step=5,
-      n_max_step=_UPDATES.value,
+      n_max_step=n_update,
       sequence_len=64,
       update_len=64,
       global_batch_size=4,
-    )
-    seen: list[tuple[int, float]] = []
-    with metric_writers.open_writers(place / "run", tensorboard=True) as record:
-
-      def watched(step, values):
-        record(step, values)
-        seen.append((step, _resident_mb()))
-
-      e = experiment_lib.Experiment(
-        source=data.TextFiles(toy_datasets.write_text(place, n_byte=200_000)),
-        vocabulary=data.ByteVocabulary,
-        config=tvq.TransformerConfig.tiny(n_layer=1, remat="none"),
-        train_cfg=train_cfg,
-        workdir=place / "run",
-        cache_dir=place / "cache",
-        measures=("bits_per_byte",),
-        token_name="byte",
-      )
-      batches = data.PackedBatches(
-        e.open_split("train").stream,
-        batch_size=train_cfg.global_batch_size,
-        sequence_len=train_cfg.sequence_len,
-      )
-      validation = e.open_split("validation")
-      trainer.fit(
-        e.config,
-        train_cfg,
-        batches,
-        e.workdir,
-        record=watched,
-        log_every=10,
-        save_seconds=_SAVE_SECONDS.value,
-        validate_every=_UPDATES.value // 8,
-        validate=lambda params, stop: e.likelihood(e.config, params, validation, stop=stop),
-      )
-    steps, memory = np.array(seen).T
-    for i in range(0, len(seen), max(len(seen) // 10, 1)):
-      print(f"update {int(steps[i]):>7,}  {memory[i]:8.1f} MB")
-    half = len(seen) // 2
-    slope = np.polyfit(steps[half:], memory[half:], 1)[0]
-    print(f"slope over the second half: {1000 * slope:.2f} MB in 1,000 updates")
+    ),
+    workdir=directory / "run",
+    cache_dir=directory / "cache",
+    measures=("bits_per_byte",),
+    token_name="byte",
+  )
 
 
-def _resident_mb() -> float:
+def _train(
+  experiment: experiment_lib.Experiment, recorder: MemoryRecorder, save_seconds: float
+) -> None:
+  """Trains with eight validations.
+
+  Args:
+    experiment: the experiment.
+    recorder: called with the metrics.
+    save_seconds: minimum time between two checkpoints.
+  """
+  config, train_cfg = experiment.config, experiment.train_cfg
+  batches = data.PackedBatches(
+    experiment.open_split("train").stream,
+    batch_size=train_cfg.global_batch_size,
+    sequence_len=train_cfg.sequence_len,
+  )
+  validation = experiment.open_split("validation")
+  trainer.fit(
+    config,
+    train_cfg,
+    batches,
+    experiment.workdir,
+    record=recorder,
+    log_every=_LOG_EVERY,
+    save_seconds=save_seconds,
+    validate_every=train_cfg.n_max_step // 8,
+    validate=lambda params, stop: experiment.likelihood(config, params, validation, stop=stop),
+  )
+
+
+def _resident_megabytes() -> float:
+  """Returns the resident memory of this process."""
   pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
   return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":
-  launcher.launch("endurance", main)
+  launcher.launch("memory_growth", main)

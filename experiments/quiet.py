@@ -1,0 +1,53 @@
+"""Hides messages of the checkpoint library that repeat what a command reports itself.
+
+When a checkpoint cannot be written, orbax logs the error several times, in several threads, and
+raises it in the main thread, where `launcher` reports it in one line. Only these messages are
+hidden: errors in other threads and warnings of other libraries are shown.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import types
+
+from absl import logging as absl_logging
+
+_CLOSED_LOOP = "Event loop is closed"
+
+
+def hide_checkpoint_messages() -> None:
+  """Hides log records and thread errors of orbax, in this process and from now on."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  absl_logging.get_absl_handler().addFilter(_is_not_from_orbax)
+  threading.excepthook = _show_thread_error
+  sys.unraisablehook = _show_unraisable_error
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+  """Returns whether a log record is shown: orbax is the only library here that uses asyncio."""
+  return "/orbax/" not in record.pathname and record.name != "asyncio"
+
+
+def _show_thread_error(args: threading.ExceptHookArgs) -> None:
+  """Reports an exception that ended a thread, unless the thread is one of orbax's."""
+  if not _passes_through_orbax(args.exc_traceback):
+    threading.__excepthook__(args)
+
+
+def _passes_through_orbax(traceback: types.TracebackType | None) -> bool:
+  while traceback is not None:
+    if traceback.tb_frame.f_globals.get("__name__", "").startswith("orbax."):
+      return True
+    traceback = traceback.tb_next
+  return False
+
+
+def _show_unraisable_error(args: sys.UnraisableHookArgs) -> None:
+  """Reports an exception that cannot be raised, unless it comes from a failed write of orbax.
+
+  When one write fails, orbax closes its event loop while other writes are still in progress.
+  """
+  if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == _CLOSED_LOOP):
+    sys.__unraisablehook__(args)
