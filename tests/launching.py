@@ -1,4 +1,4 @@
-"""Commands in processes of their own, as a user starts them."""
+"""Starts commands in processes of their own, as a user does."""
 
 import pathlib
 import shlex
@@ -10,23 +10,38 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-  """A directory with the launchers but not the library: that must be the installed one."""
-  directory = tmp_path_factory.mktemp("place")
+def make_workspace(directory):
+  """Links the commands and the README, but not the library, which must be the installed one."""
   for name in ("experiments", "README.md"):
     (directory / name).symlink_to(ROOT / name)
   return directory
 
 
-def start(command, place, **kwargs):
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+  """A directory to start commands in, which the tests of a module share."""
+  return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def start(command, directory, **kwargs):
+  """Starts `command` in `directory`; its output and messages are pipes of text."""
   arguments = [sys.executable if word == "python" else word for word in shlex.split(command)]
   return subprocess.Popen(
-    arguments, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+    arguments, cwd=directory, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
   )
 
 
-def run(command, place, **kwargs):
-  process = start(command, place, **kwargs)
+def run(command, directory, **kwargs):
+  """Runs `command` in `directory` and returns its exit status, output and messages."""
+  process = start(command, directory, **kwargs)
   out, err = process.communicate(timeout=300)
   return process.returncode, out, err
+
+
+def assert_fails_in_one_line(command, directory, status, message):
+  """Runs `command` and checks its exit status, and that it prints one line with `message`."""
+  actual_status, out, err = run(f"python -m experiments.{command}", directory)
+  assert actual_status == status, err
+  assert message in err
+  assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+  assert not out

@@ -17,9 +17,9 @@ from tvq_haiku.parallel import multihost
 from tvq_haiku.run import best_checkpoint, metric_writers
 
 import helpers
-from launching import place, run, start
+from launching import run, start, workspace
 
-assert place  # a fixture
+assert workspace  # a fixture
 
 COMMAND = "python -m experiments.text --smoke --validate_every=10 --log_every=1"
 
@@ -60,14 +60,14 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def start_run(n, place, workdir, flags=""):
+def start_run(n, workspace, workdir, flags=""):
   """Starts one training run with n processes."""
   port = free_port()
   return [
     start(
       f"{COMMAND} --workdir={workdir} --multihost --coordinator=localhost:{port} --n_process={n} "
       f"--process={i} {flags}",
-      place,
+      workspace,
     )
     for i in range(n)
   ]
@@ -91,10 +91,10 @@ def wait_for_checkpoint(workdir):
 
 
 @pytest.fixture(scope="module")
-def single_process_run(place, tmp_path_factory):
+def single_process_run(workspace, tmp_path_factory):
   """The directory of the same run with one process."""
   workdir = tmp_path_factory.mktemp("single") / "run"
-  status, _, err = run(f"{COMMAND} --workdir={workdir}", place)
+  status, _, err = run(f"{COMMAND} --workdir={workdir}", workspace)
   assert status == 0, err
   return workdir
 
@@ -116,8 +116,8 @@ def assert_same_run(workdir, want):
 
 
 @pytest.mark.parametrize("n, mesh", [(2, ""), (4, "--mesh=fsdp:2,model:2")])
-def test_several_processes_train_as_one_does(n, mesh, single_process_run, place, tmp_path):
-  results = wait_for(start_run(n, place, tmp_path / "run", mesh))
+def test_several_processes_train_as_one_does(n, mesh, single_process_run, workspace, tmp_path):
+  results = wait_for(start_run(n, workspace, tmp_path / "run", mesh))
   assert [status for *_, status in results] == [0] * n, results
   assert "Trained: 20 updates" in results[0][0]
   for out, err, _ in results[1:]:  # only process 0 logs
@@ -127,10 +127,10 @@ def test_several_processes_train_as_one_does(n, mesh, single_process_run, place,
 
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_process_stops_the_others_and_the_run_resumes(
-  victim, single_process_run, place, tmp_path
+  victim, single_process_run, workspace, tmp_path
 ):
   workdir = tmp_path / "run"
-  processes = start_run(2, place, workdir, "--save_seconds=0.0")
+  processes = start_run(2, workspace, workdir, "--save_seconds=0.0")
   wait_for_checkpoint(workdir)
   processes[victim].kill()
   results = wait_for(processes, timeout=60)  # the survivor must not hang
@@ -146,16 +146,16 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes(
 
   saved = run_directory.saved_steps(workdir)[-1]
   assert 0 < saved < 20
-  status, out, err = run(f"{COMMAND} --workdir={workdir}", place)  # with a single process
+  status, out, err = run(f"{COMMAND} --workdir={workdir}", workspace)  # with a single process
   assert status == 0 and "Trained: 20 updates" in out, err
   assert f"after {saved} of 20 updates" in err, err
   assert_same_run(workdir, single_process_run)
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(place, tmp_path):
+def test_a_signal_to_one_process_stops_all_at_the_same_step(workspace, tmp_path):
   workdir = tmp_path / "run"
   flags = "--config.n_max_step=4000 --config.n_warmup_step=5"
-  processes = start_run(2, place, workdir, f"--save_seconds=0.0 {flags}")
+  processes = start_run(2, workspace, workdir, f"--save_seconds=0.0 {flags}")
   wait_for_checkpoint(workdir)
   processes[1].send_signal(signal.SIGTERM)
   results = wait_for(processes)
@@ -168,10 +168,10 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(place, tmp_path):
   assert int(tvq.load_checkpoint(workdir).train_state.step) == stopped
 
 
-def test_votes_broadcasts_and_the_failure_of_one_process(place):
+def test_votes_broadcasts_and_the_failure_of_one_process(workspace):
   address = f"localhost:{free_port()}"
   command = f"python -c {shlex.quote(PRIMITIVES)} {address}"
-  results = wait_for([start(f"{command}/{process}", place) for process in range(2)])
+  results = wait_for([start(f"{command}/{process}", workspace) for process in range(2)])
   for process, (out, err, _) in enumerate(results):
     assert out, err
     assert json.loads(out) == {
@@ -201,8 +201,8 @@ def test_votes_broadcasts_and_the_failure_of_one_process(place):
     ("--mesh=data:64", "mesh='data:64'"),
   ],
 )
-def test_wrong_flags_are_reported_in_one_line(flags, message, place, tmp_path):
-  status, _, err = run(f"{COMMAND} --workdir={tmp_path / 'run'} {flags}", place)
+def test_wrong_flags_are_reported_in_one_line(flags, message, workspace, tmp_path):
+  status, _, err = run(f"{COMMAND} --workdir={tmp_path / 'run'} {flags}", workspace)
   assert status in (1, 2) and message in err and "Traceback" not in err
 
 

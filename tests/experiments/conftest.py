@@ -1,0 +1,25 @@
+"""A small run of the quickstart, which the tests of several commands share."""
+
+import shutil
+
+import pytest
+
+from launching import make_workspace, run
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory):
+  """Runs the quickstart; returns the directory it was started in, its output and its messages."""
+  directory = make_workspace(tmp_path_factory.mktemp("quickstart"))
+  command = "python -m experiments.quickstart --smoke --workdir=runs/quickstart"
+  status, out, err = run(command, directory)
+  assert status == 0, err
+  return directory, out, err
+
+
+@pytest.fixture(scope="module")
+def quickstart(quickstart_run, workspace):
+  """Copies the run to runs/quickstart in the workspace; returns its output and its messages."""
+  directory, out, err = quickstart_run
+  shutil.copytree(directory / "runs", workspace / "runs")
+  return out, err

@@ -1,0 +1,57 @@
+"""The examples of the README run, and it is brief."""
+
+import os
+import re
+
+from launching import ROOT, run, workspace
+
+assert workspace  # a fixture
+
+
+def readme_blocks(language):
+  """Returns the code blocks of the README in `language`."""
+  return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+
+
+def test_python_examples_run():
+  script = "".join(readme_blocks("python"))
+  namespace = {}
+  exec(compile(script, "README.md", "exec"), namespace)
+  assert namespace["probabilities"].shape == (2, 100, 259)
+  assert namespace["metrics"]["loss_lm"].shape == (2,)
+
+
+def test_commands_run(quickstart, workspace):
+  commands = [
+    command.strip()
+    for block in readme_blocks("sh")
+    for line in block.splitlines()
+    for command in line.split("&&")
+  ]
+  assert commands[:2] == ["pip install -e '.[train]'", "python -m experiments.quickstart"]
+  for command in commands:
+    if command.startswith("pip install '.[test]'") or command.startswith("pytest"):
+      continue  # this test runs because somebody has run them
+    if command.startswith("pip install -e '.[train]'"):
+      assert "train =" in (ROOT / "setup.cfg").read_text()
+      continue
+    variables, command = re.match(r"((?:[A-Z_]+=\S+ )*)(.*)", command).groups()
+    assert command.startswith("python -m experiments."), command
+    if "quickstart" in command.split("--")[0]:
+      command += " --smoke --workdir=runs/quickstart"
+    if "experiments.text" in command:
+      command += " --cache_dir=cache"
+      if "--command" not in command:
+        command += (
+          " --config.n_max_step=8 --config.n_warmup_step=2 --config.d_model=32 --config.d_v=32"
+        )
+    environment = os.environ | dict(variable.split("=") for variable in variables.split())
+    status, out, err = run(command, workspace, env=environment)
+    assert status == 0 and out.strip(), (command, err)
+  assert (workspace / "copy.md").read_bytes() == (ROOT / "README.md").read_bytes()
+
+
+def test_installation_and_first_example_are_brief():
+  lines = (ROOT / "README.md").read_text().splitlines()
+  assert any(line.startswith("pip install") for line in lines[:25])
+  assert len([line for line in readme_blocks("python")[0].splitlines() if line]) <= 15

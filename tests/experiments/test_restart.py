@@ -1,0 +1,123 @@
+"""The restart with malloc settings: once, only for commands, and without changing them."""
+
+import importlib.machinery
+import json
+import os
+import sys
+
+import pytest
+
+from experiments import restart
+
+from launching import ROOT, run, workspace
+
+assert workspace  # a fixture
+
+COMMANDS = sorted(
+  str(path.relative_to(ROOT))
+  for path in (ROOT / "experiments").rglob("*.py")
+  if "if __name__ ==" in path.read_text()
+)
+RESTART = """\
+from experiments import restart
+
+if __name__ == "__main__":
+  restart.restart_with_malloc_settings()  # before JAX is imported
+"""
+
+
+@pytest.fixture
+def restarts(monkeypatch):
+  """Replaces the restart by a list of its arguments, in a process that looks like a command."""
+  calls = []
+  monkeypatch.setattr(os, "execv", lambda *arguments: calls.append(arguments))
+  monkeypatch.setattr(sys, "platform", "linux")
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+  set_main_module(monkeypatch, "experiments.text")
+  yield calls
+  os.environ.pop("GLIBC_TUNABLES", None)
+
+
+def set_main_module(monkeypatch, name):
+  spec = None if name is None else importlib.machinery.ModuleSpec(name, None)
+  monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+
+
+def test_command_restarts_once_with_its_arguments_and_the_settings(restarts):
+  restart.restart_with_malloc_settings()
+  restart.restart_with_malloc_settings()
+  assert restarts == [(sys.executable, sys.orig_argv)]
+  assert "glibc.malloc.mmap_max=0" in os.environ["GLIBC_TUNABLES"].split(":")
+
+
+def test_settings_of_the_user_are_kept(restarts, monkeypatch):
+  monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+  restart.restart_with_malloc_settings()
+  assert not restarts and os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
+
+
+def test_other_systems_do_not_restart(restarts, monkeypatch):
+  monkeypatch.setattr(sys, "platform", "darwin")
+  restart.restart_with_malloc_settings()
+  assert not restarts
+
+
+@pytest.mark.parametrize("name", [None, "pytest.__main__", "experimentsx.text"])
+def test_other_programs_do_not_restart(restarts, monkeypatch, name):
+  set_main_module(monkeypatch, name)
+  restart.restart_with_malloc_settings()
+  assert not restarts
+
+
+def test_importing_does_not_restart(workspace):
+  script = (
+    "import importlib.machinery, os, sys;"
+    "sys.modules['__main__'].__spec__ = importlib.machinery.ModuleSpec('experiments.text', None);"
+    "sys.argv[0] = '-m';"
+    "os.execv = lambda *_: os._exit(3);"
+    "import experiments, experiments.launcher, experiments.text;"
+    "print('GLIBC_TUNABLES' in os.environ)"
+  )
+  environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+  assert run(f'python -c "{script}"', workspace, env=environment) == (0, "False\n", "")
+
+
+def test_launched_command_runs_with_the_settings_and_starts_twice(workspace, tmp_path):
+  """Logs every start of the interpreter by a module that Python imports first."""
+  log = tmp_path / "log"
+  (tmp_path / "sitecustomize.py").write_text(
+    "import json, os, sys\n"
+    "def write(event):\n"
+    "  entry = [event, os.getpid(), os.environ.get('GLIBC_TUNABLES'), sys.orig_argv]\n"
+    f"  with open({str(log)!r}, 'a') as file:\n"
+    "    file.write(json.dumps(entry) + '\\n')\n"
+    "write('start')\n"
+    "execv = os.execv\n"
+    "def logged(*arguments):\n"
+    "  write('restart' + (' after jax' if 'jax' in sys.modules else ''))\n"
+    "  execv(*arguments)\n"
+    "os.execv = logged\n"
+  )
+  environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+  path = os.pathsep.join([str(tmp_path), *environment.get("PYTHONPATH", "").split(os.pathsep)])
+  command = "python -m experiments.evaluate --checkpoint=nowhere '--file=README.md'"
+  status, out, err = run(command, workspace, env=environment | {"PYTHONPATH": path})
+  assert (status, out) == (1, "") and "nowhere holds no checkpoint" in err, err
+  first, again, second = (json.loads(line) for line in log.read_text().splitlines())
+  assert [entry[0] for entry in (first, again, second)] == ["start", "restart", "start"]
+  assert first[1] == again[1] == second[1]  # the same process
+  assert first[2] is None and "glibc.malloc.mmap_max=0" in second[2]
+  assert first[3] == second[3] and second[3][1:] == [
+    "-m",
+    "experiments.evaluate",
+    "--checkpoint=nowhere",
+    "--file=README.md",
+  ]
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_command_restarts_before_its_other_imports(path):
+  before, found, _ = (ROOT / path).read_text().partition(RESTART)
+  assert found
+  lines = [line for line in before.splitlines() if line.startswith(("import ", "from "))]
+  assert lines == ["from __future__ import annotations"]
