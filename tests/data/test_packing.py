@@ -7,7 +7,6 @@ import pytest
 
 from tvq_haiku import data
 from tvq_haiku.data import austen_novels
-from tvq_haiku.evaluation import baseline_compressors
 
 
 def test_every_byte_survives():
@@ -148,11 +147,3 @@ def test_corpus_is_the_six_novels():
   assert len(novels) == 6 and austen_novels.HELD_OUT in novels
   assert sum(map(len, novels.values())) == 4_025_029
   assert b"universally acknowledged" in novels["Pride And Prejudice"]
-
-
-def test_compressors_learn_from_the_training_text():
-  novels = data.austen()
-  held_out, other = novels["Persuasion"][:30_000], novels["Emma"][:30_000]
-  for compress in baseline_compressors.COMPRESSORS.values():
-    alone = 8 * len(compress(held_out)) / len(held_out)
-    assert 1.5 < baseline_compressors.bits_per_byte(compress, other, held_out) < alone

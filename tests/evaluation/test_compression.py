@@ -1,6 +1,7 @@
-"""Compression: what comes out is what went in, in as many bits as the score says."""
+"""Compression: lossless, as small as the score predicts, and aware of damage."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tvq_haiku.evaluation import compression
 import helpers
 
 CONFIG = tvq.TransformerConfig.tiny(n_layer=1)
-# Gentle logits, so that no byte costs more than the coder's finest probability.
+# Small logits, so that no byte costs more than the smallest probability of the coder.
 PARAMS = {
   module: {
     name: 0.05 * x if module == "transformer/unembedding" else x for name, x in leaves.items()
@@ -22,27 +23,59 @@ DATA = bytes(range(256)) + "It is a truth universally acknowledged, Käse 🧀. 
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_what_comes_out_is_what_went_in(rows):
-  for data in (DATA, b"", b"a", b"ab"):
-    packed = tvq.compress(PARAMS, CONFIG, data, rows=rows)
-    assert tvq.decompress(PARAMS, CONFIG, packed) == data
+@pytest.mark.parametrize("data", [DATA, b"", b"a", b"ab"])
+def test_decompress_inverts_compress(data, rows):
+  packed = tvq.compress(PARAMS, CONFIG, data, rows=rows)
+  assert tvq.decompress(PARAMS, CONFIG, packed) == data
 
 
-def test_its_size_is_the_score():
+def test_compressed_size_matches_the_score():
   bits = -tvq.score(PARAMS, CONFIG, [DATA]).logprobs[0] / np.log(2)
   size = len(tvq.compress(PARAMS, CONFIG, DATA))
   assert abs(size - bits / 8) <= 0.005 * bits / 8 + 64
   assert size > 500
 
 
-def test_rows_depend_on_their_own_bytes_alone():
-  assert compression._pieces(10, 3) == [0, 4, 8, 10]
-  assert compression._pieces(2, 3) == [0, 1, 2, 2]
-  assert compression._pieces(0, 2) == [0, 0, 0]
+def test_lanes_are_contiguous_and_equal_but_for_the_last():
+  assert compression._lane_starts(10, 3) == [0, 4, 8, 10]
+  assert compression._lane_starts(2, 3) == [0, 1, 2, 2]
+  assert compression._lane_starts(0, 2) == [0, 0, 0]
 
 
-def flip(packed, place):
-  return packed[:place] + bytes([packed[place] ^ 1]) + packed[place + 1 :]
+def test_a_lane_does_not_depend_on_the_bytes_of_other_lanes(monkeypatch):
+  steps = []
+  next_byte_probabilities = compression._next_byte_probabilities
+
+  def recorded(*arguments):
+    probabilities, state = next_byte_probabilities(*arguments)
+    steps.append(np.asarray(probabilities))
+    return probabilities, state
+
+  monkeypatch.setattr(compression, "_next_byte_probabilities", recorded)
+  tvq.compress(PARAMS, CONFIG, b"BathAnne", rows=2)
+  tvq.compress(PARAMS, CONFIG, b"BathEmma", rows=2)
+  first, second = np.array(steps[:4]), np.array(steps[4:])  # [step, lane, X]
+  np.testing.assert_array_equal(first[:, 0], second[:, 0])
+  assert (first[1:, 1] != second[1:, 1]).any(axis=-1).all()
+
+
+def test_file_format():
+  """The layout that earlier releases have written: it must not change."""
+  data = b"It is a truth universally acknowledged"
+  packed = tvq.compress(PARAMS, CONFIG, data, rows=2)
+  magic, version, n_lane, n_byte, fingerprint, data_crc, checksum = struct.unpack_from(
+    "<4sBxHQ8sII", packed
+  )
+  assert (magic, version, n_lane, n_byte) == (b"TVQZ", 1, 2, len(data))
+  assert fingerprint == compression._fingerprint(PARAMS, CONFIG)
+  assert data_crc == zlib.crc32(data)
+  assert checksum == zlib.crc32(packed[:28] + packed[32:])
+  assert len(packed) % 4 == 0
+
+
+def flip(packed, position):
+  """Flips the lowest bit of one byte."""
+  return packed[:position] + bytes([packed[position] ^ 1]) + packed[position + 1 :]
 
 
 @pytest.mark.parametrize(
@@ -54,33 +87,34 @@ def flip(packed, place):
     (lambda packed: packed + b"1234", "damaged"),
     (lambda packed: flip(packed, -1), "damaged"),
     (lambda packed: flip(packed, 60), "damaged"),
-    (lambda packed: flip(packed, 4), "version 0 of the format, not 1"),
+    (lambda packed: flip(packed, 4), "version 0 of the format, but only version 1"),
     (lambda packed: flip(packed, 16), "damaged"),
     (lambda packed: flip(packed, 28), "damaged"),
   ],
 )
-def test_damage_is_noticed(damage, message):
+def test_damage_is_detected(damage, message):
   packed = tvq.compress(PARAMS, CONFIG, b"Anne Elliot, and some more bytes than a header has")
   with pytest.raises(tvq.CompressionError, match=message):
     tvq.decompress(PARAMS, CONFIG, damage(packed))
 
 
-def test_a_model_that_computes_otherwise_is_noticed(monkeypatch):
+def test_different_probabilities_are_detected(monkeypatch):
+  """What another machine or another version would do: the same model, other probabilities."""
   packed = tvq.compress(PARAMS, CONFIG, b"Anne Elliot")
   other = helpers.random_params(CONFIG)
   monkeypatch.setattr(compression, "_fingerprint", lambda *_: packed[16:24])
-  with pytest.raises(tvq.CompressionError, match="can not be read back here"):
+  with pytest.raises(tvq.CompressionError, match="cannot be decompressed here"):
     tvq.decompress(other, CONFIG, packed)
 
 
-def test_a_damaged_header_asks_for_no_memory_and_no_time():
+def test_wrong_size_in_the_header_is_detected_before_memory_is_allocated():
   packed = bytearray(tvq.compress(PARAMS, CONFIG, b"Anne"))
   struct.pack_into("<Q", packed, 8, 2**60)
   with pytest.raises(tvq.CompressionError, match="damaged"):
     tvq.decompress(PARAMS, CONFIG, bytes(packed))
 
 
-def test_another_model_is_refused():
+def test_another_model_is_rejected():
   packed = tvq.compress(PARAMS, CONFIG, b"Anne")
   for params, config in (
     (helpers.random_params(CONFIG, seed=1), CONFIG),
@@ -90,10 +124,17 @@ def test_another_model_is_refused():
       tvq.decompress(params, config, packed)
 
 
-def test_what_cannot_be_compressed():
-  with pytest.raises(ValueError, match="rows=0"):
-    tvq.compress(PARAMS, CONFIG, b"", rows=0)
-  with pytest.raises(ValueError, match="n_vocab=11, not the 259"):
-    tvq.compress({}, helpers.tiny(), b"a")
-  with pytest.raises(ValueError, match="causal=False"):
-    tvq.compress(PARAMS, CONFIG.replace(causal=False), b"a")
+@pytest.mark.parametrize("rows", [0, 65_536])
+def test_number_of_lanes_out_of_range_is_rejected(rows):
+  with pytest.raises(ValueError, match=rf"compress: rows={rows} must lie in \[1, 65535\]"):
+    tvq.compress(PARAMS, CONFIG, b"", rows=rows)
+
+
+def test_models_that_do_not_predict_bytes_are_rejected():
+  for name, function in (("compress", tvq.compress), ("decompress", tvq.decompress)):
+    with pytest.raises(ValueError, match=f"{name}: the model has n_vocab=11, not the 259"):
+      function({}, helpers.tiny(), b"a")
+    with pytest.raises(ValueError, match=f"{name}: causal=False: an encoder does not predict"):
+      function(PARAMS, CONFIG.replace(causal=False), b"a")
+    with pytest.raises(ValueError, match="params"):
+      function(PARAMS, CONFIG.replace(d_k=8), b"a")

@@ -1,4 +1,4 @@
-"""Scores of texts: each is what the model gives it alone, at any length."""
+"""Scores of texts: each as if the text were alone, at any length."""
 
 import math
 
@@ -15,27 +15,39 @@ import helpers
 CONFIG = tvq.TransformerConfig.tiny(n_layer=1)
 PARAMS = helpers.random_params(CONFIG)
 TEXTS = ["", "Anne", "It is a truth universally acknowledged.", b"\xff\x00bytes", "Käse 🧀" * 9]
+EOS = data.ByteVocabulary.EOS
 
 
-def test_each_text_scores_what_one_forward_pass_gives_it():
-  scores = tvq.score(PARAMS, CONFIG, TEXTS, batch_size=3, window_len=16)
+def logprob_of_one_pass(raw):
+  """Returns the log-probability of a text and its eos from one forward pass."""
+  tokens = np.concatenate([[EOS], data.ByteVocabulary.encode(raw), [EOS]])
+  n = len(raw) + 1
+  padded = np.zeros((1, 160), np.int32)  # one shape for all texts; a causal model ignores the rest
+  padded[0, :n] = tokens[:-1]
+  logprobs = jax.nn.log_softmax(helpers.apply(CONFIG, PARAMS, padded).logits[0, :n])
+  return jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1).sum()
+
+
+@pytest.mark.parametrize("batch_size, window_len", [(3, 16), (1, 7), (8, 512)])
+def test_each_text_scores_like_one_forward_pass(batch_size, window_len):
+  scores = tvq.score(PARAMS, CONFIG, TEXTS, batch_size=batch_size, window_len=window_len)
   for i, text in enumerate(TEXTS):
     raw = text if isinstance(text, bytes) else text.encode()
-    tokens = np.concatenate([[1], data.ByteVocabulary.encode(raw), [1]])
-    n = len(raw) + 1
-    padded = np.zeros((1, 160), np.int32)  # behind the text, where it changes nothing
-    padded[0, :n] = tokens[:-1]
-    logprobs = jax.nn.log_softmax(helpers.apply(CONFIG, PARAMS, padded).logits[0, :n])
-    logprobs = jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1)
-    np.testing.assert_allclose(scores.logprobs[i], np.sum(logprobs), rtol=1e-5)
+    np.testing.assert_allclose(scores.logprobs[i], logprob_of_one_pass(raw), rtol=1e-5)
     assert (scores.n_byte[i], scores.n_token[i]) == (len(raw), len(raw) + 1)
-  np.testing.assert_allclose(
-    scores.bits_per_byte[1:], -scores.logprobs[1:] / math.log(2) / scores.n_byte[1:]
-  )
+
+
+def test_bits_per_byte_of_an_empty_text_are_infinite():
+  scores = tvq.score(PARAMS, CONFIG, ["", "Anne"])
   assert scores.bits_per_byte[0] == np.inf
+  np.testing.assert_allclose(scores.bits_per_byte[1], -scores.logprobs[1] / math.log(2) / 4)
 
 
-def test_a_score_is_an_evaluation():
+def test_no_texts_have_no_scores():
+  assert all(len(field) == 0 for field in tvq.score(PARAMS, CONFIG, []))
+
+
+def test_score_equals_evaluate():
   text = TEXTS[2] * 5
   likelihood = tvq.evaluate(
     CONFIG, PARAMS, data.stream_of([data.ByteVocabulary.encode(text)]), batch_size=1, window_len=64
@@ -44,14 +56,22 @@ def test_a_score_is_an_evaluation():
   np.testing.assert_allclose(scores.bits_per_byte[0], likelihood.bits_per(len(text)), rtol=1e-6)
 
 
-def test_what_cannot_be_scored():
-  with pytest.raises(ValueError, match="must be a list of texts"):
-    tvq.score(PARAMS, CONFIG, "Anne")
-  with pytest.raises(ValueError, match="window_len=0 must be at least 1"):
-    tvq.score(PARAMS, CONFIG, ["Anne"], window_len=0)
+@pytest.mark.parametrize("text, kind", [("Anne", "str"), (b"Anne", "bytes")])
+def test_a_single_text_is_rejected(text, kind):
+  with pytest.raises(ValueError, match=f"must be a list of texts, got one {kind}"):
+    tvq.score(PARAMS, CONFIG, text)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "window_len"])
+def test_sizes_below_one_are_rejected(name):
+  with pytest.raises(ValueError, match=f"score: {name}=0 must be at least 1"):
+    tvq.score(PARAMS, CONFIG, ["Anne"], **{name: 0})
+
+
+def test_models_that_do_not_predict_bytes_are_rejected():
   with pytest.raises(ValueError, match="score: the model has n_vocab=11, not the 259"):
     tvq.score({}, helpers.tiny(), ["Anne"])
-  with pytest.raises(ValueError, match="causal=False: an encoder sees"):
+  with pytest.raises(ValueError, match="score: causal=False: an encoder sees"):
     tvq.score(PARAMS, CONFIG.replace(causal=False), ["Anne"])
-  with pytest.raises(ValueError, match="params do not fit this config"):
+  with pytest.raises(ValueError, match=r"params .* has shape"):
     tvq.score(PARAMS, CONFIG.replace(d_k=8), ["Anne"])

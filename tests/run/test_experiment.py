@@ -306,26 +306,3 @@ def test_a_summary_counts_what_there_is(runs):
   assert f"{summary.count_params(CONFIG):,}" in text and "d_model           16" in text
   line = summary.describe_data("train", experiment.open_split("train").statistics)
   assert "2,700 tokens" in line and "unigram entropy" in line
-
-
-def test_training_memory_is_about_what_is_compiled():
-  """Within a factor of two of what the compiled step says it needs."""
-  config = tvq.TransformerConfig(
-    n_vocab=259,
-    d_model=64,
-    d_k=32,
-    d_v=128,
-    n_code=64,
-    n_layer=2,
-    block_len=64,
-    mem_len=64,
-    remat="none",
-  )
-  train_cfg = tvq.TrainConfig(sequence_len=1024, update_len=1024, global_batch_size=2)
-  state = jax.eval_shape(lambda: tvq.init_train_state(config, train_cfg, jax.random.key(0)))
-  tokens = jax.ShapeDtypeStruct((2, 1024), np.int32)
-  step = tvq.make_train_step(config, train_cfg)
-  program = step.lower(state, {"inputs": tokens, "targets": tokens}, jax.random.key(0)).compile()
-  memory = program.memory_analysis()
-  compiled = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  assert 0.5 < sum(memory_plan.plan_memory(config, train_cfg).memory.values()) / compiled < 2.0

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import tvq_haiku as tvq
-from tvq_haiku import data
 
 import helpers
 
@@ -62,36 +61,6 @@ def test_given_parameters_are_copied_not_donated():
   state = tvq.init_train_state(CONFIG, TRAIN, jax.random.key(0), params)
   tvq.make_train_step(CONFIG, TRAIN)(state, next(make_batches()), jax.random.key(0))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
-
-
-def test_masked_tokens_do_not_count():
-  params = helpers.random_params(CONFIG)
-  batch = {key: jnp.asarray(value) for key, value in next(make_batches()).items()}
-  batch["loss_mask"] = batch["loss_mask"].at[:, 20:].set(0)
-  step = tvq.make_eval_step(CONFIG, TRAIN)
-  sums, _ = step(params, batch, tvq.initial_state(CONFIG, 2))
-  head = {key: value[:, :20] for key, value in batch.items()}
-  want, _ = step(params, head, tvq.initial_state(CONFIG, 2))
-  np.testing.assert_allclose(sums, want, rtol=1e-5)
-  assert float(sums.tokens) == 40
-
-
-@pytest.mark.parametrize("rows, window_len", [(1, 50), (1, 301), (3, 64)])
-def test_evaluation_counts_every_token_once_at_any_window(rows, window_len):
-  params = helpers.random_params(CONFIG)
-  text = data.austen()["Emma"][:300]
-  stream = data.stream_of([data.ByteVocabulary.encode(text)])
-  got = tvq.evaluate(CONFIG, params, stream, batch_size=rows, window_len=window_len)
-  assert got.tokens == 301
-  nats, tokens = 0.0, stream.take(np.arange(len(stream)))
-  for row in range(rows):  # each row is a sequence of its own
-    piece = slice(row * -(-301 // rows), (row + 1) * -(-301 // rows))
-    out = jax.jit(tvq.make_transformer(CONFIG).apply)(
-      params, None, tokens["inputs"][None, piece], tvq.initial_state(CONFIG, 1)
-    )
-    logprobs = jax.nn.log_softmax(out.logits[0])
-    nats -= float(jnp.take_along_axis(logprobs, tokens["targets"][piece, None], axis=1).sum())
-  np.testing.assert_allclose(got.nats, nats, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

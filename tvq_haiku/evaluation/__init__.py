@@ -1,1 +1,1 @@
-"""Likelihood, compression and cost of a model."""
+"""Evaluation of a trained model: likelihood, lossless compression, and cost in FLOPs and memory."""

@@ -1,4 +1,4 @@
-"""What general-purpose compressors make of a held-out text: the yardstick for bits per byte."""
+"""General-purpose compressors: the baseline for a model's bits per byte."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import lzma
 import zlib
 
+# Equivalent command line -> function that compresses bytes.
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
   "gzip -9": lambda text: zlib.compress(text, 9, wbits=31),
   "bzip2 -9": lambda text: bz2.compress(text, 9),
@@ -15,10 +16,21 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def bits_per_byte(compress: Callable[[bytes], bytes], training: bytes, held_out: bytes) -> float:
-  """8 (C(training + held_out) - C(training)) / |held_out|: with the training text to learn from.
+  """Computes the bits per byte of a held-out text, given the training text.
+
+  The result is 8 (|C(training + held_out)| - |C(training)|) / |held_out|: like a model, the
+  compressor may use what it has seen in the training text.
+
+  Args:
+    compress: the function C.
+    training: text that the compressor sees first.
+    held_out: text to measure; not empty.
+
+  Returns:
+    Bits per byte of `held_out`.
 
   >>> bits_per_byte(lambda text: text, b"seen", b"unseen")
   8.0
   """
-  both = len(compress(training + held_out))
-  return 8.0 * (both - len(compress(training))) / len(held_out)
+  n_byte = len(compress(training + held_out)) - len(compress(training))
+  return 8.0 * n_byte / len(held_out)

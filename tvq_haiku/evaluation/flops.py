@@ -1,4 +1,8 @@
-"""How much arithmetic a model needs, to compare what is measured with."""
+"""Arithmetic cost of a model, and the peak of a device to compare it with.
+
+Letters: D model width, H query heads, G key/value heads, K key width, V value width, L block
+length, M memory length, S codes, N layers, X vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,42 +14,70 @@ import jax.numpy as jnp
 
 from tvq_haiku.config import TransformerConfig
 
+_N_TIMED = 3  # matrix products that are timed; the median counts
+
 
 def forward_multiply_adds(config: TransformerConfig, seq_len: int) -> int:
-  """Multiply-adds of the matrix products of one forward pass over one sequence from a cold start.
+  """Counts the multiply-adds of the matrix products in a forward pass over one sequence.
 
-  Counted are projections, distances to codes, scores (content, position, codes), weighted values
-  and logits, with windows of M + L keys whether masked or not. Not counted are elementwise
-  operations, sums of values by code (additions, even if done as a product), and anything computed
-  again for the backward pass; so a training step's model FLOPs are 3 * 2 times this number. Full
-  attention is counted by the pairs that are not masked.
+  Counted are projections, distances to codes, scores (content, position and codes), weighted
+  values and logits. Windows count as M + L keys whether or not some are masked. Not counted are
+  elementwise operations, sums of values by code (they only add, even if computed as a product),
+  and rematerialization; so a training step takes 3 * 2 times this number of FLOPs. Full attention
+  counts only the pairs of tokens that are not masked.
+
+  Args:
+    config: the model.
+    seq_len: number of tokens, read from the initial state.
+
+  Returns:
+    The number of multiply-adds for all `seq_len` tokens.
 
   >>> config = TransformerConfig(n_vocab=259)
   >>> forward_multiply_adds(config, 2048) // 2048  # multiply-adds per token
   3679264
   """
   c = config
-  D, K, V, H, G = c.d_model, c.d_k, c.d_v, c.n_head, c.kv_heads
-  values_out = H * V
-  projections = D * (H * K + G * K + G * V + values_out + (values_out if c.gated else 0))
-  relative = (c.mem_len if c.causal else 2 * c.mem_len) + 1
-  if c.attn_type == "full":
-    reach = min(seq_len, c.mem_len + 1)
-    seen = (seq_len * reach - reach * (reach - 1) / 2) / seq_len if c.causal else seq_len
-    attention = H * seen * (2 * K + V)
+  D, K, G = c.d_model, c.d_k, c.kv_heads
+  width = c.n_head * c.d_v  # of the values of all heads, and of the gate
+  projections = D * (c.n_head * K + G * K + G * c.d_v + width + (width if c.gated else 0))
+  n_distance = _n_distance(config)
+  attention = _attention_multiply_adds(config, seq_len)
+  layer = seq_len * (projections + attention) + n_distance * D * G * K
+  if c.gated:
+    layer = 2 * layer
   else:
-    window = c.block_len + c.mem_len * (1 if c.causal else 2)
-    codes = c.n_code if c.agg_cache else 0
-    values = window + codes * (1 if c.causal else 2)
-    attention = G * c.n_code * K + H * ((window + codes + relative) * K + values * V)
-  layer = (2 if c.gated else 1) * (seq_len * (projections + attention) + relative * D * G * K)
-  if not c.gated:
     layer += seq_len * 2 * D * c.mlp_width
   return int(c.n_layer * layer + seq_len * D * c.n_vocab)
 
 
+def _n_distance(config: TransformerConfig) -> int:
+  """Returns the number of distances that have a relative position bias."""
+  return (config.mem_len if config.causal else 2 * config.mem_len) + 1
+
+
+def _attention_multiply_adds(config: TransformerConfig, seq_len: int) -> float:
+  """Counts the multiply-adds per token of scores, distances to codes and weighted values."""
+  c = config
+  H, K, V = c.n_head, c.d_k, c.d_v
+  if c.attn_type == "full":
+    if not c.causal:
+      return H * seq_len * (2 * K + V)
+    # The first tokens have fewer than M + 1 keys.
+    n_key = min(seq_len, c.mem_len + 1)
+    mean_keys = (seq_len * n_key - n_key * (n_key - 1) / 2) / seq_len
+    return H * mean_keys * (2 * K + V)
+  n_side = 1 if c.causal else 2  # an encoder has a memory and a cache on either side
+  window = c.block_len + n_side * c.mem_len
+  n_code = c.n_code if c.agg_cache else 0
+  n_score = window + n_code + _n_distance(config)  # both caches share their scores
+  return c.kv_heads * c.n_code * K + H * (n_score * K + (window + n_side * n_code) * V)
+
+
 def training_flops(config: TransformerConfig, seq_len: int) -> float:
-  """FLOPs of a training step per token: 2 for each multiply-add, and twice as many going back.
+  """Computes the FLOPs per token of a training step without rematerialization.
+
+  A multiply-add is 2 FLOPs, and the backward pass takes twice as many as the forward pass.
 
   >>> training_flops(TransformerConfig(n_vocab=259), 2048)
   22075584.0
@@ -54,19 +86,22 @@ def training_flops(config: TransformerConfig, seq_len: int) -> float:
 
 
 def measured_peak(dtype: jnp.dtype, *, size: int | None = None) -> float:
-  """FLOP/s of a square matrix product on one device: what a training step is compared with.
+  """Measures the FLOP/s of a product of square matrices on one device.
 
   Args:
-    dtype: of the factors.
-    size: of the matrices; None: 2048 on a CPU, 8192 elsewhere.
+    dtype: of the matrices.
+    size: number of rows and of columns. None: 2048 on a CPU, 8192 elsewhere.
+
+  Returns:
+    FLOP/s; the reference for the utilization of a training step.
   """
   size = size or (2048 if jax.default_backend() == "cpu" else 8192)
   x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-  product = jax.jit(jnp.matmul)
-  product(x, x).block_until_ready()
-  times = []
-  for _ in range(3):
+  matmul = jax.jit(jnp.matmul)
+  matmul(x, x).block_until_ready()  # compiles
+  seconds = []
+  for _ in range(_N_TIMED):
     start = time.perf_counter()
-    product(x, x).block_until_ready()
-    times.append(time.perf_counter() - start)
-  return 2.0 * size**3 / statistics.median(times)
+    matmul(x, x).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2.0 * size**3 / statistics.median(seconds)

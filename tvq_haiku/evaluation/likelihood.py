@@ -1,12 +1,16 @@
-"""Likelihood of held-out text, read once with carried state."""
+"""Likelihood of a token stream under a model, in one pass with carried state.
+
+Letters: B batch, T tokens of a window, X vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -16,29 +20,30 @@ from tvq_haiku.data.stream import TokenStream
 from tvq_haiku.model import transformer
 from tvq_haiku.parallel import sharding
 from tvq_haiku.training import losses
-from tvq_haiku.types import Array, Batch
+from tvq_haiku.types import Array, Batch, Params, StopRequest
 from tvq_haiku.utils import checks, progress
 
 
 class EvalSums(NamedTuple):
-  """What one window of evaluation adds up to."""
+  """Sums over one window of a batch."""
 
-  nats: Array  # [] f32: total negative log-likelihood
-  tokens: Array  # [] f32: unmasked tokens
+  nats: Array  # [] f32: negative log-likelihood of the unmasked tokens
+  tokens: Array  # [] f32: number of unmasked tokens
 
 
 class Likelihood(NamedTuple):
-  """What a text costs under a model."""
+  """Likelihood of a text under a model."""
 
-  nats: float
-  tokens: int
+  nats: float  # negative log-likelihood of all tokens
+  tokens: int  # number of tokens, those that end documents included
 
   @property
   def nats_per_token(self) -> float:
+    """Mean negative log-likelihood of a token."""
     return self.nats / self.tokens
 
   def bits_per(self, units: int) -> float:
-    """Bits per byte, word or dimension, for `units` of them.
+    """Computes the bits per unit, such as a byte or an image dimension, of a text of n units.
 
     >>> Likelihood(nats=math.log(2) * 16, tokens=9).bits_per(8)
     2.0
@@ -46,7 +51,9 @@ class Likelihood(NamedTuple):
     return self.nats / math.log(2) / units
 
   def perplexity_per(self, units: int) -> float:
-    """exp(nats per unit): the perplexity per word, for `units` words; infinite beyond e^700, or of none.
+    """Computes exp(nats per unit), such as the perplexity per word, of a text of n units.
+
+    The result is infinite from 700 nats per unit on, and for a text of no units.
 
     >>> round(Likelihood(nats=math.log(20) * 3, tokens=5).perplexity_per(3), 9)
     20.0
@@ -54,8 +61,9 @@ class Likelihood(NamedTuple):
     return math.exp(self.nats / units) if self.nats < 700 * units else math.inf
 
 
+# (params, batch, state before the window) -> (sums, state after the window)
 EvalStep = Callable[
-  [Any, Batch, transformer.TransformerState], tuple[EvalSums, transformer.TransformerState]
+  [Params, Batch, transformer.TransformerState], tuple[EvalSums, transformer.TransformerState]
 ]
 
 
@@ -64,44 +72,53 @@ def make_eval_step(
   train_cfg: TrainConfig | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> EvalStep:
-  """A function `(params, batch, state) -> (EvalSums, state)`, compiled once for each shape.
+  """Makes a function `(params, batch, state) -> (EvalSums, state)` that evaluates one window.
+
+  It is compiled once for each shape of a batch.
 
   Args:
     config: the model.
-    train_cfg: if given, batches must have `global_batch_size` rows.
-    mesh: devices that share the work; parameters and state must be on it, and every host gives the
-      whole batch.
+    train_cfg: if given, batches must have `global_batch_size` elements. None: any number.
+    mesh: devices that share the work; parameters and state must be on it, and every process must
+      pass the complete batch. None: one device.
+
+  Returns:
+    The function. `batch` holds `inputs` and `targets` [B, T], and optionally `doc_ids` and
+    `loss_mask` [B, T]; `state` is from `initial_state` or from the previous window.
   """
 
-  def checked(params, batch, state):
-    rows, window_len = batch["inputs"].shape
+  def eval_step(
+    params: Params, batch: Batch, state: transformer.TransformerState
+  ) -> tuple[EvalSums, transformer.TransformerState]:
+    B, T = batch["inputs"].shape
     if train_cfg is not None:
-      rows = train_cfg.global_batch_size
-    checks.check_batch(batch, (rows, window_len), config.n_vocab)
+      B = train_cfg.global_batch_size
+    checks.check_batch(batch, (B, T), config.n_vocab)
     if mesh is not None:
-      batch = sharding.put_batch(batch, mesh, rows)
+      batch = sharding.put_batch(batch, mesh, B)
     return _eval_step(config, mesh, params, batch, state)
 
-  return checked
+  return eval_step
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _eval_step(
   config: TransformerConfig,
   mesh: jax.sharding.Mesh | None,
-  params: Any,
+  params: Params,
   batch: Batch,
   state: transformer.TransformerState,
 ) -> tuple[EvalSums, transformer.TransformerState]:
+  """Evaluates one window [B, T]."""
+  chex.assert_equal_shape([batch["inputs"], batch["targets"]])
   with sharding.use_mesh(mesh):
     out = transformer.make_transformer(config).apply(
       params, None, batch["inputs"], state, doc_ids=batch.get("doc_ids")
     )
-  mask = losses.loss_weights(batch)
-  sums, state = (
-    EvalSums(losses.weighted_nll(out.logits, batch["targets"], mask), jnp.sum(mask)),
-    out.state,
-  )
+  chex.assert_shape(out.logits, (*batch["inputs"].shape, config.n_vocab))
+  weights = losses.loss_weights(batch)
+  nats = losses.weighted_nll(out.logits, batch["targets"], weights)
+  sums, state = EvalSums(nats, jnp.sum(weights)), out.state
   if mesh is not None:
     state = jax.lax.with_sharding_constraint(
       state, sharding.state_shardings(state, mesh, config.kv_heads)
@@ -110,68 +127,76 @@ def _eval_step(
   return sums, state
 
 
-def _initial_state(
-  config: TransformerConfig, batch_size: int, mesh: jax.sharding.Mesh | None
-) -> transformer.TransformerState:
-  if mesh is None:
-    return transformer.initial_state(config, batch_size)
-  shapes = jax.eval_shape(lambda: transformer.initial_state(config, batch_size))
-  shardings = sharding.state_shardings(shapes, mesh, config.kv_heads)
-  return jax.jit(lambda: transformer.initial_state(config, batch_size), out_shardings=shardings)()
-
-
 def evaluate(
   config: TransformerConfig,
-  params: Any,
+  params: Params,
   stream: TokenStream,
   *,
   batch_size: int = 8,
   window_len: int = 512,
   align: int = 1,
   show_progress: bool = False,
-  stop: object = False,
+  stop: StopRequest = False,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Likelihood | None:
-  """Reads a whole stream, every token once, and adds up its likelihood.
+  """Computes the likelihood of a stream; every token counts once.
 
-  The stream is read as `batch_size` rows side by side, each with its own carried state: one row
-  gives every token all the context there is, more rows are faster.
+  The stream is split into `batch_size` contiguous parts, which are read in parallel, each with a
+  state of its own. With one part every token has all the context there is; more are faster.
 
   Args:
     config: the model.
     params: its parameters.
-    stream: what to read.
-    batch_size: B.
-    window_len: T; changes nothing but speed.
-    align: rows begin at multiples of it, so that no document of this length is cut in two.
-    show_progress: on standard error.
-    stop: when it becomes true, reading ends.
-    mesh: where the parameters are; None: one device.
+    stream: tokens to evaluate.
+    batch_size: B, the number of parts.
+    window_len: T, the number of tokens of each part in a step; the result does not depend on it.
+    align: parts begin at multiples of this number of tokens, so that a document of this length,
+      such as an image, is never split.
+    show_progress: whether to show progress on standard error.
+    stop: checked before each step; when it is true, the evaluation stops.
+    mesh: the mesh that the parameters are on. None: one device.
 
   Returns:
-    The likelihood; None if it was stopped.
+    The likelihood, or None if the evaluation was stopped.
+
+  Raises:
+    ValueError: the model is an encoder, or a size is less than 1.
   """
   if not config.causal:
-    raise ValueError("evaluate: causal=False: an encoder sees the tokens that it would predict.")
+    raise ValueError(
+      "evaluate: causal=False: an encoder sees the tokens that it would predict. "
+      "Use a causal model."
+    )
   for name, value in (("batch_size", batch_size), ("window_len", window_len), ("align", align)):
     if value < 1:
       raise ValueError(f"evaluate: {name}={value!r} must be at least 1.")
   eval_step = make_eval_step(config, mesh=mesh)
   state = _initial_state(config, batch_size, mesh)
   layout = dict(batch_size=batch_size, window_len=window_len, align=align)
-  sums: list[EvalSums] = []
-  with progress.bar(
-    "evaluating", packing.count_windows(stream, **layout), enabled=show_progress
-  ) as shown:
+  n_window = packing.count_windows(stream, **layout)
+  window_sums: list[EvalSums] = []
+  with progress.bar("evaluating", n_window, enabled=show_progress) as report:
     for batch in packing.windows(stream, **layout):
       if stop:
         return None
-      step_sums, state = eval_step(params, batch, state)
-      if sums:  # those of the window before are ready: reading them keeps no device waiting
-        sums[-1] = jax.device_get(sums[-1])
-      sums.append(step_sums)
-      shown(len(sums))
+      sums, state = eval_step(params, batch, state)
+      if window_sums:
+        # While the device evaluates this window, the sums of the previous one are ready to fetch.
+        window_sums[-1] = jax.device_get(window_sums[-1])
+      window_sums.append(sums)
+      report(len(window_sums))
   return Likelihood(
-    nats=math.fsum(float(s.nats) for s in sums),
-    tokens=round(math.fsum(float(s.tokens) for s in sums)),
+    nats=math.fsum(float(sums.nats) for sums in window_sums),
+    tokens=round(math.fsum(float(sums.tokens) for sums in window_sums)),
   )
+
+
+def _initial_state(
+  config: TransformerConfig, batch_size: int, mesh: jax.sharding.Mesh | None
+) -> transformer.TransformerState:
+  """Returns the state before the first token, on the devices of `mesh`."""
+  if mesh is None:
+    return transformer.initial_state(config, batch_size)
+  initial = functools.partial(transformer.initial_state, config, batch_size)
+  shardings = sharding.state_shardings(jax.eval_shape(initial), mesh, config.kv_heads)
+  return jax.jit(initial, out_shardings=shardings)()

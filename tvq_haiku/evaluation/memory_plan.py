@@ -1,23 +1,32 @@
-"""What a mesh of devices would hold and say to each other, on paper: no device is needed.
+"""Memory and traffic of a training step on a mesh, estimated from shapes: no device is needed.
 
-Per device, of one update with n = data·fsdp devices for the rows, P parameters and their bytes:
-  parameters, optimizer   exactly, by the rules of `sharding`
-  gradients               of the same pieces
-  one layer               put together where it is used, in the dtype of matrix products
-  activations             kept for the backward pass of its rows
-  fsdp sends and gets     2 (n-1)/n P to put parameters together, forward and backward, in that dtype,
-                          and (n-1)/n P of gradients in float32
-  data sends and gets     2 (n-1)/n P of gradients in float32
-  model sends and gets    for each of the 2N branches, 2 (m-1)/m of its rows' [tokens, D], forward and
-                          backward
-  sequence sends and gets log2(n) + 1 times a state, forward and backward
+Memory of one device:
+  parameters    exact, by the rules of `sharding`; float32
+  gradients     the same
+  optimizer     exact, by the rules of `sharding`
+  layer         the parameters of one layer, gathered where fsdp has split them, in the dtype of
+                matrix products
+  activations   an estimate of what the backward pass keeps: see `remat.activation_bytes`
+  logits        three float32 arrays of the shape of the logits
+  states        exact: what the model carries from window to window
+
+Bytes that one device sends per update, and as many that it receives, on an axis of n devices, for
+P bytes of float32 parameters:
+  fsdp      (n-1)/n of all parameters in the dtype of matrix products, gathered once in the forward
+            and once in the backward pass of each part of a batch; (n-1)/n P to reduce and scatter
+            the gradients
+  data      2 (n-1)/n P to sum the gradients
+  model     2 (n-1)/n of the activations [tokens, D] to sum the output of each of the 2N branches,
+            in the forward and in the backward pass
+  sequence  log2(n) + 1 times the states, in the forward and in the backward pass
+Where other axes have split the parameters or the batch too, P and tokens are the share of a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh
@@ -27,99 +36,138 @@ from tvq_haiku.model import remat as remat_lib
 from tvq_haiku.model import transformer
 from tvq_haiku.parallel import sharding
 from tvq_haiku.training import train_step as train_step_lib
+from tvq_haiku.types import ArrayTree
 
 
 class Plan(NamedTuple):
-  """What one device of a mesh has to do for an update; memory and traffic in bytes."""
+  """Memory and traffic of one device of a mesh; what is zero is left out."""
 
-  memory: dict[str, int]
-  traffic: dict[str, int]  # sent, and as many received
-  n_token: int  # of the window, on this device
+  memory: dict[str, int]  # bytes, by purpose
+  traffic: dict[str, int]  # bytes sent per update, by axis of the mesh; as many are received
+  n_token: int  # tokens in one forward pass on this device
 
 
 def plan_memory(
-  config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int] | None = None
+  config: TransformerConfig,
+  train_cfg: TrainConfig,
+  mesh_sizes: Mapping[str, int] | None = None,
 ) -> Plan:
-  """The plan for a mesh of `sizes`; None: one device.
+  """Estimates the memory and the traffic of one device.
 
-  `remat='auto'` stands for what it would be on a device like this one.
+  Args:
+    config: the model. `remat='auto'` is resolved for a device like the one of this process.
+    train_cfg: the optimizer and the batch.
+    mesh_sizes: axis of the mesh -> number of devices. None: one device.
 
-  >>> found = plan(TransformerConfig.pg19(remat="layer"), TrainConfig.pg19(), {"fsdp": 64})
-  >>> found.n_token, found.memory["parameters"] // 10**6, found.traffic["fsdp"] // 10**8
+  Returns:
+    The plan.
+
+  Raises:
+    ValueError: the sizes of model, batch and mesh do not fit together.
+
+  >>> config, train_cfg = TransformerConfig.pg19(remat="layer"), TrainConfig.pg19()
+  >>> plan = plan_memory(config, train_cfg, {"fsdp": 64})
+  >>> plan.n_token, plan.memory["parameters"] // 10**6, plan.traffic["fsdp"] // 10**8
   (4096, 95, 103)
   """
-  sizes = sizes or {"data": 1}
-  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  mesh_sizes = mesh_sizes or {"data": 1}
+  mesh = AbstractMesh(tuple(mesh_sizes.values()), tuple(mesh_sizes))
   train_step_lib.check_sizes(config, train_cfg, mesh)
-  state = train_step_lib.train_state_shapes(config, train_cfg)
-  shardings = sharding.train_state_shardings(state, mesh)
-  parameters, whole = (
-    _local_bytes(state.params, shardings.params),
-    tree_bytes(state.params),
-  )  # of float32
-  data, fsdp, model, pieces = (sizes.get(axis, 1) for axis in sharding.MESH_AXES)
-  n_part = train_cfg.n_accumulate
-  n_token = train_cfg.global_batch_size * train_cfg.update_len // (data * fsdp * pieces * n_part)
-  size = config.compute_dtype.itemsize
-  kept = remat_lib.activation_bytes(config, n_token) // model
+  n_shard = math.prod(n for axis, n in mesh_sizes.items() if axis != "model")
+  n_part = n_shard * train_cfg.n_accumulate
+  batch_size = train_cfg.global_batch_size
+  n_token = batch_size * train_cfg.update_len // n_part
+  states = jax.eval_shape(lambda: transformer.initial_state(config, batch_size))
+  state_bytes = _bytes_per_device(states, sharding.state_shardings(states, mesh, config.kv_heads))
+  memory = _memory(config, train_cfg, mesh, n_token) | {"states": state_bytes}
+  traffic = _traffic(config, train_cfg, mesh, n_token, state_bytes)
+  return Plan(
+    {purpose: n for purpose, n in memory.items() if n},
+    {axis: n for axis, n in traffic.items() if n},
+    n_token,
+  )
+
+
+def _memory(
+  config: TransformerConfig, train_cfg: TrainConfig, mesh: AbstractMesh, n_token: int
+) -> dict[str, int]:
+  """Returns the bytes of one device by purpose, without the states."""
+  model = mesh.shape.get("model", 1)
+  train_state = train_step_lib.train_state_shapes(config, train_cfg)
+  shardings = sharding.train_state_shardings(train_state, mesh)
+  parameters = _bytes_per_device(train_state.params, shardings.params)
+  itemsize = config.compute_dtype.itemsize
+  activations = remat_lib.activation_bytes(config, n_token) // model
   if remat_lib.resolve_remat(config, n_token) == "layer":
-    kept = kept // config.n_layer + config.n_layer * n_token * config.d_model * size
-  states = jax.eval_shape(lambda: transformer.initial_state(config, train_cfg.global_batch_size))
-  remembered = _local_bytes(states, sharding.state_shardings(states, mesh, config.kv_heads))
-  memory = dict(
+    # The activations of one layer at a time, and the input of every layer.
+    inputs = config.n_layer * n_token * config.d_model * itemsize
+    activations = activations // config.n_layer + inputs
+  gathered = 0
+  if mesh.shape.get("fsdp", 1) > 1:
+    gathered = tree_bytes(train_state.params) // 4 * itemsize // config.n_layer
+  return dict(
     parameters=parameters,
     gradients=parameters,
-    optimizer=_local_bytes(state.opt_state, shardings.opt_state),
-    layer=whole // 4 * size // config.n_layer if fsdp > 1 else 0,
-    activations=kept,
+    optimizer=_bytes_per_device(train_state.opt_state, shardings.opt_state),
+    layer=gathered,
+    activations=activations,
     logits=3 * n_token * config.n_vocab * 4 // model,
-    states=remembered,
-  )
-  traffic = dict(
-    fsdp=(2 * n_part * whole // 4 * size + whole) // model * (fsdp - 1) // fsdp,
-    data=2 * whole // (model * fsdp) * (data - 1) // data,
-    model=2 * config.n_layer * 4 * n_part * n_token * config.d_model * size * (model - 1) // model,
-    sequence=2 * remembered * (math.ceil(math.log2(pieces)) + 1) if pieces > 1 else 0,
-  )
-  return Plan(
-    *({name: n for name, n in parts.items() if n} for parts in (memory, traffic)), n_token
   )
 
 
-def tree_bytes(tree: Any) -> int:
-  """Of all arrays, or shapes, whole."""
+def _traffic(
+  config: TransformerConfig,
+  train_cfg: TrainConfig,
+  mesh: AbstractMesh,
+  n_token: int,
+  state_bytes: int,
+) -> dict[str, int]:
+  """Returns the bytes that one device sends per update, by axis of the mesh."""
+  data, fsdp, model, sequence = (mesh.shape.get(axis, 1) for axis in sharding.MESH_AXES)
+  params = tree_bytes(train_step_lib.train_state_shapes(config, train_cfg).params)
+  n_part, itemsize = train_cfg.n_accumulate, config.compute_dtype.itemsize
+  gathered = 2 * n_part * params // 4 * itemsize
+  branches = 2 * config.n_layer * n_part * n_token * config.d_model * itemsize
+  rounds = math.ceil(math.log2(sequence)) + 1
+  return dict(
+    fsdp=(gathered + params) // model * (fsdp - 1) // fsdp,
+    data=2 * params // (model * fsdp) * (data - 1) // data,
+    model=4 * branches * (model - 1) // model,
+    sequence=2 * state_bytes * rounds if sequence > 1 else 0,
+  )
+
+
+def tree_bytes(tree: ArrayTree) -> int:
+  """Returns the bytes of all arrays, or shapes of arrays, of a tree, before any sharding."""
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _local_bytes(shapes: Any, shardings: Any) -> int:
-  return sum(
-    jax.tree.leaves(
-      jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings
-      )
-    )
-  )
+def _bytes_per_device(shapes: ArrayTree, shardings: ArrayTree) -> int:
+  """Returns the bytes of one shard of every array of a tree."""
+
+  def shard_bytes(x: jax.ShapeDtypeStruct, placement: jax.sharding.Sharding) -> int:
+    return math.prod(placement.shard_shape(x.shape)) * x.dtype.itemsize
+
+  return sum(jax.tree.leaves(jax.tree.map(shard_bytes, shapes, shardings)))
 
 
 def describe_plan(
-  config: TransformerConfig, train_cfg: TrainConfig, sizes: Mapping[str, int]
+  config: TransformerConfig, train_cfg: TrainConfig, mesh_sizes: Mapping[str, int]
 ) -> str:
-  """The plan in lines for people to read."""
-  found = plan_memory(config, train_cfg, sizes)
+  """Formats the plan for a mesh in a few lines of text; arguments as in `plan_memory`."""
+  plan = plan_memory(config, train_cfg, mesh_sizes)
 
-  def line(parts: Mapping[str, int]) -> str:
-    total = sum(parts.values())
-    return (
-      f"{total / 1e9:,.2f} GB ({', '.join(f'{name} {n / 1e9:,.2f}' for name, n in parts.items())})"
-    )
+  def total(parts: Mapping[str, int]) -> str:
+    each = ", ".join(f"{name} {n / 1e9:,.2f}" for name, n in parts.items())
+    return f"about {sum(parts.values()) / 1e9:,.2f} GB ({each})"
 
-  mesh = ",".join(f"{name}:{n}" for name, n in sizes.items())
+  mesh = ",".join(f"{axis}:{n}" for axis, n in mesh_sizes.items())
+  remat = remat_lib.resolve_remat(config, plan.n_token)
   return "\n".join(
     [
-      f"On {mesh}, each of {math.prod(sizes.values())} devices:",
-      f"  holds               about {line(found.memory)}",
-      f"  sends and receives  about {line(found.traffic)} for an update",
-      f"  reads               {found.n_token:,} tokens at a time, with "
-      f"remat={remat_lib.resolve_remat(config, found.n_token)}",
+      f"On {mesh}, each of {math.prod(mesh_sizes.values())} devices:",
+      f"  needs               {total(plan.memory)} of memory",
+      f"  sends and receives  {total(plan.traffic)} per update",
+      f"  reads               {plan.n_token:,} tokens at a time, with remat={remat}",
     ]
   )

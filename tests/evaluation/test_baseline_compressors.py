@@ -1,0 +1,27 @@
+"""Baselines: general-purpose compressors that may learn from the training text."""
+
+import bz2
+import gzip
+import lzma
+
+import pytest
+
+from tvq_haiku import data
+from tvq_haiku.evaluation import baseline_compressors
+
+DECOMPRESS = {"gzip -9": gzip.decompress, "bzip2 -9": bz2.decompress, "xz -9e": lzma.decompress}
+
+
+@pytest.mark.parametrize("name", DECOMPRESS)
+def test_training_text_lowers_the_bits_per_byte(name):
+  novels, compress = data.austen(), baseline_compressors.COMPRESSORS[name]
+  held_out, training = novels["Persuasion"][:30_000], novels["Emma"][:30_000]
+  alone = 8 * len(compress(held_out)) / len(held_out)
+  assert 1.5 < baseline_compressors.bits_per_byte(compress, training, held_out) < alone
+
+
+@pytest.mark.parametrize("name", DECOMPRESS)
+def test_formats_are_those_of_the_named_programs(name):
+  assert DECOMPRESS.keys() == baseline_compressors.COMPRESSORS.keys()
+  text = b"Anne Elliot" * 9
+  assert DECOMPRESS[name](baseline_compressors.COMPRESSORS[name](text)) == text
