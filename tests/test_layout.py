@@ -1,0 +1,122 @@
+"""The folder structure: imports point downwards, few modules at the top."""
+
+import ast
+import graphlib
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Folders and top-level modules, from the ground up: each imports only itself and earlier ones.
+ORDER = (
+  "types",
+  "utils",
+  "config",
+  "parallel",
+  "ops",
+  "attention",
+  "model",
+  "data",
+  "training",
+  "checkpoint",
+  "generation",
+  "evaluation",
+  "run",
+  "__init__",
+)
+DATA_IMPORTS = {"types", "utils", "data"}  # a dataset can be prepared without any model code
+MAX_TOP_LEVEL_MODULES = 8
+
+
+def paths_of(root):
+  """Returns the path of every module of the package in `root`, by dotted name."""
+  return {
+    ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((root / "tvq_haiku").rglob("*.py"))
+  }
+
+
+def imports_of(root):
+  """Returns the modules of the package that each module imports, at any depth of its code."""
+  paths = paths_of(root)
+  return {
+    module: {name for node in ast.walk(ast.parse(path.read_text())) for name in names(node, paths)}
+    for module, path in paths.items()
+  }
+
+
+def names(node, paths):
+  """Yields the modules of the package that an import statement names."""
+  imported = []
+  if isinstance(node, ast.Import):
+    imported = [alias.name for alias in node.names]
+  elif isinstance(node, ast.ImportFrom):
+    assert node.level == 0, f"relative import in line {node.lineno}"
+    imported = [f"{node.module}.{alias.name}" for alias in node.names]
+  for name in imported:
+    # The last part may be a function or a class: find the module that holds it.
+    while name and name not in paths:
+      name = name.rpartition(".")[0]
+    if name:
+      yield name
+
+
+def folder_of(module):
+  """Returns the folder or the top-level module that a dotted name belongs to."""
+  return module.split(".")[1] if "." in module else "__init__"
+
+
+def upward_imports(root):
+  """Returns every import of a folder that stands later in `ORDER`."""
+  rank = {folder: i for i, folder in enumerate(ORDER)}
+  return [
+    f"{module} imports {name}"
+    for module, imported in imports_of(root).items()
+    for name in sorted(imported)
+    if rank[folder_of(name)] > rank[folder_of(module)]
+  ]
+
+
+def check_no_cycle(root):
+  """Raises a `CycleError` that names the modules if some import each other in a circle."""
+  graphlib.TopologicalSorter(imports_of(root)).prepare()
+
+
+def test_every_folder_has_a_rank():
+  assert {folder_of(module) for module in paths_of(ROOT)} == set(ORDER)
+
+
+def test_no_folder_imports_a_higher_one():
+  assert upward_imports(ROOT) == []
+
+
+def test_data_imports_no_model_code():
+  assert {
+    folder_of(name)
+    for module, imported in imports_of(ROOT).items()
+    for name in imported
+    if folder_of(module) == "data"
+  } <= DATA_IMPORTS
+
+
+def test_no_modules_import_each_other_in_a_circle():
+  check_no_cycle(ROOT)
+
+
+def test_violations_are_found(tmp_path):
+  for name, code in {
+    "ops/matmul.py": "def f():\n  from tvq_haiku.attention.vq import vq_attention",
+    "attention/vq.py": "import tvq_haiku.attention.state",
+    "attention/state.py": "from tvq_haiku.attention import vq",
+  }.items():
+    path = tmp_path / "tvq_haiku" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+  assert upward_imports(tmp_path) == ["tvq_haiku.ops.matmul imports tvq_haiku.attention.vq"]
+  with pytest.raises(graphlib.CycleError, match="nodes are in a cycle"):
+    check_no_cycle(tmp_path)
+
+
+def test_few_modules_lie_directly_in_the_package():
+  assert len(list((ROOT / "tvq_haiku").glob("*.py"))) <= MAX_TOP_LEVEL_MODULES
