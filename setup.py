@@ -1,4 +1,4 @@
-"""All settings are in setup.cfg."""
+"""Lets pip install the package; all settings are in setup.cfg."""
 
 import setuptools
 
