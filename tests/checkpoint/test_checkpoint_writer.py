@@ -116,7 +116,7 @@ def test_missing_orbax_is_named(tmp_path, monkeypatch):
 
   monkeypatch.setattr("importlib.import_module", raise_not_found)
   with pytest.raises(
-    ImportError, match=r"checkpoints need orbax.*pip install 'tvq_haiku\[train\]'"
+    ImportError, match=r"orbax is required for checkpoints.*pip install 'tvq_haiku\[train\]'"
   ):
     tvq.save_checkpoint(tmp_path, checkpoint)
 

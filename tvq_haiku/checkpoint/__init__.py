@@ -1,1 +1,1 @@
-"""Training states and parameters on disk."""
+"""Checkpoints of training runs, exported parameters, and conversion to the paper's code."""

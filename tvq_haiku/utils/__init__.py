@@ -1,1 +1,1 @@
-"""Argument checks, files, progress and optional dependencies; knows nothing of the model."""
+"""Argument checks, files, progress bars and optional dependencies; independent of the model."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvq_haiku.types import Array, ArrayTree, Params
+from tvq_haiku.types import Array, ArrayTree
 
 Axes = str | tuple[int | str, ...]  # one letter per axis, or a tuple of letters and sizes
 
@@ -151,26 +151,6 @@ def check_state(
       raise ValueError(
         f"state{name} must be {field.dtype}{list(field.shape)} for this config and a batch of "
         f"{batch_size}, got {jnp.result_type(value)}{list(jnp.shape(value))}."
-      )
-
-
-def check_params(params: Params, shapes: Mapping[str, Mapping[str, Any]]) -> None:
-  """Checks that parameters belong to a configuration.
-
-  Args:
-    params: what the user passed.
-    shapes: from `model.transformer.params_shapes`.
-
-  Raises:
-    ValueError: names the first parameter that is missing, unknown or of another shape.
-  """
-  found = {(m, n): jnp.shape(x) for m, leaves in params.items() for n, x in leaves.items()}
-  expected = {(m, n): x.shape for m, leaves in shapes.items() for n, x in leaves.items()}
-  for key in sorted(expected.keys() | found.keys()):
-    if expected.get(key) != found.get(key):
-      raise ValueError(
-        f"params do not fit this config: {'/'.join(key)} has shape {found.get(key, 'none')}, "
-        f"expected {expected.get(key, 'none')}."
       )
 
 

@@ -1,4 +1,4 @@
-"""Writing to disk so that nothing half-written, and nothing damaged, is ever read."""
+"""Files on disk: atomic writes, locks between processes, and manifests that reveal damage."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import pathlib
 import uuid
 import zlib
 
+_CHUNK_BYTES = 1 << 20
+_MESSAGE_LENGTH = 200  # characters
+
 
 def prepare_directory(directory: str | os.PathLike) -> pathlib.Path:
-  """Makes `directory` and proves that it can be written to.
+  """Creates a directory if it is missing, checks that it is writable, and returns its path.
 
   Raises:
-    OSError: it can't; the message names it.
+    OSError: the directory cannot be created or written to; the message names it.
   """
   path = pathlib.Path(directory).absolute()
   probe = path / f".probe-{uuid.uuid4().hex}"
@@ -31,7 +34,17 @@ def prepare_directory(directory: str | os.PathLike) -> pathlib.Path:
 
 
 def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
-  """Writes a file that appears whole or not at all, even if the process dies on the way."""
+  """Writes a file so that readers see its old or its new content and never a part of it.
+
+  This holds even if the process is killed while it writes.
+
+  Args:
+    file: the file to create or replace; its directory must exist.
+    content: the new content; a string is encoded as UTF-8.
+
+  Raises:
+    OSError: the file cannot be written; the message names it.
+  """
   draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
   try:
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -43,19 +56,23 @@ def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
 
 
 def unused_path(path: pathlib.Path) -> pathlib.Path:
-  """`path`, or, if it is there already, the first of path-2, path-3, ... that is not."""
+  """Returns `path` if nothing exists there, otherwise the first free one of name-2, name-3, ..."""
   for i in itertools.count(1):
-    place = path if i == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
-    if not place.exists():
-      return place
+    candidate = path if i == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
+    if not candidate.exists():
+      return candidate
 
 
 @contextlib.contextmanager
 def lock(file: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
-  """Holds a lock that the system takes back when the process ends, however it ends.
+  """Holds an exclusive lock on a file; the system releases it when the process ends.
+
+  Args:
+    file: the lock file, which is created or emptied.
+    wait: wait for another process to release the lock, instead of raising an error.
 
   Raises:
-    BlockingIOError: another process holds it, and this one would not `wait`.
+    BlockingIOError: another process holds the lock, and `wait` is False.
   """
   with file.open("w") as handle:
     fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -63,49 +80,53 @@ def lock(file: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def write_manifest(directory: pathlib.Path, name: str) -> None:
-  """Notes size and CRC-32 of every file under `directory` in its file `name`."""
-  write_atomically(
-    directory / name, json.dumps(_contents(directory, name), indent=1, sort_keys=True)
-  )
+  """Writes the size and the CRC-32 of every file under `directory` to `directory / name`."""
+  manifest = json.dumps(_sizes_and_checksums(directory, name), indent=1, sort_keys=True)
+  write_atomically(directory / name, manifest)
 
 
 def check_manifest(directory: pathlib.Path, name: str) -> None:
-  """Holds the files under `directory` against its manifest, if it has one.
+  """Checks the files under `directory` against the manifest `directory / name`.
 
-  A process that dies between the files and their manifest leaves files that are whole, and none.
+  A missing manifest is not an error: a process may end after it has written its files and before
+  it writes their manifest.
 
   Raises:
-    ValueError: a file is missing or has changed; the message names it.
+    OSError: a file cannot be read.
+    ValueError: a file is missing or has changed, or the manifest is damaged.
   """
   if not (directory / name).exists():
     return
-  contents = _contents(directory, name)
-  for file, noted in json.loads((directory / name).read_text()).items():
-    if contents.get(file) != noted:
-      problem = "has changed" if file in contents else "is missing"
-      raise ValueError(f"{file} {problem}.")
+  found = _sizes_and_checksums(directory, name)
+  for file, expected in json.loads((directory / name).read_text()).items():
+    if file not in found:
+      raise ValueError(f"{file} is missing.")
+    if found[file] != expected:
+      raise ValueError(f"{file} has changed.")
 
 
-def _contents(directory: pathlib.Path, manifest: str) -> dict[str, list[int]]:
-  """Path -> [size, CRC-32] of all files but the manifest."""
+def _sizes_and_checksums(directory: pathlib.Path, manifest: str) -> dict[str, list[int]]:
+  """Returns {relative path: [size in bytes, CRC-32]} of all files except the manifest."""
   contents = {}
   for file in sorted(directory.rglob("*")):
     if file.is_file() and file.name != manifest:
       checksum = 0
       with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
+        while chunk := stream.read(_CHUNK_BYTES):
           checksum = zlib.crc32(chunk, checksum)
       contents[file.relative_to(directory).as_posix()] = [file.stat().st_size, checksum]
   return contents
 
 
 def short_message(error: Exception) -> str:
-  """Returns the first line of an error's message, at most 200 characters of it.
+  r"""Returns the first line of an error's message, shortened, for use in another message.
 
-  >>> short_message(ValueError("first\\nsecond"))
-  'first'
+  >>> short_message(ValueError("first line\nsecond line"))
+  'first line'
+  >>> short_message(OSError())
+  'OSError'
   """
   text = str(error).strip()
   if "No space left" in text:
     return "no space left on the device"
-  return text.splitlines()[0][:200] if text else type(error).__name__
+  return text.splitlines()[0][:_MESSAGE_LENGTH] if text else type(error).__name__
