@@ -1,16 +1,22 @@
-"""Vocabularies of pieces: what goes in comes out."""
+"""Subword vocabularies: lossless if trained here, and checked when they are read."""
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from tvq_haiku import data
+from tvq_haiku.data import toy_datasets
 
-ODD = [
+from launching import place, run
+
+assert place  # a fixture
+
+UNUSUAL_TEXTS = [
   "a\r\nb",
   "  before",
   "behind  ",
   "\ttab",
-  "▁ is no space▁",
+  "▁ is not a space▁",
   "▁",
   "</s><pad><unk>",
   "naïve 🧀 \u00a0",
@@ -31,62 +37,12 @@ def vocabulary(tmp_path_factory):
   return data.train_pieces(filter(None, lines), file, size=400)
 
 
-def test_special_tokens_and_size(vocabulary):
-  assert vocabulary.size == 400 and vocabulary.EOS == 1
-  tokens = vocabulary.encode("It was so.\nWas it?")
-  assert tokens.dtype == np.int32 and tokens.min() > 2 and tokens.max() < 400
-  assert len(tokens) < len("It was so.\nWas it?")
-  assert vocabulary.decode([0, *tokens.tolist(), 1]) == b"It was so.\nWas it?"
-
-
-def test_what_goes_in_comes_out(vocabulary):
-  texts = [*ODD, *(text[-20_000:].decode(errors="ignore") for text in data.austen().values())]
-  for text in texts:
-    assert vocabulary.decode(vocabulary.encode(text)) == text.encode(), text[:40]
-    np.testing.assert_array_equal(vocabulary.encode(text.encode()), vocabulary.encode(text))
-
-
-def test_a_file_is_the_same_vocabulary(vocabulary):
-  again = data.PieceVocabulary(vocabulary.file)
-  assert again.fingerprint == vocabulary.fingerprint
-  np.testing.assert_array_equal(again.encode("Highbury"), vocabulary.encode("Highbury"))
-
-
-def test_what_is_no_vocabulary(vocabulary, tmp_path):
-  (tmp_path / "text.model").write_text("no model")
-  with pytest.raises(ValueError, match=r"text\.model is not a SentencePiece model"):
-    data.PieceVocabulary(tmp_path / "text.model")
-  with pytest.raises(FileNotFoundError):
-    data.PieceVocabulary(tmp_path / "missing.model")
-  with pytest.raises(ValueError, match=r"n_vocab=401, not the 400 of .*a\.model"):
-    vocabulary.check("config.n_vocab", 401)
-  with pytest.raises(ValueError, match=r"\[0, 400\), got 400...400"):
-    vocabulary.decode([400])
-
-
-def test_other_numbers_of_special_tokens_are_refused(tmp_path):
-  import sentencepiece
-
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(["It was so."] * 9),
-    model_prefix=str(tmp_path / "other"),
-    vocab_size=12,
-    model_type="bpe",
-    minloglevel=2,
-  )
-  with pytest.raises(
-    ValueError, match=r"other\.model numbers pad, eos, unk and bos \(-1, 2, 0, 1\), not"
-  ):
-    data.PieceVocabulary(tmp_path / "other.model")
-
-
-def test_a_vocabulary_that_loses_text_is_said_to(tmp_path, caplog):
-  import sentencepiece
-
+def train_lossy(prefix):
+  """Trains a vocabulary that normalizes its text; writes it to `prefix`.model."""
   lines = data.austen()["Emma"][:50_000].decode().split("\n")
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(lines),
-    model_prefix=str(tmp_path / "lossy"),
+    model_prefix=str(prefix),
     vocab_size=300,
     model_type="bpe",
     pad_id=0,
@@ -95,11 +51,85 @@ def test_a_vocabulary_that_loses_text_is_said_to(tmp_path, caplog):
     bos_id=-1,
     minloglevel=2,
   )
-  data.PieceVocabulary(tmp_path / "lossy.model")
-  assert "lossy.model loses text" in caplog.text
 
 
-def test_what_the_lines_raise_is_raised(tmp_path):
+def test_special_tokens_and_size(vocabulary):
+  assert vocabulary.size == 400 and vocabulary.EOS == 1
+  tokens = vocabulary.encode("It was so.\nWas it?")
+  assert tokens.dtype == np.int32 and tokens.min() > 2 and tokens.max() < 400
+  assert len(tokens) < len("It was so.\nWas it?")
+  assert vocabulary.decode([0, *tokens.tolist(), 1]) == b"It was so.\nWas it?"
+
+
+def test_a_trained_vocabulary_is_lossless(vocabulary):
+  novels = [text[-20_000:].decode(errors="ignore") for text in data.austen().values()]
+  for text in [*UNUSUAL_TEXTS, *novels]:
+    assert vocabulary.decode(vocabulary.encode(text)) == text.encode(), text[:40]
+    np.testing.assert_array_equal(vocabulary.encode(text.encode()), vocabulary.encode(text))
+
+
+def test_lines_that_are_too_long_are_ignored_in_training(tmp_path):
+  lines = ["It was so."] * 9
+  vocabularies = [
+    data.train_pieces(text, tmp_path / "a.model", size=272)
+    for text in (lines, [*lines, "zy" * 40_000])
+  ]
+  assert vocabularies[0].fingerprint == vocabularies[1].fingerprint
+
+
+def test_a_vocabulary_is_read_from_its_file(vocabulary, capsys):
+  read = data.PieceVocabulary(vocabulary.file)
+  assert read.fingerprint == vocabulary.fingerprint
+  np.testing.assert_array_equal(read.encode("Highbury"), vocabulary.encode("Highbury"))
+  assert not capsys.readouterr().err
+
+
+def test_bad_files_sizes_and_tokens_are_named(vocabulary, tmp_path):
+  (tmp_path / "text.model").write_text("not a model")
+  with pytest.raises(ValueError, match=r"text\.model is not a SentencePiece model"):
+    data.PieceVocabulary(tmp_path / "text.model")
+  with pytest.raises(FileNotFoundError):
+    data.PieceVocabulary(tmp_path / "missing.model")
+  with pytest.raises(ValueError, match=r"n_vocab=401, not the 400 of .*a\.model: set n_vocab=400"):
+    vocabulary.check("config.n_vocab", 401)
+  with pytest.raises(ValueError, match=r"\[0, 400\), got 400...400"):
+    vocabulary.decode([400])
+
+
+def test_a_model_with_different_special_tokens(tmp_path):
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["It was so."] * 9),
+    model_prefix=str(tmp_path / "other"),
+    vocab_size=12,
+    model_type="bpe",
+    minloglevel=2,
+  )
+  message = r"other\.model: the ids of pad, eos, unk and bos are \(-1, 2, 0, 1\), but must be \(0, "
+  with pytest.raises(ValueError, match=message):
+    data.PieceVocabulary(tmp_path / "other.model")
+
+
+def test_a_lossy_vocabulary_is_logged_once(tmp_path, capsys):
+  train_lossy(tmp_path / "lossy")
+  vocabulary = data.PieceVocabulary(tmp_path / "lossy.model")
+  assert vocabulary.decode(vocabulary.encode("so,  it\nwas")) == b"so, it was"
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1 and lines[0].startswith(f"warning: {tmp_path}/lossy.model loses text (")
+
+
+def test_a_launched_command_logs_a_lossy_vocabulary_once(place):
+  train_lossy(place / "lossy")
+  toy_datasets.write_text(place / "data", n_byte=3000)
+  status, out, err = run(
+    "python -m experiments.text --command=info --size=cpu --data_dir=data --workdir=new "
+    "--cache_dir=cache --vocab=lossy.model --config.n_vocab=300",
+    place,
+  )
+  assert status == 0 and "tokens" in out, err
+  assert err.count("warning: lossy.model loses text") == err.count("warning") == 1, err
+
+
+def test_exceptions_of_the_lines_are_raised(tmp_path):
   def lines():
     yield "a good line"
     raise ValueError("2.txt is not UTF-8")
@@ -108,8 +138,11 @@ def test_what_the_lines_raise_is_raised(tmp_path):
     data.train_pieces(lines(), tmp_path / "a.model", size=400)
 
 
-@pytest.mark.parametrize("lines", [[], ["a b"]])
-def test_too_little_text(lines, tmp_path):
-  with pytest.raises(ValueError, match="no vocabulary of 400 pieces can be learned"):
+@pytest.mark.parametrize(
+  "lines, reason", [([], "sentences_.empty"), (["a b"], r"too high \(400\)")]
+)
+def test_too_little_text_for_a_vocabulary(lines, reason, tmp_path):
+  message = f"cannot train a vocabulary of 400 tokens on this text: .*{reason}"
+  with pytest.raises(ValueError, match=message):
     data.train_pieces(lines, tmp_path / "a.model", size=400)
   assert not list(tmp_path.iterdir())

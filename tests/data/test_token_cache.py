@@ -1,8 +1,8 @@
-"""Encoded splits: all that was read, built once, and never half."""
+"""The cache of encoded splits: complete, encoded once, and written atomically."""
 
 import json
+import pathlib
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,101 +17,131 @@ from tvq_haiku.data.sources import base
 BYTES = data.ByteVocabulary
 
 
-def texts(root, n_byte=5000):
+def toy_books(root, n_byte=5000):
   return data.Books(toy_datasets.write_books(root, n_byte=n_byte))
 
 
-def decoded(split, vocabulary):
-  """The documents that a split's tokens stand for."""
-  stream, start = split.stream, 0
-  for end in stream.ends:
-    yield vocabulary.decode(stream.take(np.arange(start, end))["targets"])
+def train_vocabulary(root, source):
+  return data.train_pieces(source.sample(10**6, seed=0), root / "a.model", size=350)
+
+
+def split_directories(cache):
+  return {path for path in cache.iterdir() if not path.name.startswith(".")}
+
+
+def decode_documents(split, vocabulary):
+  """Yields the documents that the tokens of a split stand for."""
+  start = 0
+  for end in split.stream.ends:
+    yield vocabulary.decode(split.stream.take(np.arange(start, end))["targets"])
     start = end
 
 
-def make_sources(root):
-  pieces = data.train_pieces(
-    texts(root / "books").sample(10**6, seed=0), root / "a.model", size=350
-  )
-  yield texts(root / "books"), BYTES
-  yield texts(root / "books"), pieces
-  yield data.TextFiles(toy_datasets.write_text(root / "text", name="some.txt")), BYTES
-  yield data.TextFiles(toy_datasets.write_text(root / "text", name="some.txt")), pieces
+def sources_and_vocabularies(root):
+  books = toy_books(root / "books")
+  text = data.TextFiles(toy_datasets.write_text(root / "text", name="some.txt"))
+  pieces = train_vocabulary(root, books)
+  images = toy_datasets.write_images(root / "images")
+  yield books, BYTES
+  yield books, pieces
+  yield text, BYTES
+  yield text, pieces
   yield data.Enwik8(toy_datasets.write_text(root / "enwik8"), n_byte=60_000), BYTES
-  yield (
-    data.DownsampledImages(toy_datasets.write_images(root / "images"), n_train=40, size=8),
-    BYTES,
-  )
+  yield data.DownsampledImages(images, n_train=40, size=8), BYTES
 
 
-def test_round_trips_and_counts(tmp_path):
-  """Bytes, pieces and pixels decode to what went in, and the counts add up to the files."""
-  for source, vocabulary in make_sources(tmp_path):
+def test_tokens_decode_to_the_documents_and_statistics_match_them(tmp_path):
+  for source, vocabulary in sources_and_vocabularies(tmp_path):
     for name in base.SPLITS:
       split = token_cache.open_split(source, name, vocabulary, tmp_path / "cache")
-      raw = [piece.content for piece in source.read(name)]
-      assert b"".join(decoded(split, vocabulary)) == b"".join(raw)
-      facts = split.statistics
-      assert facts.n_byte == source.n_byte(name) == sum(map(len, raw))
-      assert facts.n_document == len(split.stream.ends) == len(raw)
-      assert facts.n_word == len(b" ".join(raw).split())
-      assert facts.n_token == len(split.stream)
+      documents = [chunk.content for chunk in source.read(name)]  # one chunk per document
+      assert list(decode_documents(split, vocabulary)) == documents
+      statistics = split.statistics
+      assert statistics.n_byte == source.n_byte(name) == sum(map(len, documents))
+      assert statistics.n_document == len(split.stream.ends) == len(documents)
+      assert statistics.n_word == len(b" ".join(documents).split())
+      assert statistics.n_token == len(split.stream)
       if vocabulary is BYTES:
-        assert facts.n_token == facts.n_byte + source.has_eos * facts.n_document
+        n_eos = statistics.n_document if source.has_eos else 0
+        assert statistics.n_token == statistics.n_byte + n_eos
       tokens = split.stream.take(np.arange(len(split.stream)))["targets"]
       assert tokens.min() >= 1 and tokens.max() < vocabulary.size
-      shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
-      np.testing.assert_allclose(facts.unigram_entropy, -(shares * np.log2(shares)).sum())
+      probabilities = np.unique(tokens, return_counts=True)[1] / len(tokens)
+      entropy = -(probabilities * np.log2(probabilities)).sum()
+      np.testing.assert_allclose(statistics.unigram_entropy, entropy)
       assert isinstance(split.stream.values, np.memmap)
+      token_cache.verify(split)
+
+
+def test_a_document_of_several_chunks_is_one_document(tmp_path):
+  source = toy_books(tmp_path / "books")
+  contents = [(b"", False), (b"It was ", False), (b"so.", True), (b"", True), (b"Bath", False)]
+  source.read = lambda split: (base.Chunk(*content, tmp_path) for content in contents)
+  split = token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
+  assert list(decode_documents(split, BYTES)) == [b"It was so.", b"Bath"]
+  assert split.stream.ends.tolist() == [11, 15]  # the last document has no last chunk, and no eos
+  assert split.statistics.n_document == 2 and split.statistics.n_word == 4
 
 
 def test_a_split_is_encoded_once(tmp_path, monkeypatch):
-  source = texts(tmp_path / "books")
+  source = toy_books(tmp_path / "books")
   first = token_cache.open_split(source, "train", BYTES, tmp_path / "cache")
-  monkeypatch.setattr(type(source), "read", lambda *_: pytest.fail("read again"))
-  again = token_cache.open_split(source, "train", BYTES, tmp_path / "cache")
-  assert again.statistics == first.statistics
-  np.testing.assert_array_equal(again.stream.values, first.stream.values)
+  monkeypatch.setattr(type(source), "read", lambda *_: pytest.fail("the split was read again"))
+  second = token_cache.open_split(source, "train", BYTES, tmp_path / "cache")
+  assert second.statistics == first.statistics
+  np.testing.assert_array_equal(second.stream.values, first.stream.values)
 
 
-def test_other_files_and_other_vocabularies_have_their_own(tmp_path):
-  source = texts(tmp_path / "books")
-  places = lambda: {
-    path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")
-  }
-  token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
-  one = places()
-  pieces = data.train_pieces(source.sample(10**6, seed=0), tmp_path / "a.model", size=350)
-  token_cache.open_split(source, "test", pieces, tmp_path / "cache")
+def test_changed_files_and_other_vocabularies_are_encoded_separately(tmp_path):
+  source, cache = toy_books(tmp_path / "books"), tmp_path / "cache"
+  token_cache.open_split(source, "test", BYTES, cache)
+  before = split_directories(cache)
+  token_cache.open_split(source, "test", train_vocabulary(tmp_path, source), cache)
+  assert len(split_directories(cache)) == 2
   book = tmp_path / "books" / "test" / "6.txt"
-  book.write_bytes(book.read_bytes().swapcase())  # as long as before
-  changed = token_cache.open_split(
-    data.Books(tmp_path / "books"), "test", BYTES, tmp_path / "cache"
-  )
-  assert next(decoded(changed, BYTES)) == book.read_bytes()
-  assert len(places()) == 3 and one < places()
+  book.write_bytes(book.read_bytes().swapcase())  # of the same size
+  changed = token_cache.open_split(data.Books(tmp_path / "books"), "test", BYTES, cache)
+  assert next(decode_documents(changed, BYTES)) == book.read_bytes()
+  assert len(split_directories(cache)) == 3 and before < split_directories(cache)
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove", "facts", "ends"])
-def test_what_is_not_whole_is_encoded_again(tmp_path, harm):
-  source = texts(tmp_path / "books")
-  token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
-  (place,) = (tmp_path / "cache").glob("pg19*")
-  tokens = (place / "tokens.bin").read_bytes()
-  match harm:
-    case "truncate":
-      (place / "tokens.bin").write_bytes(tokens[:-2])
-    case "remove":
-      (place / "tokens.bin").unlink()
-    case "facts":
-      (place / "facts.json").write_text("{")
-    case "ends":
-      np.save(place / "ends.npy", np.array([3]))
-  token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
-  assert (place / "tokens.bin").read_bytes() == tokens
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda path: (path / "tokens.bin").write_bytes((path / "tokens.bin").read_bytes()[:-2]),
+    lambda path: (path / "tokens.bin").unlink(),
+    lambda path: (path / "facts.json").write_text("{"),
+    lambda path: np.save(path / "ends.npy", np.array([3])),
+    lambda path: (path / "ends.npy").write_bytes(b""),
+  ],
+  ids=["truncated", "no_tokens", "bad_statistics", "wrong_ends", "empty_ends"],
+)
+def test_an_incomplete_split_is_encoded_again(tmp_path, damage):
+  source = toy_books(tmp_path / "books")
+  first = token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
+  tokens = np.array(first.stream.values)
+  (path,) = split_directories(tmp_path / "cache")
+  damage(path)
+  second = token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
+  assert second.statistics == first.statistics
+  np.testing.assert_array_equal(second.stream.values, tokens)
+  assert second.stream.ends.tolist() == first.stream.ends.tolist()
 
 
-def test_what_breaks_off_leaves_nothing(tmp_path):
+def test_verify_finds_a_changed_token(tmp_path, monkeypatch):
+  monkeypatch.setattr(token_cache, "_CHECKSUM_CHUNK", 1000)
+  source = toy_books(tmp_path / "books")
+  token_cache.verify(token_cache.open_split(source, "test", BYTES, tmp_path / "cache"))
+  (path,) = split_directories(tmp_path / "cache")
+  tokens = bytearray((path / "tokens.bin").read_bytes())
+  tokens[7000] ^= 1
+  (path / "tokens.bin").write_bytes(tokens)
+  split = token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
+  with pytest.raises(ValueError, match=r"tokens\.bin is damaged: remove its directory"):
+    token_cache.verify(split)
+
+
+def test_a_failed_encoding_leaves_no_files(tmp_path):
   toy_datasets.write_books(tmp_path / "books")
   (tmp_path / "books" / "train" / "4.txt").write_bytes(b"caf\xe9")
   with pytest.raises(ValueError, match=r"4\.txt is not UTF-8"):
@@ -119,24 +149,22 @@ def test_what_breaks_off_leaves_nothing(tmp_path):
   assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_text_that_is_not_utf8_has_no_pieces(tmp_path):
-  lines = texts(tmp_path / "books").sample(10**6, seed=0)
-  pieces = data.train_pieces(lines, tmp_path / "a.model", size=350)
+def test_text_that_is_not_utf8_has_no_subwords(tmp_path):
+  vocabulary = train_vocabulary(tmp_path, toy_books(tmp_path / "books"))
   (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n" * 100)
+  source = data.TextFiles(tmp_path / "latin.txt")
   with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
-    token_cache.open_split(
-      data.TextFiles(tmp_path / "latin.txt"), "train", pieces, tmp_path / "cache"
-    )
+    token_cache.open_split(source, "train", vocabulary, tmp_path / "cache")
 
 
 def test_an_empty_split(tmp_path):
   toy_datasets.write_books(tmp_path / "books")
   (tmp_path / "books" / "test" / "6.txt").write_text("")
-  with pytest.raises(ValueError, match="the split 'test' of pg19 is empty"):
+  with pytest.raises(ValueError, match="the split 'test' of pg19 is empty: use more data"):
     token_cache.open_split(data.Books(tmp_path / "books"), "test", BYTES, tmp_path / "cache")
 
 
-def test_empty_books_are_no_documents(tmp_path):
+def test_empty_books_are_not_documents(tmp_path):
   toy_datasets.write_books(tmp_path / "books", n_byte=100)
   (tmp_path / "books" / "train" / "2.txt").write_text("")
   split = token_cache.open_split(data.Books(tmp_path / "books"), "train", BYTES, tmp_path / "cache")
@@ -152,23 +180,25 @@ if sys.argv[3:] == ["full"]:
   resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 elif sys.argv[3:]:
   read = source.read
-  def slowly(split):
-    for piece in read(split):
-      yield piece
-      print("piece", flush=True)
+  def read_slowly(split):
+    for chunk in read(split):
+      yield chunk
+      print("chunk", flush=True)
       time.sleep(float(sys.argv[3]))
-  source.read = slowly
+  source.read = read_slowly
 try:
-  print(token_cache.open_split(source, "train", data.ByteVocabulary, sys.argv[2]).statistics.n_byte, flush=True)
+  split = token_cache.open_split(source, "train", data.ByteVocabulary, sys.argv[2])
+  print(split.statistics.n_byte, flush=True)
 except OSError as error:
   print(error, flush=True)
 """
 
 
-def encode(tmp_path, *arguments):
-  places = [str(tmp_path / "books"), str(tmp_path / "cache")]
+def start_encoding(root, argument):
+  """Encodes the books in a process: `argument` is "full", or the seconds to sleep per chunk."""
+  paths = [str(root / "books"), str(root / "cache")]
   return subprocess.Popen(
-    [sys.executable, "-c", ENCODE, *places, *arguments],
+    [sys.executable, "-c", ENCODE, *paths, argument],
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.DEVNULL,
@@ -177,41 +207,39 @@ def encode(tmp_path, *arguments):
 
 def test_a_killed_process_leaves_nothing_that_is_read(tmp_path):
   toy_datasets.write_books(tmp_path / "books", n_byte=5000)
-  with encode(tmp_path, "100") as process:
-    assert process.stdout.readline() == "piece\n"
+  with start_encoding(tmp_path, "100") as process:
+    assert process.stdout.readline() == "chunk\n"
     process.send_signal(signal.SIGKILL)
-  left = {path.suffix for path in (tmp_path / "cache").iterdir()}
-  assert left == {".lock", ".draft"}
+  assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock", ".draft"}
   split = token_cache.open_split(data.Books(tmp_path / "books"), "train", BYTES, tmp_path / "cache")
   assert split.statistics.n_byte == 20_000
   assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock", ""}
 
 
-def test_of_two_processes_one_encodes_and_the_other_waits(tmp_path, monkeypatch):
+def test_one_process_encodes_while_the_other_waits(tmp_path, monkeypatch):
   toy_datasets.write_books(tmp_path / "books", n_byte=5000)
-  with encode(tmp_path, "0.3") as process:
-    assert process.stdout.readline() == "piece\n"
+  with start_encoding(tmp_path, "0.3") as process:
+    assert process.stdout.readline() == "chunk\n"
     source = data.Books(tmp_path / "books")
-    monkeypatch.setattr(type(source), "read", lambda *_: pytest.fail("encoded twice"))
-    assert (
-      token_cache.open_split(source, "train", BYTES, tmp_path / "cache").statistics.n_byte == 20_000
-    )
+    monkeypatch.setattr(type(source), "read", lambda *_: pytest.fail("the split was encoded twice"))
+    split = token_cache.open_split(source, "train", BYTES, tmp_path / "cache")
+    assert split.statistics.n_byte == 20_000
     assert process.stdout.read().endswith("20000\n")
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_named_and_leaves_no_files(tmp_path):
   toy_datasets.write_books(tmp_path / "books", n_byte=5000)
-  with encode(tmp_path, "full") as process:
+  with start_encoding(tmp_path, "full") as process:
     out = process.stdout.read()
   assert out == (
-    f"cannot write the tokens of pg19 to {tmp_path / 'cache'}: File too large. Make room, "
-    "or name another --cache_dir.\n"
+    f"cannot write the tokens of pg19 to {tmp_path / 'cache'}: File too large. Free disk space, "
+    "or choose a different --cache_dir.\n"
   )
   assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_what_cannot_be_read_is_no_full_disk(tmp_path):
-  source = texts(tmp_path / "books")
+def test_an_unreadable_file_is_not_reported_as_a_full_disk(tmp_path):
+  source = toy_books(tmp_path / "books")
 
   def broken(split):
     yield base.Chunk(b"It was", True, tmp_path)
@@ -224,36 +252,44 @@ def test_what_cannot_be_read_is_no_full_disk(tmp_path):
     token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
 
 
-def test_empty_ends_are_not_whole(tmp_path):
-  source = texts(tmp_path / "books")
-  first = token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
-  (place,) = (tmp_path / "cache").glob("pg19*")
-  (place / "ends.npy").write_bytes(b"")
-  assert (
-    token_cache.open_split(source, "test", BYTES, tmp_path / "cache").statistics == first.statistics
-  )
-
-
-def test_a_directory_that_cannot_be_written(tmp_path):
+def test_a_cache_directory_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(OSError, match=r"cannot write to the directory .*file"):
-    token_cache.open_split(texts(tmp_path / "books"), "test", BYTES, tmp_path / "file")
+    token_cache.open_split(toy_books(tmp_path / "books"), "test", BYTES, tmp_path / "file")
 
 
-def test_facts_are_json(tmp_path):
-  token_cache.open_split(texts(tmp_path / "books"), "test", BYTES, tmp_path / "cache")
-  (place,) = (tmp_path / "cache").glob("pg19-test-*")
-  facts = json.loads((place / "facts.json").read_text())
-  assert facts["n_byte"] == 5000 and facts["vocabulary"] == "bytes" and facts["dtype"] == "<u2"
-  shutil.rmtree(place)
+def test_files_on_disk(tmp_path):
+  split = token_cache.open_split(toy_books(tmp_path / "books"), "test", BYTES, tmp_path / "cache")
+  (path,) = (tmp_path / "cache").glob("pg19-test-*")
+  assert {file.name for file in path.iterdir()} == {"tokens.bin", "ends.npy", "facts.json"}
+  assert json.loads((path / "facts.json").read_text()) == {
+    "n_document": 1,
+    "n_byte": 5000,
+    "n_word": split.statistics.n_word,
+    "n_token": 5001,
+    "unigram_entropy": split.statistics.unigram_entropy,
+    "checksum": split.statistics.checksum,
+    "vocabulary": "bytes",
+    "dtype": "<u2",
+    "offset": 0,
+  }
+  tokens = np.fromfile(path / "tokens.bin", "<u2")
+  np.testing.assert_array_equal(tokens, split.stream.take(np.arange(5001))["targets"])
+  assert np.load(path / "ends.npy").tolist() == [5001]
 
 
-def test_memory_stays_flat(tmp_path):
-  """A stream of a file reads what is asked for, not the file."""
-  values = np.memmap(
-    tmp_path / "tokens.bin", np.uint16, mode="w+", shape=(1 << 29,)
-  )  # 1 GiB, sparse
-  stream = data.TokenStream(values, np.array([1 << 29]))
+def test_the_default_directory_follows_xdg_cache_home(monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+  assert token_cache.default_directory() == pathlib.Path("/caches/tvq_haiku")
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  monkeypatch.setenv("HOME", "/home/anne")
+  assert token_cache.default_directory() == pathlib.Path("/home/anne/.cache/tvq_haiku")
+
+
+def test_reading_a_memory_map_takes_constant_memory(tmp_path):
+  shape = (1 << 29,)  # 1 GiB, sparse
+  values = np.memmap(tmp_path / "tokens.bin", np.uint16, mode="w+", shape=shape)
+  stream = data.TokenStream(values, np.array(shape))
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   batches = data.PackedBatches(stream, batch_size=8, sequence_len=8192)
   for _ in range(5):

@@ -1,50 +1,80 @@
-"""Images as tokens: row by row, the channels of a pixel one after the other.
+"""Converts tokens to images, and arranges images in a grid.
 
-Letters: n images, h rows, w columns, 3 channels.
+The tokens of an image are its bytes, row by row, with the three channels of a pixel adjacent, as
+in `sources.imagenet`. Letters: n images, h rows, w columns.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
+import chex
+import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from tvq_haiku.data.vocabulary import ByteVocabulary
-from tvq_haiku.utils import optional
+from tvq_haiku.utils import checks, optional
 
-_GAP = 2  # pixels between two images
+if TYPE_CHECKING:
+  import PIL.Image
+
+_GAP = 2  # pixels between two images, and around the grid
 
 
-def images_from_tokens(tokens: np.ndarray, *, height: int, width: int) -> np.ndarray:
-  """[n, 3·h·w] tokens -> [n, h, w, 3] uint8; special tokens become 0.
+def images_from_tokens(tokens: npt.ArrayLike, *, height: int, width: int) -> np.ndarray:
+  """Converts tokens of the byte vocabulary to images.
+
+  Args:
+    tokens: [n, 3·h·w] integers; special tokens become the value 0.
+    height: h in pixels.
+    width: w in pixels.
+
+  Returns:
+    [n, h, w, 3] uint8.
+
+  Raises:
+    ValueError: the shape does not fit, or a token is not in the vocabulary.
+    TypeError: the tokens are not integers.
 
   >>> images_from_tokens(np.arange(3, 15)[None], height=2, width=2)[0, 0].tolist()
   [[0, 1, 2], [3, 4, 5]]
   """
   tokens = np.asarray(tokens)
-  if tokens.ndim != 2 or tokens.shape[1] != 3 * height * width:
-    raise ValueError(
-      f"images_from_tokens: tokens must have shape [n, {3 * height * width}] for "
-      f"{height} x {width} pixels, got {tokens.shape}."
-    )
+  axes = ("n", 3 * height * width)
+  checks.check_arrays("images_from_tokens", chex.Dimensions(), tokens=(tokens, axes, jnp.integer))
   if tokens.size and not 0 <= tokens.min() <= tokens.max() < ByteVocabulary.SIZE:
     raise ValueError(
       f"images_from_tokens: tokens must lie in [0, {ByteVocabulary.SIZE}), got "
       f"{tokens.min()}...{tokens.max()}."
     )
-  return np.maximum(tokens - 3, 0).astype(np.uint8).reshape(-1, height, width, 3)
+  values = np.maximum(tokens - ByteVocabulary.OFFSET, 0).astype(np.uint8)
+  return values.reshape(-1, height, width, 3)
 
 
-def image_grid(images: np.ndarray, *, columns: int | None = None) -> Any:
-  """A `PIL.Image.Image` of all images [n, h, w, 3] uint8 side by side on white; None: a square."""
+def image_grid(images: np.ndarray, *, columns: int | None = None) -> PIL.Image.Image:
+  """Arranges images in a grid on a white background.
+
+  Args:
+    images: [n, h, w, 3], converted to uint8.
+    columns: number of images in a row of the grid; None: as many as make the grid a square.
+
+  Returns:
+    A `PIL.Image.Image`.
+
+  Raises:
+    ValueError: `images` has a different number of axes.
+    ImportError: Pillow is missing.
+  """
+  images = np.asarray(images, np.uint8)
+  checks.check_arrays("image_grid", chex.Dimensions(), images=(images, "nhwc", jnp.integer))
   n, height, width, _ = images.shape
   columns = columns or math.ceil(math.sqrt(n))
   rows = -(-n // columns)
-  page = np.full((rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, 3), 255, np.uint8)
+  grid = np.full((rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, 3), 255, np.uint8)
   for i, image in enumerate(images):
-    top, left = (
-      _GAP + place * (size + _GAP) for place, size in zip(divmod(i, columns), (height, width))
-    )
-    page[top : top + height, left : left + width] = image
-  return optional.require("PIL.Image", extra="images", purpose="image files").fromarray(page)
+    row, column = divmod(i, columns)
+    top, left = _GAP + row * (height + _GAP), _GAP + column * (width + _GAP)
+    grid[top : top + height, left : left + width] = image
+  return optional.require("PIL.Image", extra="images", purpose="image files").fromarray(grid)

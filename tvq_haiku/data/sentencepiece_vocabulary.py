@@ -1,4 +1,4 @@
-"""Pieces of words as tokens: a SentencePiece vocabulary (BPE) that gives back exactly what it got."""
+"""Subword vocabularies (SentencePiece BPE) whose decoding restores the text byte for byte."""
 
 from __future__ import annotations
 
@@ -6,138 +6,148 @@ from collections.abc import Iterable, Iterator
 import io
 import os
 import pathlib
-from typing import Any
+import types
 import zlib
 
-from absl import logging
 import numpy as np
+import numpy.typing as npt
 
 from tvq_haiku.data.vocabulary import ByteVocabulary
-from tvq_haiku.utils import files, optional
+from tvq_haiku.utils import files, optional, progress
 
-_SPACE = "▁"  # how SentencePiece writes a space; a text that has this character needs care
-_PROBE = "  It was;\n\nwas it?\té▁🧀 "
-_LONGEST_LINE = 1 << 16  # bytes of a line that training looks at
+_SPACE = "▁"  # SentencePiece's symbol for a space; in a text, it is encoded as bytes
+_PROBE = "  It was;\n\nwas it?\té▁🧀 "  # a lossless vocabulary restores this
+_SPECIAL_IDS = (ByteVocabulary.PAD, ByteVocabulary.EOS, ByteVocabulary.UNK, -1)  # -1: no such token
+_TRAINER_SETTINGS = dict(
+  model_type="bpe",
+  pad_id=ByteVocabulary.PAD,
+  eos_id=ByteVocabulary.EOS,
+  unk_id=ByteVocabulary.UNK,
+  bos_id=-1,
+  user_defined_symbols=["\n"],
+  # The next four make the vocabulary lossless.
+  normalization_rule_name="identity",
+  remove_extra_whitespaces=False,
+  add_dummy_prefix=False,
+  byte_fallback=True,
+  max_sentence_length=1 << 16,  # bytes; longer lines are ignored
+  minloglevel=2,  # errors only
+)
 
 
 class PieceVocabulary:
-  """A .model file: 0 is padding, 1 ends a document, 2 is unknown; there is no begin token.
+  """A subword vocabulary in a SentencePiece .model file.
 
-  What it encodes it decodes, byte for byte, if it was trained by `train_pieces`: spaces are kept,
-  nothing is normalised, and characters that it does not know fall apart into bytes.
+  Token 0 is padding, 1 ends a document, 2 is unknown; there is no begin token. A vocabulary that
+  was trained by `train_pieces` is lossless: it keeps spaces, does not normalize the text, and
+  encodes unknown characters as their UTF-8 bytes.
   """
 
   EOS = ByteVocabulary.EOS
 
   def __init__(self, file: str | os.PathLike):
-    """Reads `file`.
+    """Reads `file`, and logs a warning if the vocabulary is not lossless.
 
     Raises:
-      ValueError, OSError: it cannot be read, or numbers its special tokens differently.
+      ValueError: it is no SentencePiece model, or has different special tokens.
+      OSError: it cannot be read.
     """
     model = pathlib.Path(file).read_bytes()
     spm = _sentencepiece()
     try:
       self._processor = spm.SentencePieceProcessor(model_proto=model)
-      special = tuple(
+      special_ids = tuple(
         getattr(self._processor, f"{name}_id")() for name in ("pad", "eos", "unk", "bos")
       )
     except RuntimeError as error:
       raise ValueError(f"{file} is not a SentencePiece model.") from error
-    if special != (ByteVocabulary.PAD, ByteVocabulary.EOS, ByteVocabulary.UNK, -1):
+    if special_ids != _SPECIAL_IDS:
       raise ValueError(
-        f"{file} numbers pad, eos, unk and bos {special}, not (0, 1, 2, -1): "
-        "train it with --command=train_vocab."
+        f"{file}: the ids of pad, eos, unk and bos are {special_ids}, but must be {_SPECIAL_IDS}: "
+        "train the vocabulary with --command=train_vocab."
       )
     self.file = pathlib.Path(file)
     self.size = self._processor.get_piece_size()
     self.fingerprint = f"pieces-{self.size}-{zlib.crc32(model):08x}"
     space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-    self._space = None if ByteVocabulary.UNK in space else space
+    self._space_tokens = None if ByteVocabulary.UNK in space else space
     if self.decode(self.encode(_PROBE)) != _PROBE.encode():
-      logging.warning(
-        "%s loses text (such as line breaks, repeated spaces, or rare characters): a model "
-        "need not predict what is lost, so its figures are too good.",
-        file,
+      progress.log(
+        f"warning: {file} loses text (such as line breaks, repeated spaces, or rare characters): a "
+        "model need not predict the lost text, so its metrics are too good."
       )
 
   def check(self, caller: str, n_vocab: int) -> None:
-    """Raises a ValueError unless a model of `n_vocab` tokens has this vocabulary."""
+    """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is the size."""
     if n_vocab != self.size:
       raise ValueError(
         f"{caller}: the model has n_vocab={n_vocab}, not the {self.size} of {self.file}: "
-        "one of them must change."
+        f"set n_vocab={self.size}, or use a different vocabulary."
       )
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """[n] int32 tokens; bytes must be UTF-8."""
-    text = text if isinstance(text, str) else text.decode()
-    if self._space is None or _SPACE not in text:
-      return np.array(self._processor.encode(text), np.int32)
-    tokens = []
-    for i, part in enumerate(text.split(_SPACE)):
-      tokens += (self._space if i else []) + self._processor.encode(part)
-    return np.array(tokens, np.int32)
-
-  def decode(self, tokens) -> bytes:
-    """UTF-8 of `tokens`; padding and ends of documents have none.
+    """Returns the tokens of `text`, [n] int32.
 
     Raises:
-      ValueError: a token is not of this vocabulary.
+      UnicodeDecodeError: `text` is bytes, but not UTF-8.
+    """
+    text = text if isinstance(text, str) else text.decode()
+    if self._space_tokens is None or _SPACE not in text:
+      return np.array(self._processor.encode(text), np.int32)
+    first, *others = text.split(_SPACE)
+    tokens = self._processor.encode(first)
+    for segment in others:
+      tokens += self._space_tokens + self._processor.encode(segment)
+    return np.array(tokens, np.int32)
+
+  def decode(self, tokens: npt.ArrayLike) -> bytes:
+    """Returns the UTF-8 text of `tokens`, an array of any shape.
+
+    Padding and ends of documents have no text.
+
+    Raises:
+      ValueError: a token is not in the vocabulary.
     """
     tokens = np.asarray(tokens, np.int64).reshape(-1)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.size:
       raise ValueError(f"tokens must lie in [0, {self.size}), got {tokens.min()}...{tokens.max()}.")
-    return self._processor.decode(tokens[tokens >= 2].tolist()).encode()
+    return self._processor.decode(tokens[tokens >= ByteVocabulary.UNK].tolist()).encode()
 
 
 def train_pieces(lines: Iterable[str], file: str | os.PathLike, *, size: int) -> PieceVocabulary:
-  """Learns a vocabulary of `size` pieces from lines of text, and writes it to `file`.
+  """Trains a vocabulary on lines of text and writes it to `file`.
 
   Args:
-    lines: without their line breaks, each of which is a piece of its own.
-    file: the .model to write, whole or not at all.
-    size: of the vocabulary, special tokens and 256 bytes included.
+    lines: text without its line breaks; a line break is always a token of its own.
+    file: the .model file to write, atomically; missing directories are created.
+    size: number of tokens, including the special tokens and 256 bytes.
+
+  Returns:
+    The vocabulary, read from `file`.
 
   Raises:
-    ValueError: the text is too little, or too much alike, for so many pieces.
+    ValueError: the text has too few different words, or too many different characters, for
+      `size` tokens.
+    OSError: the file cannot be written.
+    Exception: whatever `lines` raises.
   """
   model = io.BytesIO()
-  failure: list[Exception] = []
-
-  def kept() -> Iterator[str]:
-    """SentencePiece makes text of an exception in here."""
-    try:
-      yield from lines
-    except Exception as error:
-      failure.append(error)
-      raise
-
+  errors: list[Exception] = []
   try:
     _sentencepiece().SentencePieceTrainer.train(
-      sentence_iterator=kept(),
+      sentence_iterator=_recording_errors(lines, errors),
       model_writer=model,
-      model_type="bpe",
       vocab_size=size,
-      pad_id=0,
-      eos_id=1,
-      unk_id=2,
-      bos_id=-1,
-      user_defined_symbols=["\n"],
-      # Exactly what went in comes out:
-      normalization_rule_name="identity",
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      byte_fallback=True,
-      max_sentence_length=_LONGEST_LINE,
-      minloglevel=2,
+      **_TRAINER_SETTINGS,
     )
   except RuntimeError as error:
-    if failure:
-      raise failure[0] from None
-    reason = " ".join(str(error).split()).rsplit(") ", 1)[-1]
+    if errors:
+      raise errors[0] from None
+    message = " ".join(str(error).split())
+    reason = message.rpartition("] ")[2]  # without the C++ condition that failed
     raise ValueError(
-      f"no vocabulary of {size} pieces can be learned from this text: {reason}"
+      f"cannot train a vocabulary of {size} tokens on this text: change the number of tokens or "
+      f"the text. SentencePiece reports: {reason}"
     ) from error
   file = pathlib.Path(file)
   files.prepare_directory(file.parent)
@@ -145,5 +155,14 @@ def train_pieces(lines: Iterable[str], file: str | os.PathLike, *, size: int) ->
   return PieceVocabulary(file)
 
 
-def _sentencepiece() -> Any:
-  return optional.require("sentencepiece", extra="train", purpose="vocabularies of pieces")
+def _recording_errors(lines: Iterable[str], errors: list[Exception]) -> Iterator[str]:
+  """Yields `lines`; appends an exception to `errors`, as SentencePiece keeps only its message."""
+  try:
+    yield from lines
+  except Exception as error:
+    errors.append(error)
+    raise
+
+
+def _sentencepiece() -> types.ModuleType:
+  return optional.require("sentencepiece", extra="train", purpose="SentencePiece vocabularies")

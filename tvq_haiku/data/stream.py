@@ -1,38 +1,59 @@
-"""Documents end to end, as tokens."""
+"""A stream: the tokens of all documents, one document after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
 
+import chex
+import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.types import HostBatch
+from tvq_haiku.utils import checks
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-  """Tokens in memory or in a file; what is read of it is what is asked for.
+  """Tokens in memory or in a memory-mapped file, of which only the requested ones are read.
 
-  Every token is predicted from the one before it in its document, the first from an eos.
+  Each token is predicted from the preceding token of its document, the first one from an eos.
   """
 
-  values: np.ndarray  # [n]: tokens less `offset`; may be a memory map
-  ends: np.ndarray  # [number of documents] int64, ascending: the index behind each one's last token
-  offset: int = 0
+  values: np.ndarray  # [n], any integer dtype: tokens minus `offset`; may be a memory map
+  ends: np.ndarray  # [d] int64, d documents, ascending: one past each document's last token
+  offset: int = 0  # added to `values`
+
+  def __post_init__(self):
+    checks.check_arrays(
+      "TokenStream",
+      chex.Dimensions(),
+      values=(self.values, "n", jnp.integer),
+      ends=(self.ends, "d", jnp.integer),
+    )
 
   def __len__(self) -> int:
     return len(self.values)
 
   def head(self, n: int) -> TokenStream:
-    """The first n tokens."""
+    """Returns the stream of the first `n` tokens; its last document may be incomplete."""
     ends = self.ends[: np.searchsorted(self.ends, n, side="right")]
-    cut = n < len(self) and (not len(ends) or ends[-1] < n)
-    return TokenStream(self.values[:n], np.append(ends, n) if cut else ends, self.offset)
+    divides_document = n < len(self) and (not len(ends) or ends[-1] < n)
+    return TokenStream(
+      self.values[:n], np.append(ends, n) if divides_document else ends, self.offset
+    )
 
-  def take(self, index: np.ndarray) -> HostBatch:
-    """`inputs`, `targets` and `doc_ids`, int32, of the tokens at `index`, of any shape.
+  def take(self, index: npt.ArrayLike) -> HostBatch:
+    """Returns the tokens at the positions `index` as part of a batch.
+
+    Args:
+      index: integers of any shape in [0, len(self)).
+
+    Returns:
+      `inputs`, `targets` and `doc_ids`, int32 arrays of the shape of `index`. The targets are the
+      tokens at `index`.
 
     >>> batch = stream_of([np.array([5, 6]), np.array([7])]).take(np.arange(5))
     >>> batch["inputs"].tolist(), batch["targets"].tolist(), batch["doc_ids"].tolist()
@@ -41,9 +62,9 @@ class TokenStream:
     index = np.asarray(index)
     doc_ids = np.searchsorted(self.ends, index, side="right").astype(np.int32)
     starts = np.where(doc_ids == 0, 0, self.ends[np.maximum(doc_ids - 1, 0)])
-    before = self._tokens(np.maximum(index - 1, 0))
+    preceding = self._tokens(np.maximum(index - 1, 0))
     return {
-      "inputs": np.where(index == starts, np.int32(ByteVocabulary.EOS), before),
+      "inputs": np.where(index == starts, np.int32(ByteVocabulary.EOS), preceding),
       "targets": self._tokens(index),
       "doc_ids": doc_ids,
     }
@@ -53,12 +74,28 @@ class TokenStream:
 
 
 def stream_of(documents: Sequence[np.ndarray], *, eos: int = ByteVocabulary.EOS) -> TokenStream:
-  """Joins documents (arrays of tokens), each closed by an eos.
+  """Concatenates documents in memory, each followed by an `eos` token.
+
+  Args:
+    documents: arrays of tokens, each of shape [n] with n >= 1.
+    eos: the token to append to each document.
+
+  Returns:
+    The stream, with int32 values.
+
+  Raises:
+    ValueError: there is no document, or a document is empty or not one-dimensional.
 
   >>> len(stream_of([np.array([5, 6]), np.array([7])]))
   5
   """
   if not documents or any(len(document) == 0 for document in documents):
-    raise ValueError("a stream needs at least one document, and no document may be empty.")
-  values = np.concatenate([np.append(document, eos) for document in documents]).astype(np.int32)
+    raise ValueError(
+      "stream_of: documents must hold at least one document, and no document may be empty."
+    )
+  documents = [np.asarray(document, np.int32) for document in documents]
+  for i, document in enumerate(documents):
+    argument = {f"documents[{i}]": (document, "n", jnp.integer)}
+    checks.check_arrays("stream_of", chex.Dimensions(), **argument)
+  values = np.concatenate([np.append(document, np.int32(eos)) for document in documents])
   return TokenStream(values, np.cumsum([len(document) + 1 for document in documents]))

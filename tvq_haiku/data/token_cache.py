@@ -1,9 +1,10 @@
-"""Splits as files of tokens: encoded once, then read through a memory map.
+"""A cache of encoded splits: each is encoded once, and then read through a memory map.
 
-  DIRECTORY/<source>-<split>-<key>/tokens.bin    unsigned integers, see `offset` in facts.json
-                                  /ends.npy      where each document ends
-                                  /facts.json    what was counted on the way
-The key stands for the source's files and the vocabulary: another one, another directory.
+  DIRECTORY/<source>-<split>-<key>/tokens.bin    unsigned integers: tokens minus `offset`
+                                  /ends.npy      [n_document] int64: one past each document's end
+                                  /facts.json    the fields of SplitStatistics
+The key is a hash of the source's description and the vocabulary's fingerprint, so a split is
+encoded again if its files or the vocabulary change.
 """
 
 from __future__ import annotations
@@ -25,170 +26,208 @@ from tvq_haiku.data.stream import TokenStream
 from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
 from tvq_haiku.utils import files, progress
 
-_FORMAT = 1
-_CHUNK = 1 << 24
+_FORMAT = 1  # version of the files
+_CHECKSUM_CHUNK = 1 << 24  # tokens
+_TOKENS, _ENDS, _STATISTICS = "tokens.bin", "ends.npy", "facts.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitStatistics:
-  """What was counted while a split was encoded."""
+  """The statistics of an encoded split, and the format of its token file."""
 
-  n_document: int
-  n_byte: int
-  n_word: int  # what stands between white space (of ASCII)
-  n_token: int
-  unigram_entropy: float  # bits per token: what a model without context needs at least
-  checksum: int  # CRC-32 of the tokens
-  vocabulary: str
-  dtype: str
-  offset: int  # token = number in the file + offset
+  n_document: int  # non-empty documents
+  n_byte: int  # bytes of the documents
+  n_word: int  # maximal runs of bytes that are not ASCII white space
+  n_token: int  # tokens, including the one that ends each document if the source has them
+  unigram_entropy: float  # bits per token: a lower bound for models without context
+  checksum: int  # CRC-32 of the token file
+  vocabulary: str  # fingerprint of the vocabulary
+  dtype: str  # NumPy dtype of the token file
+  offset: int  # token = value in the token file + offset
 
 
 class Split(NamedTuple):
-  """A split, ready to be read."""
+  """An encoded split."""
 
-  stream: TokenStream
+  stream: TokenStream  # memory-mapped
   statistics: SplitStatistics
 
 
 def open_split(
   source: Source, split: str, vocabulary: Vocabulary, directory: str | os.PathLike
 ) -> Split:
-  """The tokens of a split, from `directory` if they were encoded before.
+  """Opens a split in the cache, after encoding it if it is missing there.
 
-  They appear there whole or not at all. Of several processes that want the same, one encodes and
+  Its files are written atomically. If several processes need the same split, one encodes it and
   the others wait.
 
   Args:
-    source: what to read.
+    source: the dataset to read.
     split: "train", "validation" or "test".
-    vocabulary: how to encode it.
-    directory: of such files; made if missing.
+    vocabulary: encodes the documents.
+    directory: the directory of the cache; created if missing.
+
+  Returns:
+    The tokens of the split as a memory map, and its statistics.
 
   Raises:
-    ValueError: the source is damaged, or the split is empty.
+    ValueError: the dataset is damaged, or the split is empty.
     OSError: the directory cannot be written, or the disk is full.
   """
-  about = [_FORMAT, source.describe(split), source.has_eos, vocabulary.fingerprint]
-  key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+  identity = [_FORMAT, source.describe(split), source.has_eos, vocabulary.fingerprint]
+  key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
   directory = pathlib.Path(directory).absolute()
-  place = directory / f"{source.name}-{split}-{key}"
-  if not _is_whole(place):
+  path = directory / f"{source.name}-{split}-{key}"
+  if not _is_complete(path):
     files.prepare_directory(directory)
-    with files.lock(directory / f".{place.name}.lock"):
-      if not _is_whole(place):  # while this process waited for the lock
-        _encode(source, split, vocabulary, place)
-  facts = _facts(place)
-  values = np.memmap(place / "tokens.bin", facts.dtype, mode="r")
-  return Split(TokenStream(values, np.load(place / "ends.npy"), facts.offset), facts)
+    with files.lock(directory / f".{path.name}.lock"):
+      if not _is_complete(path):  # no other process encoded it while this one waited
+        _create(path, source, split, vocabulary)
+  statistics = _read_statistics(path)
+  values = np.memmap(path / _TOKENS, statistics.dtype, mode="r")
+  return Split(TokenStream(values, np.load(path / _ENDS), statistics.offset), statistics)
 
 
-def _encode(source: Source, split: str, vocabulary: Vocabulary, place: pathlib.Path) -> None:
-  draft = place.with_name(f".{place.name}.draft")
-  shutil.rmtree(draft, ignore_errors=True)  # of a process that died: this one holds the lock
+def verify(split: Split) -> None:
+  """Raises a ValueError if the tokens of a split changed on disk since they were encoded."""
+  values, checksum = split.stream.values, 0
+  for start in range(0, len(values), _CHECKSUM_CHUNK):
+    chunk = np.ascontiguousarray(values[start : start + _CHECKSUM_CHUNK])
+    checksum = zlib.crc32(chunk, checksum)
+  if checksum != split.statistics.checksum:
+    raise ValueError(
+      f"{values.filename} is damaged: remove its directory, and the split is encoded again."
+    )
+
+
+def default_directory() -> pathlib.Path:
+  """Returns $XDG_CACHE_HOME/tvq_haiku, or ~/.cache/tvq_haiku if the variable is not set."""
+  cache_home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(cache_home) / "tvq_haiku"
+
+
+def _create(path: pathlib.Path, source: Source, split: str, vocabulary: Vocabulary) -> None:
+  """Encodes a split into the directory `path`, which appears only when it is complete."""
+  draft = path.with_name(f".{path.name}.draft")
+  shutil.rmtree(draft, ignore_errors=True)  # left by a process that died: this one holds the lock
   try:
     draft.mkdir()
-    _write(source, split, vocabulary, draft)
-    for file in draft.iterdir():  # on disk before the name that says so
+    _write_files(draft, source, split, vocabulary)
+    for file in draft.iterdir():  # the contents must be on disk before the directory's name
       with file.open("rb") as handle:
         os.fsync(handle.fileno())
-    shutil.rmtree(place, ignore_errors=True)  # not whole, or it would have been used
-    draft.rename(place)
+    shutil.rmtree(path, ignore_errors=True)  # incomplete
+    draft.rename(path)
   except OSError as error:
     raise OSError(
-      f"cannot write the tokens of {source.name} to {place.parent}: "
-      f"{error.strerror or error}. Make room, or name another --cache_dir."
+      f"cannot write the tokens of {source.name} to {path.parent}: "
+      f"{error.strerror or error}. Free disk space, or choose a different --cache_dir."
     ) from error
   finally:
     shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write(source: Source, split: str, vocabulary: Vocabulary, draft: pathlib.Path) -> None:
-  raw_bytes = vocabulary is ByteVocabulary and not source.has_eos
-  offset = ByteVocabulary.OFFSET if raw_bytes else 0
-  dtype = np.dtype("u1" if raw_bytes else "<u2" if vocabulary.size <= 1 << 16 else "<u4")
-  eos = np.array([ByteVocabulary.EOS], np.int32)
-  n_token = n_byte = n_word = checksum = 0
-  begun = False  # a document
-  ends, uses = [], np.zeros(vocabulary.size, np.int64)
-  total = source.n_byte(split)
+def _write_files(
+  directory: pathlib.Path, source: Source, split: str, vocabulary: Vocabulary
+) -> None:
+  encoder = _SplitEncoder(vocabulary, has_eos=source.has_eos)
   with (
-    (draft / "tokens.bin").open("wb") as file,
-    progress.bar(f"encoding {source.name} {split}", total) as shown,
+    (directory / _TOKENS).open("wb") as file,
+    progress.bar(f"encoding {source.name} {split}", source.n_byte(split)) as show_progress,
   ):
-    for piece in _readable(source, split):
-      try:
-        tokens = vocabulary.encode(piece.content)
-      except UnicodeDecodeError as error:
-        raise ValueError(f"{piece.file} is not UTF-8: {error.reason}.") from error
-      n_byte += len(piece.content)
-      n_word += len(piece.content.split())
-      begun |= bool(piece.content)
-      closes = piece.ends and begun  # an empty document is none
-      if closes and source.has_eos:
-        tokens = np.concatenate([tokens, eos])
-      content = (tokens - offset).astype(dtype).tobytes()
-      file.write(content)
-      checksum = zlib.crc32(content, checksum)
-      uses += np.bincount(tokens, minlength=vocabulary.size)
-      n_token += len(tokens)
-      if closes:
-        ends.append(n_token)
-        begun = False
-      shown(n_byte, f"{n_token:,} tokens")
-  if not n_token:
-    raise ValueError(f"the split {split!r} of {source.name} is empty: there is too little data.")
-  if begun:
-    ends.append(n_token)
-  np.save(draft / "ends.npy", np.array(ends, np.int64))
-  shares = uses[uses > 0] / n_token
-  entropy = float((shares * -np.log2(shares)).sum()) + 0.0  # 0, not -0
-  facts = SplitStatistics(
-    len(ends), n_byte, n_word, n_token, entropy, checksum, vocabulary.fingerprint, dtype.str, offset
-  )
-  files.write_atomically(draft / "facts.json", json.dumps(dataclasses.asdict(facts), indent=1))
+    for chunk in _read(source, split):
+      file.write(encoder.encode(chunk))
+      show_progress(encoder.n_byte, f"{encoder.n_token:,} tokens")
+  if not encoder.n_token:
+    raise ValueError(f"the split {split!r} of {source.name} is empty: use more data.")
+  encoder.end_document()
+  np.save(directory / _ENDS, np.array(encoder.ends, np.int64))
+  statistics = json.dumps(dataclasses.asdict(encoder.statistics()), indent=1)
+  files.write_atomically(directory / _STATISTICS, statistics)
 
 
-def _readable(source: Source, split: str) -> Iterator[Chunk]:
-  """What is read; that it cannot be read must not pass for a full disk."""
+def _read(source: Source, split: str) -> Iterator[Chunk]:
+  """Reads a split; raises a ValueError if it is unreadable, as an OSError means a failed write."""
   try:
     yield from source.read(split)
   except OSError as error:
     raise ValueError(f"the split {split!r} of {source.name} cannot be read: {error}") from error
 
 
-def verify(split: Split) -> None:
-  """Raises a ValueError unless the tokens are those that were encoded, bit for bit."""
-  values, checksum = split.stream.values, 0
-  for start in range(0, len(values), _CHUNK):
-    checksum = zlib.crc32(np.ascontiguousarray(values[start : start + _CHUNK]), checksum)
-  if checksum != split.statistics.checksum:
-    raise ValueError(
-      f"{values.filename} is damaged: remove its directory, and it will be made again."
+class _SplitEncoder:
+  """Encodes the chunks of a split one after the other, and updates its statistics."""
+
+  def __init__(self, vocabulary: Vocabulary, *, has_eos: bool):
+    self._vocabulary = vocabulary
+    self._eos = [ByteVocabulary.EOS] if has_eos else []
+    without_special = vocabulary is ByteVocabulary and not has_eos  # then a byte is stored as is
+    self._offset = ByteVocabulary.OFFSET if without_special else 0
+    self._dtype = np.dtype(
+      "u1" if without_special else "<u2" if vocabulary.size <= 1 << 16 else "<u4"
+    )
+    self._token_counts = np.zeros(vocabulary.size, np.int64)
+    self._checksum = 0
+    self._in_document = False  # whether the current document has any bytes
+    self.ends: list[int] = []  # one past the last token of each document
+    self.n_byte = self.n_word = self.n_token = 0
+
+  def encode(self, chunk: Chunk) -> bytes:
+    """Encodes the next chunk, and returns its tokens in the format of the token file."""
+    try:
+      tokens = self._vocabulary.encode(chunk.content)
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{chunk.file} is not UTF-8: {error.reason}.") from error
+    self.n_byte += len(chunk.content)
+    self.n_word += len(chunk.content.split())
+    self._in_document |= bool(chunk.content)
+    ends_document = chunk.is_last and self._in_document  # empty documents are dropped
+    if ends_document:
+      tokens = np.append(tokens, np.array(self._eos, np.int32))
+    self._token_counts += np.bincount(tokens, minlength=len(self._token_counts))
+    self.n_token += len(tokens)
+    if ends_document:
+      self.end_document()
+    content = (tokens - self._offset).astype(self._dtype).tobytes()
+    self._checksum = zlib.crc32(content, self._checksum)
+    return content
+
+  def end_document(self) -> None:
+    """Ends the current document after the last token, unless the document is empty."""
+    if self._in_document:
+      self.ends.append(self.n_token)
+    self._in_document = False
+
+  def statistics(self) -> SplitStatistics:
+    """Returns the statistics of all chunks so far."""
+    probabilities = self._token_counts[self._token_counts > 0] / self.n_token
+    entropy = (probabilities * -np.log2(probabilities)).sum()
+    return SplitStatistics(
+      n_document=len(self.ends),
+      n_byte=self.n_byte,
+      n_word=self.n_word,
+      n_token=self.n_token,
+      unigram_entropy=float(entropy) + 0.0,  # turns -0 into 0
+      checksum=self._checksum,
+      vocabulary=self._vocabulary.fingerprint,
+      dtype=self._dtype.str,
+      offset=self._offset,
     )
 
 
-def _facts(place: pathlib.Path) -> SplitStatistics:
-  return SplitStatistics(**json.loads((place / "facts.json").read_text()))
+def _read_statistics(path: pathlib.Path) -> SplitStatistics:
+  return SplitStatistics(**json.loads((path / _STATISTICS).read_text()))
 
 
-def _is_whole(place: pathlib.Path) -> bool:
-  """Whether the files are there and as long as they must be."""
+def _is_complete(path: pathlib.Path) -> bool:
+  """Returns whether all files of an encoded split exist and have the sizes in its statistics."""
   try:
-    facts = _facts(place)
-    ends = np.load(place / "ends.npy", mmap_mode="r")
-    size = (place / "tokens.bin").stat().st_size
+    statistics = _read_statistics(path)
+    ends = np.load(path / _ENDS, mmap_mode="r")
+    size = (path / _TOKENS).stat().st_size
     return (
-      size == facts.n_token * np.dtype(facts.dtype).itemsize
-      and len(ends) == facts.n_document
-      and ends[-1] == facts.n_token
+      size == statistics.n_token * np.dtype(statistics.dtype).itemsize
+      and len(ends) == statistics.n_document
+      and ends[-1] == statistics.n_token
     )
   except (OSError, ValueError, TypeError, EOFError, IndexError):
     return False
-
-
-def default_directory() -> pathlib.Path:
-  """Where the user's programs keep what they can make again."""
-  return (
-    pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "tvq_haiku"
-  )

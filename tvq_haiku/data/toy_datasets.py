@@ -1,6 +1,6 @@
-"""Data sets of seconds, in the formats of the large ones: for smoke runs and tests.
+"""Writes small datasets in the formats of the real ones, for --smoke runs and tests.
 
-Texts are cut from the embedded novels; images are drawn.
+Texts are excerpts of the embedded novels; images are synthetic. Files that exist are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from tvq_haiku.utils import files
 def write_text(
   directory: str | os.PathLike, *, n_byte: int = 60_000, name: str = "enwik8"
 ) -> pathlib.Path:
-  """A file of `n_byte` bytes."""
+  """Writes a text file, for `sources.text`.
+
+  Args:
+    directory: created if missing.
+    n_byte: size of the file in bytes.
+    name: name of the file.
+
+  Returns:
+    The path of the file.
+  """
   path = files.prepare_directory(directory) / name
   if not path.exists():
     files.write_atomically(path, b"".join(austen_novels.austen().values())[:n_byte])
@@ -25,44 +34,66 @@ def write_text(
 
 
 def write_books(directory: str | os.PathLike, *, n_byte: int = 20_000) -> pathlib.Path:
-  """Four books for training, one for validation and one for the test, of `n_byte` bytes each."""
+  """Writes four books for training, one for validation and one for testing, for `sources.books`.
+
+  Args:
+    directory: created if missing.
+    n_byte: size of each book in bytes.
+
+  Returns:
+    The directory.
+  """
   root = files.prepare_directory(directory)
   splits = ["train"] * 4 + ["validation", "test"]
-  rows = []
-  for i, (split, (title, text)) in enumerate(zip(splits, sorted(austen_novels.austen().items()))):
-    path = files.prepare_directory(root / split) / f"{i + 1}.txt"
+  metadata = ""
+  for book_id, (split, (title, text)) in enumerate(
+    zip(splits, sorted(austen_novels.austen().items()), strict=True), start=1
+  ):
+    path = files.prepare_directory(root / split) / f"{book_id}.txt"
     if not path.exists():
       files.write_atomically(path, text[:n_byte].decode(errors="ignore"))
-    rows.append(f"{i + 1},{title},1815,\n")
-  files.write_atomically(root / "metadata.csv", "".join(rows))
+    metadata += f"{book_id},{title},1815,\n"
+  files.write_atomically(root / "metadata.csv", metadata)
   return root
 
 
 def write_images(directory: str | os.PathLike, *, size: int = 8, n_image: int = 60) -> pathlib.Path:
-  """`n_image` images for training and validation in two archives, and a sixth as many for the test."""
+  """Writes two archives for training and validation, and one for testing, for `sources.imagenet`.
+
+  Args:
+    directory: created if missing.
+    size: height and width of an image in pixels.
+    n_image: number of images for training and validation; for testing, there are a sixth as many.
+
+  Returns:
+    The directory.
+  """
   root = files.prepare_directory(directory)
   half = n_image // 2
-  for i, (name, n) in enumerate(
-    {
-      "train_data_batch_1": half,
-      "train_data_batch_2": n_image - half,
-      "val_data": n_image // 6,
-    }.items()
-  ):
+  n_image_of = {
+    "train_data_batch_1": half,
+    "train_data_batch_2": n_image - half,
+    "val_data": n_image // 6,
+  }
+  for seed, (name, n) in enumerate(n_image_of.items()):
     path = root / f"{name}.npz"
     if not path.exists():
       draft = path.with_name(f".{path.name}")
-      np.savez_compressed(draft, data=_discs(n, size, seed=i), labels=np.zeros(n, np.int64))
+      np.savez_compressed(draft, data=_discs(n, size, seed=seed), labels=np.zeros(n, np.int64))
       os.replace(draft, path)
   return root
 
 
 def _discs(n: int, size: int, *, seed: int) -> np.ndarray:
-  """[n, 3·size·size] uint8, plane after plane: a disc of one colour on a background that fades."""
+  """Draws n images, each of a disc on a background that brightens downwards.
+
+  Returns:
+    [n, 3·size·size] uint8, one channel plane after the other.
+  """
   rng = np.random.default_rng(seed)
   y, x = np.mgrid[:size, :size] / size
-  centre, radius = rng.random((n, 2, 1, 1)), 0.2 + 0.3 * rng.random((n, 1, 1))
-  inside = (y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2 < radius**2
-  colours = rng.integers(0, 256, (2, n, 3, 1, 1))
-  images = np.where(inside[:, None], colours[0], colours[1] * (0.5 + y / 2))
+  center, radius = rng.random((n, 2, 1, 1)), 0.2 + 0.3 * rng.random((n, 1, 1))
+  is_inside = (y - center[:, 0]) ** 2 + (x - center[:, 1]) ** 2 < radius**2
+  colors = rng.integers(0, 256, (2, n, 3, 1, 1))
+  images = np.where(is_inside[:, None], colors[0], colors[1] * (0.5 + y / 2))
   return images.astype(np.uint8).reshape(n, -1)

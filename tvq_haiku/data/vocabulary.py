@@ -1,30 +1,33 @@
-"""What a token stands for: bytes."""
+"""The interface of a vocabulary, and the vocabulary of bytes."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 
 class Vocabulary(Protocol):
-  """Between bytes and tokens: 0 is padding, 1 ends a document, 2 is unknown."""
+  """Maps bytes to tokens and back: token 0 is padding, 1 ends a document, 2 is unknown."""
 
   size: int  # X
-  fingerprint: str  # another one, other tokens
+  fingerprint: str  # identifies the mapping: caches and runs are compared by it
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """[n] int32 tokens."""
+    """Returns the tokens of `text`, [n] int32."""
 
-  def decode(self, tokens) -> bytes:
-    """The bytes of `tokens`; special tokens have none."""
+  def decode(self, tokens: npt.ArrayLike) -> bytes:
+    """Returns the bytes of `tokens`; special tokens have none."""
 
   def check(self, caller: str, n_vocab: int) -> None:
-    """Raises a ValueError unless a model of `n_vocab` tokens has this vocabulary."""
+    """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is the size."""
 
 
 class ByteVocabulary:
-  """0 is padding, 1 ends a document, 2 is unknown, and byte b is token b + 3.
+  """The vocabulary of bytes: byte b is token b + 3.
+
+  Token 0 is padding, 1 ends a document, 2 is unknown.
 
   >>> ByteVocabulary.encode("Bath").tolist()
   [69, 100, 119, 107]
@@ -36,29 +39,30 @@ class ByteVocabulary:
   EOS = 1
   UNK = 2
   SIZE = size = 259
-  OFFSET = 3  # of bytes
+  OFFSET = 3  # token of byte 0
   fingerprint = "bytes"
 
   @classmethod
   def check(cls, caller: str, n_vocab: int) -> None:
-    """Raises a ValueError unless a model of `n_vocab` tokens has this vocabulary."""
+    """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is the size."""
     if n_vocab != cls.SIZE:
       raise ValueError(
-        f"{caller}: the model has n_vocab={n_vocab}, not the {cls.SIZE} of the byte vocabulary."
+        f"{caller}: the model has n_vocab={n_vocab}, not the {cls.SIZE} tokens of the byte "
+        "vocabulary: use the vocabulary of the model, or a model of bytes."
       )
 
   @classmethod
   def encode(cls, text: str | bytes) -> np.ndarray:
-    """[n] int32 tokens of the UTF-8 bytes of `text`."""
+    """Returns the tokens of the bytes of `text` (UTF-8 if it is a string), [n] int32."""
     raw = text.encode() if isinstance(text, str) else text
     return np.frombuffer(raw, np.uint8).astype(np.int32) + cls.OFFSET
 
   @classmethod
-  def decode(cls, tokens) -> bytes:
-    """The bytes of `tokens`; special tokens have none.
+  def decode(cls, tokens: npt.ArrayLike) -> bytes:
+    """Returns the bytes of `tokens`, an array of any shape; special tokens have none.
 
     Raises:
-      ValueError: a token is not of this vocabulary.
+      ValueError: a token is not in the vocabulary.
     """
     tokens = np.asarray(tokens, np.int64).reshape(-1)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < cls.SIZE:

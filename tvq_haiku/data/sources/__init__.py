@@ -1,1 +1,1 @@
-"""Data sets as their authors publish them: files in, documents out."""
+"""Readers for datasets in the formats in which they are published."""

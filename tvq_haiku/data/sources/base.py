@@ -1,59 +1,72 @@
-"""What a data set is to those who read it: splits of documents, as bytes."""
+"""The interface of a dataset on disk: splits that yield documents as chunks of bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import os
 import pathlib
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 SPLITS = ("train", "validation", "test")
 
+JSON = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
+
 
 class Chunk(NamedTuple):
-  """Some of a document."""
+  """A contiguous part of a document that fits into memory."""
 
   content: bytes
-  ends: bool  # the document
-  file: pathlib.Path  # it comes from
+  is_last: bool  # whether the document ends with this chunk
+  file: pathlib.Path  # the file that the chunk was read from
+
+
+class FileRange(NamedTuple):
+  """The part of a file that belongs to a split."""
+
+  file: pathlib.Path
+  start: int  # first byte or image, depending on the source
+  end: int  # one past the last
 
 
 class Source(Protocol):
-  """A data set on disk. What its methods raise names the file and says what is wrong with it."""
+  """A dataset on disk; the errors that its methods raise name the file and the problem."""
 
   name: str
-  has_eos: bool  # whether every document is closed by an eos
+  has_eos: bool  # whether an end-of-document token follows every document
 
-  def describe(self, split: str) -> Any:
-    """JSON that changes when the files or how they are read do."""
+  def describe(self, split: str) -> list[JSON]:
+    """Returns JSON that changes whenever the split's files, or the way they are read, change."""
 
   def n_byte(self, split: str) -> int:
-    """About how much there is to read."""
+    """Returns the number of bytes in the split, without reading its documents."""
 
   def read(self, split: str) -> Iterator[Chunk]:
-    """All of a split, in order, in pieces that fit into memory."""
+    """Yields the documents of the split in order, each as one or more chunks."""
 
 
-def lines(pieces: Iterator[Chunk], n_byte: int) -> Iterator[str]:
-  r"""The lines of `pieces` that are not empty, without their breaks, until they are `n_byte` long.
+def lines(chunks: Iterator[Chunk], n_byte: int) -> Iterator[str]:
+  r"""Yields the non-empty lines of the first `n_byte` bytes of `chunks`, without line breaks.
 
-  >>> list(lines(iter([Piece(b"Anne\n\nElliot", True, "a")]), 8))
+  >>> list(lines(iter([Chunk(b"Anne\n\nElliot", True, "a")]), 8))
   ['Anne', 'El']
   """
-  for piece in pieces:
-    content = piece.content[:n_byte]
+  for chunk in chunks:
+    content = chunk.content[:n_byte]
     n_byte -= len(content)
     yield from filter(None, content.decode(errors="ignore").split("\n"))
     if n_byte <= 0:
       return
 
 
-def directory(data_dir: str | os.PathLike | None, expected: str) -> pathlib.Path:
-  """`data_dir`, which must be given and exist.
+def existing_path(data_dir: str | os.PathLike | None, expected: str) -> pathlib.Path:
+  """Returns `data_dir` as a path.
 
   Args:
-    data_dir: to look at.
-    expected: what should be there, for the message.
+    data_dir: a file or a directory.
+    expected: a sentence for the error message, which describes the files of the dataset.
+
+  Raises:
+    ValueError: `data_dir` is None or does not exist.
   """
   if data_dir is None:
     raise ValueError(f"--data_dir is missing. {expected}")
@@ -63,6 +76,11 @@ def directory(data_dir: str | os.PathLike | None, expected: str) -> pathlib.Path
   return path
 
 
-def fingerprint(files: Sequence[pathlib.Path]) -> list[list[Any]]:
-  """Name, size and time of change of each file."""
+def fingerprint(files: Sequence[pathlib.Path]) -> list[JSON]:
+  """Returns [name, size in bytes, modification time in ns] of each file."""
   return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def describe_ranges(ranges: Sequence[FileRange]) -> list[JSON]:
+  """Returns the bounds of all ranges, then the fingerprints of their files."""
+  return [[[r.start, r.end] for r in ranges], fingerprint([r.file for r in ranges])]

@@ -1,80 +1,102 @@
-"""Books laid out like PG-19: {train,validation,test}/ID.txt, and metadata.csv."""
+"""Books in the layout of PG-19: {train,validation,test}/ID.txt and metadata.csv."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import csv
 import os
 import pathlib
-from typing import Any
 
-from absl import logging
 import numpy as np
 
 from tvq_haiku.data.sources import base
-from tvq_haiku.data.sources.base import Chunk
+from tvq_haiku.data.sources.base import JSON, Chunk
+from tvq_haiku.utils import progress
 
 _EXPECTED = (
   "Expected: the directories train (28,602 books), validation (50) and test (100), one .txt "
-  "a book, 11.7 GB in all, and metadata.csv. DeepMind publishes them as PG-19."
+  "per book, 11.7 GB in total, and metadata.csv. DeepMind publishes them as PG-19."
 )
 
 
 class Books:
-  """Each book is a document, in the order of the file names; it must be UTF-8."""
+  """Each book is a document and must be UTF-8; books are read in the order of their file names."""
 
   name = "pg19"
   has_eos = True
 
   def __init__(self, data_dir: str | os.PathLike):
-    path = base.directory(data_dir, _EXPECTED)
-    missing = [split for split in base.SPLITS if not (path / split).is_dir()]
-    if missing:
-      raise ValueError(f"--data_dir={data_dir} has no {' or '.join(missing)}. {_EXPECTED}")
-    self._path = path
-    self._files = {split: sorted((path / split).glob("*.txt")) for split in base.SPLITS}
+    """Lists the books, and logs a warning if metadata.csv lists books that are missing.
+
+    Args:
+      data_dir: a directory with the subdirectories train, validation and test.
+
+    Raises:
+      ValueError: a split is missing or empty.
+    """
+    self._path = base.existing_path(data_dir, _EXPECTED)
+    absent = [split for split in base.SPLITS if not (self._path / split).is_dir()]
+    if absent:
+      raise ValueError(f"--data_dir={data_dir} has no {' or '.join(absent)}. {_EXPECTED}")
+    self._files = {split: sorted((self._path / split).glob("*.txt")) for split in base.SPLITS}
     for split, files in self._files.items():
       if not files:
-        raise ValueError(f"{path / split} holds no .txt: the split {split!r} is empty. {_EXPECTED}")
+        raise ValueError(
+          f"the split {split!r} is empty: {self._path / split} contains no .txt. {_EXPECTED}"
+        )
     if missing := self.missing():
-      logging.warning(
-        "%s lists %d books that are not there, such as %s.txt.",
-        path / "metadata.csv",
-        len(missing),
-        missing[0],
+      progress.log(
+        f"warning: {self._path / 'metadata.csv'} lists {len(missing)} books that are missing from "
+        f"the splits, such as {missing[0]}.txt."
       )
 
-  def describe(self, split: str) -> Any:
+  def describe(self, split: str) -> list[JSON]:
+    """Returns JSON that changes whenever the books of the split change."""
     return [self.name, *base.fingerprint(self._files[split])]
 
   def n_byte(self, split: str) -> int:
+    """Returns the number of bytes in the split."""
     return sum(file.stat().st_size for file in self._files[split])
 
   def read(self, split: str) -> Iterator[Chunk]:
-    return _read(self._files[split])
+    """Yields each book of the split as one chunk.
+
+    Raises:
+      ValueError: a book is not UTF-8.
+      OSError: a book cannot be read.
+    """
+    return _read_books(self._files[split])
 
   def missing(self) -> list[str]:
-    """IDs that metadata.csv lists and no directory has; none if there is no such file."""
+    """Returns the book IDs that metadata.csv lists but no split contains.
+
+    Without metadata.csv, no book is missing.
+    """
     metadata = self._path / "metadata.csv"
     if not metadata.is_file():
       return []
-    there = {file.stem for files in self._files.values() for file in files}
-    with metadata.open(newline="", encoding="utf-8", errors="replace") as rows:
-      listed = [row[0] for row in csv.reader(rows) if row]
-    return [book for book in listed if book.isdigit() and book not in there]
+    present = {file.stem for files in self._files.values() for file in files}
+    with metadata.open(newline="", encoding="utf-8", errors="replace") as file:
+      listed = [fields[0] for fields in csv.reader(file) if fields]
+    return [book for book in listed if book.isdigit() and book not in present]
 
   def sample(self, n_byte: int, *, seed: int) -> Iterator[str]:
-    """Lines of randomly chosen books for training, until they are `n_byte` long."""
+    """Yields non-empty lines from books of the training split in random order.
+
+    Args:
+      n_byte: number of bytes to read at most, line breaks included.
+      seed: determines the order of the books.
+    """
     books = self._files["train"]
     order = np.random.default_rng(seed).permutation(len(books))
-    return base.lines(_read([books[i] for i in order]), n_byte)
+    return base.lines(_read_books([books[i] for i in order]), n_byte)
 
 
-def _read(books: list[pathlib.Path]) -> Iterator[Chunk]:
+def _read_books(books: Sequence[pathlib.Path]) -> Iterator[Chunk]:
   for file in books:
     content = file.read_bytes()
     try:
       content.decode()
     except UnicodeDecodeError as error:
       raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}.") from error
-    yield Chunk(content, ends=True, file=file)
+    yield Chunk(content, is_last=True, file=file)

@@ -1,4 +1,4 @@
-"""Images like those of downsampled ImageNet: npz archives of [n, 3·h·w] bytes, plane after plane."""
+"""Images in the format of downsampled ImageNet: npz archives of uint8[n, 3·h·w], planar RGB."""
 
 from __future__ import annotations
 
@@ -6,120 +6,127 @@ from collections.abc import Iterator
 import os
 import pathlib
 import re
-from typing import Any
+from typing import IO
 import zipfile
 import zlib
 
 import numpy as np
 
 from tvq_haiku.data.sources import base
-from tvq_haiku.data.sources.base import Chunk
+from tvq_haiku.data.sources.base import JSON, Chunk, FileRange
 
 _CHUNK = 256  # images in memory at a time
-_DAMAGE = (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile)
+_DAMAGED_ARCHIVE = (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 
 class DownsampledImages:
-  """Each image is a document of 3·h·w bytes, row by row, the channels of a pixel side by side.
+  """Each image is a document of 3·h·w bytes, row by row, with the channels of a pixel adjacent.
 
-  The first `n_train` images of train_data_batch_*.npz are for training, the others of them for
-  validation; those of val_data.npz are for the test. There are no tokens but pixels.
+  The first `n_train` images of train_data_batch_*.npz are the training split and the remaining
+  ones the validation split; val_data.npz is the test split. Tokens are bytes, without special
+  tokens.
   """
 
   name = "imagenet64"
   has_eos = False
 
   def __init__(self, data_dir: str | os.PathLike, *, n_train: int = 1_200_000, size: int = 64):
-    """Finds the archives.
+    """Finds the archives; their content is checked when it is read.
 
     Args:
-      data_dir: where they are.
-      n_train: how many of the training images are for training.
-      size: height and width in pixels.
+      data_dir: the directory of the archives.
+      n_train: number of images in the training split.
+      size: height and width of an image in pixels.
+
+    Raises:
+      ValueError: an archive is missing.
     """
     self._expected = (
       f"Expected: train_data_batch_1.npz ... train_data_batch_10.npz (1,281,167 images of {size} x "
       f"{size}, {3 * size * size:,} bytes each) and val_data.npz (50,000). They are published as "
       f"downsampled ImageNet, {size} x {size}, on image-net.org."
     )
-    path = base.directory(data_dir, self._expected)
+    path = base.existing_path(data_dir, self._expected)
     archives = [f for f in path.glob("train_data_batch_*.npz") if re.search(r"_\d+\.npz$", f.name)]
-    self._train = sorted(archives, key=lambda f: int(re.search(r"(\d+)\.npz$", f.name)[1]))
-    self._test = path / "val_data.npz"
-    for found, name in (
-      (self._train, "train_data_batch_*.npz"),
-      (self._test.is_file(), "val_data.npz"),
-    ):
-      if not found:
-        raise ValueError(f"--data_dir={data_dir} has no {name}. {self._expected}")
+    self._train_files = sorted(archives, key=lambda f: int(re.search(r"(\d+)\.npz$", f.name)[1]))
+    self._test_file = path / "val_data.npz"
+    if not self._train_files:
+      raise ValueError(f"--data_dir={data_dir} has no train_data_batch_*.npz. {self._expected}")
+    if not self._test_file.is_file():
+      raise ValueError(f"--data_dir={data_dir} has no val_data.npz. {self._expected}")
     self.size = size
     self._n_train = n_train
 
   @property
   def document_len(self) -> int:
-    """Bytes of an image."""
+    """Bytes per image."""
     return 3 * self.size**2
 
-  def _parts(self, split: str) -> list[tuple[pathlib.Path, int, int]]:
-    """The archives of a split, and from which image to which."""
-    if split == "test":
-      return [(self._test, 0, self._n_image(self._test))]
-    parts, before = [], 0
-    for file in self._train:
-      n = self._n_image(file)
-      first = min(max(self._n_train - before, 0), n)  # of those for validation
-      start, end = (0, first) if split == "train" else (first, n)
-      if start < end:
-        parts.append((file, start, end))
-      before += n
-    if not parts:
-      raise ValueError(
-        f"the split {split!r} is empty: {before:,} images in {len(self._train)} archives "
-        f"of {self._train[0].parent}, of which --n_train={self._n_train:,} are for training."
-      )
-    return parts
-
-  def describe(self, split: str) -> Any:
-    parts = self._parts(split)
-    return [
-      self.name,
-      self.size,
-      [part[1:] for part in parts],
-      base.fingerprint([part[0] for part in parts]),
-    ]
+  def describe(self, split: str) -> list[JSON]:
+    """Returns JSON that changes whenever the archives of the split, or its bounds, change."""
+    return [self.name, self.size, *base.describe_ranges(self._ranges(split))]
 
   def n_byte(self, split: str) -> int:
-    return self.document_len * sum(end - start for _, start, end in self._parts(split))
+    """Returns the number of bytes in the split."""
+    return self.document_len * sum(r.end - r.start for r in self._ranges(split))
 
   def read(self, split: str) -> Iterator[Chunk]:
-    for file, start, end in self._parts(split):
-      for planes in self._images(file, start, end):
+    """Yields each image of the split as one chunk.
+
+    Raises:
+      ValueError: an archive is damaged or has a different format.
+      OSError: an archive cannot be opened.
+    """
+    for file, start, end in self._ranges(split):
+      for planes in self._read_images(file, start, end):
         pixels = planes.reshape(-1, 3, self.size, self.size).transpose(0, 2, 3, 1)
         for image in np.ascontiguousarray(pixels):
-          yield Chunk(image.tobytes(), ends=True, file=file)
+          yield Chunk(image.tobytes(), is_last=True, file=file)
+
+  def _ranges(self, split: str) -> list[FileRange]:
+    """Returns the ranges of images, per archive, that make up a split."""
+    if split == "test":
+      return [FileRange(self._test_file, 0, self._n_image(self._test_file))]
+    ranges, n_before = [], 0
+    for file in self._train_files:
+      n_image = self._n_image(file)
+      n_train = min(max(self._n_train - n_before, 0), n_image)  # of this archive
+      start, end = (0, n_train) if split == "train" else (n_train, n_image)
+      if start < end:
+        ranges.append(FileRange(file, start, end))
+      n_before += n_image
+    if not ranges:
+      raise ValueError(
+        f"the split {split!r} is empty: {self._train_files[0].parent} has {n_before:,} images in "
+        f"{len(self._train_files)} archives, and the first --n_train={self._n_train:,} are for "
+        "training: choose a different --n_train."
+      )
+    return ranges
 
   def _n_image(self, file: pathlib.Path) -> int:
-    with self._member(file) as stream:
-      return self._header(file, stream)
+    with self._open_array(file) as stream:
+      return self._read_header(file, stream)
 
-  def _images(self, file: pathlib.Path, start: int, end: int) -> Iterator[np.ndarray]:
-    """Some images at a time, [n, 3·h·w] uint8: an archive may be larger than the memory."""
-    row = self.document_len
-    with self._member(file) as stream:
-      self._header(file, stream)
+  def _read_images(self, file: pathlib.Path, start: int, end: int) -> Iterator[np.ndarray]:
+    """Yields images `start` to `end` as uint8[n, 3·h·w]; the archive may not fit into memory."""
+    image_len = self.document_len
+    with self._open_array(file) as stream:
+      self._read_header(file, stream)
       for first in range(0, end, _CHUNK):
         n = min(_CHUNK, end - first)
         try:
-          content = stream.read(n * row)
-        except _DAMAGE as error:
+          content = stream.read(n * image_len)
+        except _DAMAGED_ARCHIVE as error:
           raise ValueError(f"{file} is truncated or damaged: {error}") from error
-        if len(content) != n * row:
-          raise ValueError(f"{file} is truncated: it ends in image {first + len(content) // row}.")
-        chunk = np.frombuffer(content, np.uint8).reshape(n, row)
+        if len(content) != n * image_len:
+          raise ValueError(
+            f"{file} is truncated: it ends in image {first + len(content) // image_len}."
+          )
+        images = np.frombuffer(content, np.uint8).reshape(n, image_len)
         if first + n > start:
-          yield chunk[max(start - first, 0) :]
+          yield images[max(start - first, 0) :]
 
-  def _member(self, file: pathlib.Path) -> Any:
+  def _open_array(self, file: pathlib.Path) -> IO[bytes]:
     try:
       return zipfile.ZipFile(file).open("data.npy")
     except (zipfile.BadZipFile, KeyError, RuntimeError) as error:
@@ -127,19 +134,19 @@ class DownsampledImages:
         f"{file} is not an npz archive with an array `data`: {error}. {self._expected}"
       ) from error
 
-  def _header(self, file: pathlib.Path, stream: Any) -> int:
+  def _read_header(self, file: pathlib.Path, stream: IO[bytes]) -> int:
     """Reads past the header of the array and returns its number of images."""
     npy = np.lib.format
     try:
       version = npy.read_magic(stream)
-      shape, by_column, dtype = (
-        npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-      )(stream)
-    except (ValueError, *_DAMAGE) as error:
+      read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+      shape, is_fortran_order, dtype = read_header(stream)
+    except (ValueError, *_DAMAGED_ARCHIVE) as error:
       raise ValueError(f"{file} is truncated or damaged: {error}") from error
-    if len(shape) != 2 or shape[1] != self.document_len or dtype != np.uint8 or by_column:
+    if len(shape) != 2 or shape[1] != self.document_len or dtype != np.uint8 or is_fortran_order:
+      order = " in Fortran order" if is_fortran_order else ""
       raise ValueError(
-        f"{file}: `data` is {dtype}{list(shape)}, not uint8[n, {self.document_len}]. "
+        f"{file}: `data` is {dtype}{list(shape)}{order}, not uint8[n, {self.document_len}]. "
         f"{self._expected}"
       )
     return shape[0]

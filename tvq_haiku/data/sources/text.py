@@ -1,118 +1,120 @@
-"""Bytes of text: enwik8 as it is published, and any files of the user's."""
+"""Text as bytes: the published enwik8, and text files of the user."""
 
 from __future__ import annotations
 
 import bz2
 from collections.abc import Iterator
 import gzip
+import itertools
 import lzma
 import os
 import pathlib
-from typing import Any, BinaryIO
+from typing import BinaryIO
 import zipfile
 import zlib
 
 import numpy as np
 
 from tvq_haiku.data.sources import base
-from tvq_haiku.data.sources.base import Chunk
+from tvq_haiku.data.sources.base import JSON, Chunk, FileRange
 
-_CHUNK = 1 << 24
-_LONGEST_LINE = 1 << 16
-_DAMAGE = (EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+_CHUNK = 1 << 24  # bytes
+_LONGEST_LINE = 1 << 16  # bytes; longer lines may be divided between two splits
+_DAMAGED_ARCHIVE = (  # what the decompressors raise
+  EOFError,
+  OSError,
+  RuntimeError,
+  zipfile.BadZipFile,
+  zlib.error,
+  lzma.LZMAError,
+)
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def _bounds(n: int) -> dict[str, tuple[int, int]]:
-  """Where the 90 %, 5 % and 5 % of n bytes lie.
+def _split_bounds(n_byte: int) -> dict[str, tuple[int, int]]:
+  """Divides `n_byte` bytes into 90 % training, 5 % validation and 5 % test data.
 
-  >>> _bounds(100)
+  >>> _split_bounds(100)
   {'train': (0, 90), 'validation': (90, 95), 'test': (95, 100)}
   """
-  cuts = (0, n * 90 // 100, n * 95 // 100, n)
-  return {split: (start, end) for split, start, end in zip(base.SPLITS, cuts, cuts[1:])}
-
-
-def _line_start(file: pathlib.Path, place: int, size: int) -> int:
-  """Where the next line begins at or after `place`, if soon; else the next character."""
-  if not 0 < place < size:
-    return min(max(place, 0), size)
-  with file.open("rb") as stream:
-    stream.seek(place - 1)
-    after = stream.read(_LONGEST_LINE)
-  if b"\n" in after:
-    return place + after.index(b"\n")
-  while place < size and after[1:2] and after[1] & 0xC0 == 0x80:  # inside of a UTF-8 character
-    place, after = place + 1, after[1:]
-  return place
-
-
-def _last_character(text: bytes) -> int:
-  """Where the last UTF-8 character begins, so that none is cut there."""
-  place = len(text) - 1
-  while place > 0 and text[place] & 0xC0 == 0x80:
-    place -= 1
-  return place or len(text)
+  bounds = (0, n_byte * 90 // 100, n_byte * 95 // 100, n_byte)
+  return dict(zip(base.SPLITS, itertools.pairwise(bounds), strict=True))
 
 
 class Enwik8:
-  """The first 100,000,000 bytes of a Wikipedia dump, raw or packed; or another one-file dump.
+  """The first 100,000,000 bytes of a Wikipedia dump, plain or compressed; or a similar dump.
 
-  The first 90 % are for training, then 5 % for validation, then 5 % for the test. Every byte is a
-  token, and there are no others: each split is a piece of one long document.
+  The first 90 % of the bytes are the training split, the next 5 % the validation split and the
+  last 5 % the test split. Tokens are bytes, without special tokens: each split is one document.
   """
 
   name = "enwik8"
   has_eos = False
 
   def __init__(self, data_dir: str | os.PathLike, *, n_byte: int = 100_000_000):
-    """Finds the file.
+    """Finds the file; its content is checked when it is read.
 
     Args:
-      data_dir: the file, or a directory that holds enwik8 or enwik8.zip, .gz, .bz2 or .xz.
-      n_byte: what its size must be, unpacked.
+      data_dir: the file, or a directory with enwik8 or enwik8.zip, .gz, .bz2 or .xz.
+      n_byte: the required size of the decompressed file in bytes.
+
+    Raises:
+      ValueError: the file is missing.
     """
     self._expected = (
       f"Expected: the file enwik8, {n_byte:,} bytes, or enwik8.zip, or enwik8.gz. It is published "
       "with the Large Text Compression Benchmark and the Hutter Prize."
     )
-    path = base.directory(data_dir, self._expected)
+    path = base.existing_path(data_dir, self._expected)
     if path.is_dir():
-      names = [path / f"enwik8{ending}" for ending in ("", ".zip", *_OPENERS)]
-      found = [file for file in names if file.is_file()]
-      if not found:
-        raise ValueError(f"--data_dir={data_dir} holds no enwik8. {self._expected}")
-      path = found[0]
+      candidates = [path / f"enwik8{suffix}" for suffix in ("", ".zip", *_OPENERS)]
+      path = next((file for file in candidates if file.is_file()), None)
+      if path is None:
+        raise ValueError(f"--data_dir={data_dir} contains no enwik8. {self._expected}")
     self._file = path
     self._size = n_byte
 
-  def describe(self, split: str) -> Any:
+  def describe(self, split: str) -> list[JSON]:
+    """Returns JSON that changes whenever the file or its expected size changes."""
     return [self.name, split, self._size, *base.fingerprint([self._file])]
 
   def n_byte(self, split: str) -> int:
-    start, end = _bounds(self._size)[split]
+    """Returns the number of bytes in the split."""
+    start, end = _split_bounds(self._size)[split]
     return end - start
 
   def read(self, split: str) -> Iterator[Chunk]:
-    start, end = _bounds(self._size)[split]
-    try:
-      with self._open() as stream:
-        whole = stream.read(self._size + 1)
-    except _DAMAGE as error:
-      if isinstance(error, OSError) and error.filename:
-        raise  # it cannot be opened
-      raise ValueError(f"{self._file} is truncated or damaged: {error}") from error
-    if len(whole) != self._size:
-      there = f"{len(whole):,}" if len(whole) < self._size else f"more than {self._size:,}"
-      raise ValueError(
-        f"{self._file} has {there} bytes, not {self._size:,}: it is truncated, or "
-        f"another file. {self._expected}"
-      )
+    """Yields the split as the chunks of one document.
+
+    Raises:
+      ValueError: the file is damaged or has a different size, or the split is empty.
+      OSError: the file cannot be opened.
+    """
+    start, end = _split_bounds(self._size)[split]
+    content = self._read_file()
     if start == end:
-      raise ValueError(f"{self._file}: {self._size} bytes leave none for the split {split!r}.")
+      raise ValueError(
+        f"{self._file}: {self._size} bytes leave none for the split {split!r}: use a larger file."
+      )
     for first in range(start, end, _CHUNK):
       last = min(first + _CHUNK, end)
-      yield Chunk(whole[first:last], ends=last == end, file=self._file)
+      yield Chunk(content[first:last], is_last=last == end, file=self._file)
+
+  def _read_file(self) -> bytes:
+    try:
+      with self._open() as stream:
+        content = stream.read(self._size + 1)
+    except _DAMAGED_ARCHIVE as error:
+      if isinstance(error, OSError) and error.filename:
+        raise  # the file cannot be opened
+      raise ValueError(f"{self._file} is truncated or damaged: {error}") from error
+    if len(content) != self._size:
+      size = f"{len(content):,}" if len(content) < self._size else f"more than {self._size:,}"
+      raise ValueError(
+        f"{self._file} has {size} bytes, not {self._size:,}: it is truncated, or "
+        f"a different file. {self._expected}"
+      )
+    return content
 
   def _open(self) -> BinaryIO:
     if self._file.suffix != ".zip":
@@ -120,80 +122,136 @@ class Enwik8:
     archive = zipfile.ZipFile(self._file)
     if "enwik8" not in archive.namelist():
       raise ValueError(
-        f"{self._file} holds no member enwik8; it has {archive.namelist()[:5]}. {self._expected}"
+        f"{self._file} has no member enwik8, but {archive.namelist()[:5]}. {self._expected}"
       )
     return archive.open("enwik8")
 
 
 class TextFiles:
-  """A text file, or all files of a directory in the order of their names.
+  """A text file, or all files below a directory in the order of their names.
 
-  Each file is a document. 90 % of the bytes are for training, then come 5 % for validation and 5 %
-  for the test; a file that is cut by these bounds, at the next line, is a document in both. If the
-  directory has subdirectories train, validation and test, they are the splits instead. Names that
-  begin with a dot are left out.
+  Each file is a document. The first 90 % of all bytes are the training split, the next 5 % the
+  validation split and the last 5 % the test split. A file that contains such a bound is divided at
+  the next line break, and each part is a document. If the directory has the subdirectories train,
+  validation and test, these are the splits instead. Files and directories whose names begin with a
+  dot are ignored.
   """
 
   name = "text"
   has_eos = True
 
   def __init__(self, data_dir: str | os.PathLike):
+    """Lists the files.
+
+    Args:
+      data_dir: a text file, or a directory of text files.
+
+    Raises:
+      ValueError: there is no text.
+    """
     expected = "Expected: a text file, or a directory of text files."
-    self._path = base.directory(data_dir, expected)
-    self._ready_split = all((self._path / split).is_dir() for split in base.SPLITS)
-    everything = sorted(self._path.rglob("*")) if self._path.is_dir() else [self._path]
-    self._files = [
-      file
-      for file in everything
-      if file.is_file()
-      and not any(part.startswith(".") for part in file.relative_to(self._path).parts)
-    ]
+    self._path = base.existing_path(data_dir, expected)
+    self._has_split_directories = all((self._path / split).is_dir() for split in base.SPLITS)
+    paths = sorted(self._path.rglob("*")) if self._path.is_dir() else [self._path]
+    self._files = [path for path in paths if path.is_file() and not self._is_hidden(path)]
     if not sum(file.stat().st_size for file in self._files):
-      raise ValueError(f"--data_dir={data_dir} holds no text. {expected}")
+      raise ValueError(f"--data_dir={data_dir} contains no text. {expected}")
 
-  def _parts(self, split: str) -> list[tuple[pathlib.Path, int, int]]:
-    """The files of a split, and from which byte to which."""
-    if self._ready_split:
-      inside = [f for f in self._files if (self._path / split) in f.parents]
-      return [(f, 0, f.stat().st_size) for f in inside]
-    sizes = [file.stat().st_size for file in self._files]
-    start, end = _bounds(sum(sizes))[split]
-    parts, before = [], 0
-    for file, size in zip(self._files, sizes):
-      part = [_line_start(file, bound - before, size) for bound in (start, end)]
-      if part[0] < part[1]:
-        parts.append((file, *part))
-      before += size
-    return parts
-
-  def describe(self, split: str) -> Any:
-    parts = self._parts(split)
-    return [self.name, [part[1:] for part in parts], base.fingerprint([part[0] for part in parts])]
+  def describe(self, split: str) -> list[JSON]:
+    """Returns JSON that changes whenever the files of the split, or its bounds, change."""
+    return [self.name, *base.describe_ranges(self._ranges(split))]
 
   def n_byte(self, split: str) -> int:
-    return sum(end - start for _, start, end in self._parts(split))
+    """Returns the number of bytes in the split."""
+    return sum(r.end - r.start for r in self._ranges(split))
 
   def read(self, split: str) -> Iterator[Chunk]:
-    return self._read(self._parts(split))
+    """Yields the documents of the split; no chunk ends inside a UTF-8 character.
+
+    Raises:
+      ValueError: a file became shorter while it was read.
+      OSError: a file cannot be read.
+    """
+    return _read_ranges(self._ranges(split))
 
   def sample(self, n_byte: int, *, seed: int) -> Iterator[str]:
-    """Lines of the training split, from files in random order, until they are `n_byte` long."""
-    parts = self._parts("train")
-    order = np.random.default_rng(seed).permutation(len(parts))
-    return base.lines(self._read([parts[i] for i in order]), n_byte)
+    """Yields non-empty lines from files of the training split in random order.
 
-  def _read(self, parts: list[tuple[pathlib.Path, int, int]]) -> Iterator[Chunk]:
-    for file, start, end in parts:
-      with file.open("rb") as stream:
-        stream.seek(start)
-        left, kept = end - start, b""
-        while left:
-          chunk = stream.read(min(left, _CHUNK))
-          if not chunk:
-            raise ValueError(f"{file} became shorter while it was read.")
-          left -= len(chunk)
-          chunk = kept + chunk
-          cut = chunk.rfind(b"\n") + 1 if left else len(chunk)
-          cut = cut or _last_character(chunk)
-          kept = chunk[cut:]
-          yield Chunk(chunk[:cut], ends=not left, file=file)
+    Args:
+      n_byte: number of bytes to read at most, line breaks included.
+      seed: determines the order of the files.
+    """
+    ranges = self._ranges("train")
+    order = np.random.default_rng(seed).permutation(len(ranges))
+    return base.lines(_read_ranges([ranges[i] for i in order]), n_byte)
+
+  def _is_hidden(self, path: pathlib.Path) -> bool:
+    return any(name.startswith(".") for name in path.relative_to(self._path).parts)
+
+  def _ranges(self, split: str) -> list[FileRange]:
+    """Returns the byte ranges of the files that make up a split."""
+    if self._has_split_directories:
+      files = [file for file in self._files if (self._path / split) in file.parents]
+      return [FileRange(file, 0, file.stat().st_size) for file in files]
+    sizes = [file.stat().st_size for file in self._files]
+    split_start, split_end = _split_bounds(sum(sizes))[split]
+    ranges, n_before = [], 0
+    for file, size in zip(self._files, sizes, strict=True):
+      start = _next_line_start(file, split_start - n_before, size)
+      end = _next_line_start(file, split_end - n_before, size)
+      if start < end:
+        ranges.append(FileRange(file, start, end))
+      n_before += size
+    return ranges
+
+
+def _next_line_start(file: pathlib.Path, position: int, size: int) -> int:
+  """Returns the first position at or after `position` where a line of `file` starts.
+
+  Positions outside of the file are clipped to its bounds. If no line starts within the next
+  `_LONGEST_LINE` bytes, returns where the next UTF-8 character starts.
+  """
+  if not 0 < position < size:
+    return min(max(position, 0), size)
+  with file.open("rb") as stream:
+    stream.seek(position - 1)
+    context = stream.read(_LONGEST_LINE)  # from the byte before `position`
+  if b"\n" in context:
+    return position + context.index(b"\n")
+  while position < size and context[1:2] and _continues_character(context[1]):
+    position, context = position + 1, context[1:]
+  return position
+
+
+def _last_character_start(text: bytes) -> int:
+  """Returns where the last UTF-8 character starts, which may be incomplete.
+
+  A text of a single character has no earlier place to be divided: its length is returned.
+  """
+  start = len(text) - 1
+  while start > 0 and _continues_character(text[start]):
+    start -= 1
+  return start or len(text)
+
+
+def _continues_character(byte: int) -> bool:
+  """Returns whether a byte is a UTF-8 continuation byte."""
+  return byte & 0xC0 == 0x80
+
+
+def _read_ranges(ranges: list[FileRange]) -> Iterator[Chunk]:
+  """Yields one document per range; its chunks end with lines, or at least with characters."""
+  for file, start, end in ranges:
+    with file.open("rb") as stream:
+      stream.seek(start)
+      n_left, carry = end - start, b""
+      while n_left:
+        content = stream.read(min(n_left, _CHUNK))
+        if not content:
+          raise ValueError(f"{file} became shorter while it was read.")
+        n_left -= len(content)
+        content = carry + content
+        chunk_len = content.rfind(b"\n") + 1 if n_left else len(content)
+        chunk_len = chunk_len or _last_character_start(content)
+        carry = content[chunk_len:]
+        yield Chunk(content[:chunk_len], is_last=not n_left, file=file)
