@@ -1,4 +1,4 @@
-"""Models, batches and comparisons that several tests share."""
+"""Models, batches and comparisons that tests share."""
 
 import functools
 import json
@@ -16,23 +16,24 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 @functools.cache
 def golden(name):
-  """A golden file as a dict of arrays, and its model configuration."""
+  """Loads a golden file; returns its arrays by name, and its model configuration."""
   with np.load(GOLDEN / f"{name}.npz") as arrays:
     arrays = dict(arrays)
   settings = json.loads(bytes(arrays["config"]))
-  for name in ("param_dtype", "dtype"):  # theirs; ours is `precision`
-    settings.pop(name)
+  for dtype in ("param_dtype", "dtype"):  # `precision` in a TransformerConfig
+    settings.pop(dtype)
   return arrays, tvq.TransformerConfig(**settings)
 
 
 def subtree(arrays, prefix):
-  """The entries under `prefix/`, without it."""
-  return {k.removeprefix(prefix + "/"): v for k, v in arrays.items() if k.startswith(prefix + "/")}
+  """Returns the arrays whose names start with `prefix/`, by the rest of the name."""
+  prefix += "/"
+  return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 @functools.cache
 def random_params(config, seed=0):
-  """Parameters in which nothing is 0 or 1 by initialisation, so that nothing hides."""
+  """Draws parameters none of which is 0 or 1, so that each of them changes the output."""
   rng = np.random.default_rng(seed)
 
   def draw(name, shape):
@@ -48,14 +49,25 @@ def random_params(config, seed=0):
   }
 
 
-def random_tokens(config, batch, length, seed=0):
-  return np.random.default_rng(seed).integers(0, config.n_vocab, (batch, length)).astype(np.int32)
+def random_tokens(config, batch_size, length, seed=0):
+  """Draws tokens [B, T] int32."""
+  shape = (batch_size, length)
+  return np.random.default_rng(seed).integers(0, config.n_vocab, shape).astype(np.int32)
 
 
-def assert_trees_close(got, want, atol=2e-5, rtol=1e-5):
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=rtol), got, want)
+def assert_trees_close(actual, expected, atol=2e-5, rtol=1e-5):
+  """Compares two trees of arrays within tolerances."""
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=rtol), actual, expected
+  )
 
 
+def assert_same(actual, expected):
+  """Compares two trees of arrays exactly."""
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+# Name of a variant of the model -> settings for `tiny`.
 VARIANTS = {
   "plain": dict(n_layer=2),
   "heads": dict(n_head=2, d_v=32),
@@ -77,7 +89,10 @@ VARIANTS = {
 
 
 def tiny(**changes):
-  """One layer, for two take twice as long to compile; where depth matters, tests ask for it."""
+  """Makes a config of one layer; a test to which depth matters asks for more.
+
+  Compilation time grows with the number of layers.
+  """
   return tvq.TransformerConfig.tiny(
     **{
       **dict(n_vocab=11, d_model=16, d_k=8, d_v=16, n_code=6, n_layer=1, block_len=8, mem_len=8),
@@ -86,7 +101,7 @@ def tiny(**changes):
   )
 
 
-# A run of seconds: six batches of two updates.
+# A training run of a few seconds: 12 updates, two per batch.
 RUN = tvq.TransformerConfig.tiny(
   d_model=16,
   d_k=8,
@@ -104,29 +119,28 @@ RUN_TRAINING = tvq.TrainConfig(
 
 
 def run_batches():
+  """Makes the training batches of a run."""
   text = data.austen()["Emma"][:3000]
   return data.PackedBatches(
     data.stream_of([data.ByteVocabulary.encode(text)]), batch_size=2, sequence_len=32
   )
 
 
-def assert_same(got, want):
-  jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
 def apply(config, params, tokens, state=None, **kwargs):
+  """Runs the compiled model on tokens [B, T]; None: from the initial state."""
   state = tvq.initial_state(config, tokens.shape[0]) if state is None else state
   return jitted(config)(params, tokens, state, kwargs)
 
 
 @functools.cache
 def jitted(config):
+  """Compiles a model, once per configuration."""
   model = tvq.make_transformer(config)
   return jax.jit(lambda p, t, s, kwargs: model.apply(p, None, t, s, **kwargs))
 
 
 def make_checkpoint(step=0):
-  """A checkpoint of RUN after `step` updates, with random parameters that depend on `step`."""
+  """Makes a checkpoint of `RUN` after `step` updates; its random parameters depend on `step`."""
   params = random_params(RUN, seed=step)
   state = tvq.init_train_state(RUN, RUN_TRAINING, jax.random.key(0), params)
   state = state._replace(step=jnp.int32(step))

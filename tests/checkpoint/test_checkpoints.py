@@ -86,7 +86,7 @@ def test_damaged_file_is_named(run, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_newest_intact_checkpoint_is_loaded(saved, run, capsys, kind):
   damage(run / "checkpoints" / "12", kind)
-  with privileges.none():
+  with privileges.dropped():
     loaded = tvq.load_checkpoint(run)
   assert_same(loaded.train_state, saved[1][0].train_state)
   log = capsys.readouterr().err

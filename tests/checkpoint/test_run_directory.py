@@ -88,7 +88,7 @@ def test_later_checkpoints_are_set_aside(run):
 
 def test_checkpoint_without_permissions_is_set_aside(run):
   (run / "checkpoints" / "12").chmod(0)
-  with privileges.none():
+  with privileges.dropped():
     run_directory.set_aside_later(run, after=10)
   assert run_directory.saved_steps(run) == [4, 10]
 
@@ -97,7 +97,7 @@ def test_checkpoint_that_cannot_be_moved_is_named(run):
   (run / "checkpoints").chmod(0o555)
   try:
     with (
-      privileges.none(),
+      privileges.dropped(),
       pytest.raises(
         CheckpointError,
         match=r"/12 can be neither loaded nor moved to .*/damaged/12 \(Permission denied\)",

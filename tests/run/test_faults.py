@@ -238,7 +238,7 @@ class TestDamage:
     workdir = shutil.copytree(saved[0], tmp_path / "run")
     assert run_directory.saved_steps(workdir) == [10, 12]
     damage(workdir / "checkpoints" / "12", kind)
-    with privileges.none():
+    with privileges.dropped():
       end = trainer.fit(CONFIG, TRAIN, helpers.run_batches(), workdir)
     assert f"warning: {workdir}/checkpoints/12 is damaged" in capsys.readouterr().err
     assert_same(end.train_state, saved[1].train_state)

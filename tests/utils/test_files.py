@@ -21,7 +21,7 @@ def test_prepare_directory_creates_it_and_leaves_it_empty(tmp_path):
 def test_prepare_directory_names_one_that_is_not_writable(tmp_path):
   tmp_path.chmod(0o555)
   try:
-    with privileges.none():
+    with privileges.dropped():
       with pytest.raises(OSError, match=f"to the directory {tmp_path}: Permission denied"):
         files.prepare_directory(tmp_path)
   finally:
