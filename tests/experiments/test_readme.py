@@ -55,3 +55,17 @@ def test_installation_and_first_example_are_brief():
   lines = (ROOT / "README.md").read_text().splitlines()
   assert any(line.startswith("pip install") for line in lines[:25])
   assert len([line for line in readme_blocks("python")[0].splitlines() if line]) <= 15
+
+
+def test_named_files_exist():
+  """Paths under the repository, and the files of each folder in the table of the layout."""
+  text = (ROOT / "README.md").read_text()
+  for path in re.findall(r"`((?:tvq_haiku|experiments|tests)/[\w/]*(?:\.py)?)`", text):
+    assert (ROOT / path).exists(), path
+  rows = re.findall(r"^\| (`tvq_haiku/.*?)\| (.*) \|$", text, re.M)
+  assert len(rows) >= 10
+  for folders, files in rows:
+    names = [name for name in re.findall(r"`(\w+\.py|\w+/)`", files)]
+    for name in names:
+      folders_of_row = [ROOT / folder for folder in re.findall(r"`(.*?)`", folders)]
+      assert any((folder / name).exists() for folder in folders_of_row), (folders, name)
