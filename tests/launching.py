@@ -42,6 +42,6 @@ def assert_fails_in_one_line(command, directory, status, message):
   """Runs `command` and checks its exit status, and that it prints one line with `message`."""
   actual_status, out, err = run(f"python -m experiments.{command}", directory)
   assert actual_status == status, err
-  assert message in err
+  assert message in err, err
   assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
   assert not out

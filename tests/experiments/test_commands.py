@@ -81,8 +81,8 @@ def test_training_prints_the_commands_that_test_and_sample(books, workspace):
 
 def test_resuming_with_a_different_configuration_is_refused(books, workspace):
   command = BOOKS.removeprefix("python -m experiments.") + " --config.d_model=64"
-  assert_fails_in_one_line(command, workspace, 1, "d_model=32 there, 64 now")
-  assert_fails_in_one_line(command, workspace, 1, "n_max_step=60 there, 20 now")
+  assert_fails_in_one_line(command, workspace, 1, "d_model is 32 in the run, 64 here")
+  assert_fails_in_one_line(command, workspace, 1, "n_max_step is 60 in the run, 20 here")
 
 
 def test_exported_parameters_initialize_a_new_run(books, workspace):
@@ -129,6 +129,17 @@ def test_vocabulary_is_not_overwritten(books, workspace):
   command = BOOKS.removeprefix("python -m experiments.") + " --command=train_vocab"
   assert_fails_in_one_line(command, workspace, 1, "books/vocab.model exists already")
   assert (workspace / "books" / "vocab.model").read_bytes() == before
+
+
+def test_trained_vocabulary_is_used_by_other_commands(workspace):
+  text = "python -m experiments.text --smoke --workdir=words --cache_dir=cache"
+  text += " --vocab=words.model --config.n_vocab=300"
+  status, out, err = run(text + " --command=train_vocab", workspace)
+  assert status == 0 and not out and "300 tokens: words.model" in err, err
+  status, out, err = run(text + " --command=info", workspace)
+  assert status == 0, err
+  n_token = int(re.search(r"train +([\d,]+) tokens", out)[1].replace(",", ""))
+  assert n_token < 54_048  # fewer tokens than bytes
 
 
 def test_images_are_evaluated_and_sampled(workspace):

@@ -65,7 +65,7 @@ def test_different_configuration_is_refused(quickstart, workspace):
   assert '"n_code": 16' in text
   config.write_text(text.replace('"n_code": 16', '"n_code": 17'))
   command = "quickstart --smoke --workdir=different"
-  assert_fails_in_one_line(command, workspace, 1, "n_code=17 there, 16 now")
+  assert_fails_in_one_line(command, workspace, 1, "n_code is 17 in the run, 16 here")
 
 
 @pytest.mark.parametrize(
