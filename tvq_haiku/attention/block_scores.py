@@ -1,4 +1,4 @@
-"""What the queries of a block attend: its window token by token, and all else through caches.
+"""Scores of a block: of its window token by token, and of all else through caches.
 
 Letters: B batch, G key/value heads, R blocks, P query heads for each key/value head, L block
 length, n keys, M memory length, W = M+L window length, S codes, K key width, V value width.
@@ -93,6 +93,7 @@ def relative_bias(queries: Array, relative_keys: Array) -> Array:
   Returns:
     [B, G, R, P, L, D-1+L] f32.
   """
+  chex.assert_rank((queries, relative_keys), (6, 3))
   by_distance = matmul.dots_per_head(queries, relative_keys, **_F32)  # bgrplk,gdk->bgrpld
   return positions.align_distances(by_distance, queries.shape[-2])
 
@@ -109,6 +110,8 @@ def window_scores(queries: Array, keys: Array, bias: Array | None, visible: Arra
   Returns:
     [B, G, R, P, L, n] f32.
   """
+  (B, _, R, _, L, _), n = queries.shape, keys.shape[-2]
+  chex.assert_shape(visible, (B, 1, R, 1, L, n))
   scores = matmul.dots(queries, keys.astype(queries.dtype), **_F32)  # bgrplk,bgrnk->bgrpln
   return jnp.where(visible, scores if bias is None else scores + bias, MASKED)
 
@@ -124,6 +127,8 @@ def cache_scores(code_scores: Array, cache: Cache, doc_ids: Array) -> Array:
   Returns:
     [B, G, R, P, L, S] f32.
   """
+  B, G, R, _, L, S = code_scores.shape
+  chex.assert_shape((cache.counts, doc_ids), [(B, G, R, S), (B, 1, R, L)])
   counts = jax.lax.stop_gradient(cache.counts)[:, :, :, None, None]
   same_doc = (doc_ids == cache.doc_id[..., None])[:, :, :, None, :, None]
   scores = code_scores + jnp.log(jnp.maximum(counts, 1.0))

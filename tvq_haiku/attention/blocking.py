@@ -74,6 +74,8 @@ def lay_out_queries(
     [B, G, R, P, L, K] in the dtype of `q`.
   """
   B, T, H, K = q.shape
+  if bias is not None:
+    chex.assert_shape(bias, (H, K))
   q = q if bias is None else q + bias.astype(q.dtype)
   q = (q * scale).astype(q.dtype).reshape(B, T, n_kv_head, H // n_kv_head, K).swapaxes(1, 2)
   q = pad_tokens(q, -T % block_len, 0)
@@ -141,6 +143,8 @@ def scan_blocks(
   Returns:
     The last carry, and the outputs [B, ?, R, ...].
   """
+
+  chex.assert_equal_shape_prefix(jax.tree.leaves(blocks), 1)
 
   def body(carry: ArrayTree, block: ArrayTree) -> tuple[ArrayTree, Array]:
     carry, output = step(carry, jax.tree.map(lambda x: x[:, :, None], block))

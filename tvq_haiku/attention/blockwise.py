@@ -25,7 +25,7 @@ from tvq_haiku.types import Array
 
 
 class BlockOptions(NamedTuple):
-  """How blocks are computed; the values do not depend on `reduction`, `remat` and `scan`."""
+  """Options of the recurrence; values depend on neither `reduction`, `remat` nor `scan`."""
 
   reduction: str  # scan, serial, matmul or assoc_scan
   agg_cache: bool  # False: caches, and tokens farther than M, are masked
@@ -35,7 +35,7 @@ class BlockOptions(NamedTuple):
 
   @property
   def prefix_reduction(self) -> str:
-    """How the caches of several blocks are merged."""
+    """The reduction that merges the caches of several blocks."""
     return "serial" if self.reduction == "scan" else self.reduction
 
 
@@ -62,7 +62,9 @@ def attend_sequence(
   Returns:
     The values [B, G, R, P, L, V], and the cache after the sequence: of all tokens but the last M.
   """
-  R, n_token = queries.content.shape[2], tokens.doc_ids.shape[2]
+  B, _, R, _, L, _ = queries.content.shape
+  n_token = R * L
+  chex.assert_shape((tokens.doc_ids, n_read), [(B, 1, n_token), (B,)])
   # In (memory, tokens), the memory after the sequence is the M slots from `n_read` on. Slots
   # before it move to the cache; those after it are padding, and would spoil the counts.
   moves_to_cache = jnp.arange(n_token) < n_read[:, None, None]  # [B, 1, R·L]

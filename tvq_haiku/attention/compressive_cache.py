@@ -1,4 +1,4 @@
-"""The compressive cache: what is kept of tokens that have left the window.
+"""The compressive cache: counts and mean values of tokens that have left the window.
 
 Letters: B batch, G key/value heads, R chunks (one for each block), n tokens of a chunk, S codes,
 V value width.
@@ -71,6 +71,7 @@ def summarize(codes: Array, values: Array, doc_ids: Array, n_code: int) -> Cache
 
 def plain_sum_by_code(n_code: int, codes: Array, values: Array) -> Array:
   """Computes what `sum_by_code` does, with automatic differentiation."""
+  chex.assert_shape(values, (*codes.shape, None))
   is_code = jax.nn.one_hot(codes, n_code, dtype=values.dtype)
   # bgrns,bgrnv->bgrsv; TF32 would make the means inexact.
   return matmul.pool(is_code, values, preferred_element_type=jnp.float32, precision=matmul.EXACT)

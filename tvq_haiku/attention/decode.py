@@ -32,7 +32,7 @@ _F32 = dict(preferred_element_type=jnp.float32)
 
 
 class CodeMemory(NamedTuple):
-  """What quantized keys need in addition to the window: its codes, and the compressive cache."""
+  """Memory of quantized keys, in addition to the window: its codes, and the compressive cache."""
 
   window: Array  # [B, G, W] int32: EMPTY where the slot has no token
   counts: Array  # [B, G, S] f32: number of evicted tokens of each code

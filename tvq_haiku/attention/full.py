@@ -25,7 +25,7 @@ from tvq_haiku.utils import checks
 
 
 class FullOutput(NamedTuple):
-  """What `full_attention` returns."""
+  """Output of `full_attention`."""
 
   values: Array  # [B, T, H, V]
   state: KeyValueState | None  # None for an encoder
@@ -80,23 +80,9 @@ def full_attention(
   >>> bool(jnp.allclose(out.values, want, atol=1e-5))
   True
   """
-  # 1. Check the arguments, and fill in what was left out.
-  dims = chex.Dimensions(M=state.memory_docs.shape[1])
-  n_distance = dims.M + 1 if is_causal else 2 * dims.M + 1
-  real = jnp.floating
-  arrays = {
-    "q": (q, "BTHK", real),
-    "k": (k, "BTGK", real),
-    "v": (v, "BTGV", real),
-    "state.memory_keys": (state.memory_keys, "BGMK", real),
-    "relative_keys": (relative_keys, (n_distance, "G", "K"), real),
-    "content_bias": (content_bias, "HK", real),
-    "position_bias": (position_bias, "HK", real),
-    "segment_ids": (segment_ids, "BT", jnp.integer),
-    "lengths": (lengths, "B", jnp.integer),
-  }
-  checks.check_arrays("full_attention", dims, **arrays)
-  checks.check_heads("full_attention", dims.H, dims.G)
+  # 1. Check the arguments.
+  biases = (relative_keys, content_bias, position_bias)
+  dims = _check_arrays(q, k, v, state, biases, segment_ids, lengths, is_causal)
   if segment_ids is None:
     segment_ids = key_values.continued_doc_ids(state, dims.T)
   n_read = jnp.full((dims.B,), dims.T, jnp.int32) if lengths is None else lengths
@@ -126,6 +112,37 @@ def full_attention(
   # 4. Remember the last M tokens.
   memory = key_values.last_tokens(memory, tokens, lengths)
   return FullOutput(values, key_values.next_state(state, n_read, memory))
+
+
+def _check_arrays(
+  q: Array,
+  k: Array,
+  v: Array,
+  state: KeyValueState,
+  biases: tuple[Array | None, Array | None, Array | None],
+  segment_ids: Array | None,
+  lengths: Array | None,
+  is_causal: bool,
+) -> chex.Dimensions:
+  """Returns the sizes B, T, H, K, G, V and M; raises if the arrays do not fit together."""
+  relative_keys, content_bias, position_bias = biases
+  dims = chex.Dimensions(M=state.memory_docs.shape[1])
+  n_distance = dims.M + 1 if is_causal else 2 * dims.M + 1
+  real = jnp.floating
+  arrays = {
+    "q": (q, "BTHK", real),
+    "k": (k, "BTGK", real),
+    "v": (v, "BTGV", real),
+    "state.memory_keys": (state.memory_keys, "BGMK", real),
+    "relative_keys": (relative_keys, (n_distance, "G", "K"), real),
+    "content_bias": (content_bias, "HK", real),
+    "position_bias": (position_bias, "HK", real),
+    "segment_ids": (segment_ids, "BT", jnp.integer),
+    "lengths": (lengths, "B", jnp.integer),
+  }
+  checks.check_arrays("full_attention", dims, **arrays)
+  checks.check_heads("full_attention", dims.H, dims.G)
+  return dims
 
 
 def _lay_out_keys(

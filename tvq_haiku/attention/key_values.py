@@ -67,7 +67,9 @@ def unquantized(k: Array, v: Array, doc_ids: Array, n_read: Array) -> KeyValues:
   Returns:
     The T tokens.
   """
-  doc_ids = jnp.where(jnp.arange(k.shape[1]) < n_read[:, None], doc_ids, NO_DOCUMENT)
+  B, T = k.shape[:2]
+  chex.assert_shape((doc_ids, n_read), [(B, T), (B,)])
+  doc_ids = jnp.where(jnp.arange(T) < n_read[:, None], doc_ids, NO_DOCUMENT)
   return KeyValues(None, k.swapaxes(1, 2), v.swapaxes(1, 2), doc_ids[:, None])
 
 
@@ -109,6 +111,7 @@ def next_state(
   Returns:
     A state of the same type.
   """
+  chex.assert_equal_shape((state.position, n_read))
   after = dict(
     position=state.position + n_read,
     memory_keys=memory.keys.astype(state.memory_keys.dtype),
@@ -138,6 +141,8 @@ def last_tokens(memory: KeyValues, tokens: KeyValues, lengths: Array | None) -> 
     M tokens.
   """
   M, T = (x.doc_ids.shape[2] for x in (memory, tokens))
+  if lengths is not None:
+    chex.assert_shape(lengths, tokens.doc_ids.shape[:1])
   if lengths is None and T >= M:
     return blocking.slice_tokens(tokens, T - M, T)
   both = blocking.concatenate(memory, tokens)

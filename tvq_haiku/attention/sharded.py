@@ -80,6 +80,7 @@ def sharded_attention(
   Returns:
     The output of `attention`.
   """
+  chex.assert_equal_shape_prefix((q, k, v), 2)
   mesh_sizes = sharding.axis_sizes()
   arrays = dict(
     state=state,

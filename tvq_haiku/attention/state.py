@@ -1,4 +1,4 @@
-"""What one attention remembers between two calls."""
+"""The states that an attention carries from call to call."""
 
 from __future__ import annotations
 

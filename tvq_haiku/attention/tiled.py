@@ -89,6 +89,7 @@ def visible_tiles(layout: TileLayout, doc_ids: Array, r: Array) -> tuple[Array, 
   Returns:
     The index of the first tile, and that after the last.
   """
+  chex.assert_rank((doc_ids, r), (2, 0))
   n_tile = doc_ids.shape[1] // layout.tile_len
   is_token = jnp.any(doc_ids != NO_DOCUMENT, axis=0)
   first, last = jnp.argmax(is_token), doc_ids.shape[1] - 1 - jnp.argmax(is_token[::-1])

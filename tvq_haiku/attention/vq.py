@@ -21,26 +21,36 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from tvq_haiku.attention import blocking, blockwise, key_values
+from tvq_haiku.attention import blocking, blockwise, key_values, vq_arguments
 from tvq_haiku.attention.block_scores import Queries, SharedKeys
+from tvq_haiku.attention.blockwise import BlockOptions
 from tvq_haiku.attention.compressive_cache import EMPTY
 from tvq_haiku.attention.key_values import KeyValues
 from tvq_haiku.attention.state import AttentionState, initial_attention_state
-from tvq_haiku.config import REDUCTIONS
 from tvq_haiku.ops import padding
 from tvq_haiku.ops.scan import Scan
 from tvq_haiku.types import Array
-from tvq_haiku.utils import checks
 
 
 class AttentionOutput(NamedTuple):
-  """What `vq_attention` returns."""
+  """Output of `vq_attention`."""
 
   values: Array  # [B, T, H, V]
   codes: Array  # [B, T, G] int32: the code z of each key
   state: AttentionState | None  # None for an encoder
+
+
+class _Inputs(NamedTuple):
+  """Arguments of `vq_attention`, with all padding at the end of its row."""
+
+  q: Array  # [B, T, H, K]
+  k: Array  # [B, T, G, K]
+  v: Array  # [B, T, G, V]
+  doc_ids: Array  # [B, T] int32
+  n_read: Array  # [B] int32: number of tokens before the padding
+  is_padded: bool  # False: n_read is T for all batch elements
+  order: Array | None  # [B, T] int32: original index of each token. None: nothing has moved
 
 
 def vq_attention(
@@ -128,62 +138,121 @@ def vq_attention(
   >>> bool(jnp.allclose(out.values, want, atol=1e-5))
   True
   """
-  # 1. Check the arguments, and fill in what was left out.
+  # 1. Check the arguments.
   segment_ids, mask, lengths = (
     None if x is None else jnp.asarray(x) for x in (segment_ids, mask, lengths)
   )
-  dims = _check_arrays(q, k, v, codebook, segment_ids, mask, lengths, content_bias, position_bias)
-  _check_settings(dims, mem_len, block_len, reduction)
+  dims = vq_arguments.check_arrays(
+    q, k, v, codebook, segment_ids, mask, lengths, content_bias, position_bias
+  )
+  vq_arguments.check_settings(dims, mem_len, block_len, reduction)
   if state is None:
-    state = _empty_state(dims, block_len if mem_len is None else mem_len, v.dtype)
+    state = _initial_state(dims, block_len if mem_len is None else mem_len, v.dtype)
   else:
-    _check_state(state, dims, mem_len, is_causal)
-  M = state.memory_docs.shape[1]
-  _check_relative_keys(relative_keys, dims, M, is_causal)
-  order = None
-  if mask is not None:  # padding moves to the end of its row, and back in step 6
-    q, k, v, segment_ids, lengths, order = _padding_last(q, k, v, segment_ids, mask)
-  if segment_ids is None:
-    segment_ids = key_values.continued_doc_ids(state, dims.T)
-  n_read = jnp.full((dims.B,), dims.T) if lengths is None else jnp.clip(lengths, 0, dims.T)
-  n_read = n_read.astype(jnp.int32)
-
-  # 2. Quantize the keys: z_t = argmin_s |k_t - C_s|^2.
-  codes, tokens = key_values.quantized(k, v, codebook, segment_ids, n_read)
-
-  # 3. Lay out queries and tokens in R blocks of L.
+    vq_arguments.check_state(state, dims, mem_len, is_causal)
+  vq_arguments.check_relative_keys(relative_keys, dims, state, is_causal)
+  # 2. Move padding to the end of each row.
+  inputs = _compact(q, k, v, segment_ids, mask, lengths, state)
+  # 3. Quantize the keys: z_t = argmin_s |k_t - C_s|^2.
+  codes, tokens = key_values.quantized(inputs.k, inputs.v, codebook, inputs.doc_ids, inputs.n_read)
+  # 4. Lay out queries in R blocks of L tokens, and shared keys in the order of the window.
   L = min(block_len, dims.T)
-  padded = blocking.pad_tokens(tokens, -dims.T % L, KeyValues(EMPTY, 0, 0, 0))
   scale = dims.K**-0.5 if scale is None else scale
   queries = Queries(
-    *(blocking.lay_out_queries(q, bias, scale, dims.G, L) for bias in (content_bias, position_bias))
+    *(
+      blocking.lay_out_queries(inputs.q, bias, scale, dims.G, L)
+      for bias in (content_bias, position_bias)
+    )
   )
   shared = _shared_keys(codebook, relative_keys, q.dtype)
-
-  # 4. Attend window and cache of every block.
+  # 5. Attend window and cache of each block, and remember.
   if reduction == "auto":
     reduction = fastest_reduction(queries.content.shape[2], remat=remat)
-  options = blockwise.BlockOptions(reduction, agg_cache, grad_thru_cache, remat, scan)
-  memory, cache = key_values.memory(state, tokens), key_values.cache(state)
+  options = BlockOptions(reduction, agg_cache, grad_thru_cache, remat, scan)
   if is_causal:
-    values, cache = blockwise.attend_sequence(
-      queries, padded, n_read, memory, cache, shared, options
-    )
+    values, state = _attend_and_remember(queries, tokens, inputs, state, shared, options)
   else:
-    values = blockwise.attend_both_sides(queries, padded, shared, options, mem_len=M)
-
-  # 5. Remember the last M tokens, and the cache of all before them.
-  after = None
-  if is_causal:
-    memory = key_values.last_tokens(memory, tokens, None if lengths is None else n_read)
-    after = key_values.next_state(state, n_read, memory, cache)
-
-  # 6. Return the caller's layout.
+    values, state = _attend_both_sides(queries, tokens, state, shared, options), None
+  # 6. Return to the caller's layout.
   values = blocking.restore_layout(values, dims.T)
-  if order is not None:
-    back = jnp.argsort(order, axis=1)
-    values, codes = padding.reorder(values, back), padding.reorder(codes, back)
-  return AttentionOutput(values, codes, after)
+  if inputs.order is not None:
+    original = jnp.argsort(inputs.order, axis=1)
+    values, codes = padding.reorder(values, original), padding.reorder(codes, original)
+  return AttentionOutput(values, codes, state)
+
+
+def _compact(
+  q: Array,
+  k: Array,
+  v: Array,
+  segment_ids: Array | None,
+  mask: Array | None,
+  lengths: Array | None,
+  state: AttentionState,
+) -> _Inputs:
+  """Moves padding to the end of each row; without segment ids, the last document continues."""
+  B, T = q.shape[:2]
+  order = None
+  if mask is not None:
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    lengths = jnp.sum(mask, axis=1)
+    q, k, v = (padding.reorder(x, order) for x in (q, k, v))
+    segment_ids = None if segment_ids is None else padding.reorder(segment_ids, order)
+  if segment_ids is None:
+    segment_ids = key_values.continued_doc_ids(state, T)
+  n_read = jnp.full((B,), T) if lengths is None else jnp.clip(lengths, 0, T)
+  return _Inputs(q, k, v, segment_ids, n_read.astype(jnp.int32), lengths is not None, order)
+
+
+def _attend_and_remember(
+  queries: Queries,
+  tokens: KeyValues,
+  inputs: _Inputs,
+  state: AttentionState,
+  shared: SharedKeys,
+  options: BlockOptions,
+) -> tuple[Array, AttentionState]:
+  """Returns the values [B, G, R, P, L, V] of a causal attention, and the state after the tokens."""
+  memory, cache = key_values.memory(state, tokens), key_values.cache(state)
+  values, cache = blockwise.attend_sequence(
+    queries, _pad_to_blocks(tokens, queries), inputs.n_read, memory, cache, shared, options
+  )
+  # The last M tokens stay in memory; the cache is of all tokens before them.
+  memory = key_values.last_tokens(memory, tokens, inputs.n_read if inputs.is_padded else None)
+  return values, key_values.next_state(state, inputs.n_read, memory, cache)
+
+
+def _attend_both_sides(
+  queries: Queries,
+  tokens: KeyValues,
+  state: AttentionState,
+  shared: SharedKeys,
+  options: BlockOptions,
+) -> Array:
+  """Returns the values [B, G, R, P, L, V] of an encoder; of the state only M is used."""
+  M = state.memory_docs.shape[1]
+  tokens = _pad_to_blocks(tokens, queries)
+  return blockwise.attend_both_sides(queries, tokens, shared, options, mem_len=M)
+
+
+def _pad_to_blocks(tokens: KeyValues, queries: Queries) -> KeyValues:
+  """Appends empty slots, so that there are L for each block of queries."""
+  _, _, R, _, L, _ = queries.content.shape
+  n_padding = R * L - tokens.doc_ids.shape[2]
+  return blocking.pad_tokens(tokens, n_padding, KeyValues(EMPTY, 0, 0, 0))
+
+
+def _initial_state(dims: chex.Dimensions, mem_len: int, dtype: jnp.dtype) -> AttentionState:
+  """Returns the state before the first token."""
+  return initial_attention_state(
+    batch_size=dims.B,
+    n_kv_head=dims.G,
+    n_code=dims.S,
+    mem_len=mem_len,
+    d_k=dims.K,
+    d_v=dims.V,
+    dtype=dtype,
+  )
 
 
 def fastest_reduction(n_block: int, *, remat: bool) -> str:
@@ -203,93 +272,6 @@ def fastest_reduction(n_block: int, *, remat: bool) -> str:
   if jax.default_backend() == "cpu":
     return "matmul" if n_block <= 8 else "serial"
   return "matmul" if n_block <= 32 else "assoc_scan"
-
-
-def _check_arrays(
-  q, k, v, codebook, segment_ids, mask, lengths, content_bias, position_bias
-) -> chex.Dimensions:
-  """Returns the sizes of B, T, H, K, G, V and S; raises if the arrays do not fit together."""
-  real, dims = jnp.floating, chex.Dimensions()
-  checks.check_arrays(
-    "vq_attention",
-    dims,
-    q=(q, "BTHK", real),
-    k=(k, "BTGK", real),
-    v=(v, "BTGV", real),
-    codebook=(codebook, "GSK", real),
-    segment_ids=(segment_ids, "BT", jnp.integer),
-    mask=(mask, "BT", jnp.bool),
-    lengths=(lengths, "B", jnp.integer),
-    content_bias=(content_bias, "HK", real),
-    position_bias=(position_bias, "HK", real),
-  )
-  checks.check_heads("vq_attention", dims.H, dims.G)
-  if mask is not None and lengths is not None:
-    raise ValueError("vq_attention: give a mask or lengths, not both.")
-  return dims
-
-
-def _check_settings(
-  dims: chex.Dimensions, mem_len: int | None, block_len: int, reduction: str
-) -> None:
-  """Raises a ValueError if a size or setting is out of range."""
-  for name, n in (("T", dims.T), ("block_len", block_len), ("mem_len", mem_len)):
-    if n is not None and (not isinstance(n, (int, np.integer)) or n < 1):
-      raise ValueError(f"vq_attention: {name}={n!r} must be an integer, at least 1.")
-  if reduction not in REDUCTIONS:
-    raise ValueError(f"vq_attention: reduction={reduction!r} must be one of {REDUCTIONS}.")
-
-
-def _empty_state(dims: chex.Dimensions, mem_len: int, dtype: jnp.dtype) -> AttentionState:
-  """Returns the state before the first token."""
-  return initial_attention_state(
-    batch_size=dims.B,
-    n_kv_head=dims.G,
-    n_code=dims.S,
-    mem_len=mem_len,
-    d_k=dims.K,
-    d_v=dims.V,
-    dtype=dtype,
-  )
-
-
-def _check_state(
-  state: AttentionState, dims: chex.Dimensions, mem_len: int | None, is_causal: bool
-) -> None:
-  """Raises unless the state fits the arrays and settings."""
-  if not is_causal:
-    raise ValueError("vq_attention: an encoder (is_causal=False) takes no state.")
-  if not isinstance(state, AttentionState):
-    message = f"state must be an AttentionState, got {type(state).__name__}."
-    raise TypeError(f"vq_attention: {message}")
-  M = state.memory_docs.shape[-1]
-  if mem_len not in (None, M):
-    raise ValueError(f"vq_attention: mem_len={mem_len}, but the state has M={M}.")
-  real, dims.M = jnp.floating, M
-  fields = {
-    "state.memory_keys": (state.memory_keys, "BGMK", real),
-    "state.memory_values": (state.memory_values, "BGMV", real),
-    "state.cache_means": (state.cache_means, "BGSV", real),
-  }
-  checks.check_arrays("vq_attention", dims, **fields)
-
-
-def _check_relative_keys(
-  relative_keys: Array | None, dims: chex.Dimensions, mem_len: int, is_causal: bool
-) -> None:
-  """Raises unless there is one relative key for each distance in reach."""
-  n_distance = mem_len + 1 if is_causal else 2 * mem_len + 1
-  axes = (n_distance, "G", "K")
-  checks.check_arrays("vq_attention", dims, relative_keys=(relative_keys, axes, jnp.floating))
-
-
-def _padding_last(q: Array, k: Array, v: Array, segment_ids: Array | None, mask: Array):
-  """Returns the arrays with the padding at the end of each row, the lengths, and the order."""
-  order = jnp.argsort(~mask, axis=1, stable=True)
-  q, k, v, segment_ids = (
-    None if x is None else padding.reorder(x, order) for x in (q, k, v, segment_ids)
-  )
-  return q, k, v, segment_ids, jnp.sum(mask, axis=1, dtype=jnp.int32), order
 
 
 def _shared_keys(codebook: Array, relative_keys: Array | None, dtype: jnp.dtype) -> SharedKeys:

@@ -28,7 +28,7 @@ from tvq_haiku.types import Array
 
 
 class LayerContext(NamedTuple):
-  """What all attentions of the model need to know about the sequence."""
+  """Facts about the sequence that all attentions of the model share."""
 
   doc_ids: Array | None  # [B, T] int32. None: one document
   lengths: Array | None  # [B] int32: tokens before the padding. None: no padding
@@ -42,7 +42,7 @@ State = AttentionState | KeyValueState
 
 
 class BranchOutput(NamedTuple):
-  """What a branch returns in addition to its activations."""
+  """Output of a branch, in addition to its activations."""
 
   state: State | None  # None for an encoder
   commit_loss: Array  # [] f32

@@ -34,6 +34,7 @@ def project(x: Array, kernel: Array, **settings: Any) -> Array:
   Returns:
     [..., E].
   """
+  chex.assert_axis_dimension(kernel, 0, x.shape[-1])
   rows = jnp.einsum("nd,de->ne", x.reshape(-1, x.shape[-1]), kernel, **settings)
   return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 

@@ -81,6 +81,7 @@ def reorder(x: Array, order: Array) -> Array:
 
 def restore(x: Array, batch: CompactBatch) -> Array:
   """Returns [B, T, D] in the order of tokens that the caller of `compact` had."""
+  chex.assert_equal_shape_prefix((x, batch.tokens), 2)
   if batch.order is None:
     return x
   return reorder(x, jnp.argsort(batch.order, axis=1))
@@ -101,6 +102,7 @@ def document_positions(
     index [B, T] int32; and `last_doc` and `n_read`, [B] int32 each, after the batch.
   """
   B, T = batch.doc_ids.shape
+  chex.assert_shape((last_doc, n_read), (B,))
   before = jnp.concatenate([last_doc[:, None], batch.doc_ids[:, :-1]], axis=1)
   starts = (batch.doc_ids != before) & (restart | (before < 0))
   here = jnp.arange(T, dtype=jnp.int32)

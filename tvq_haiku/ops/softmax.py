@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -32,6 +33,7 @@ def softmax_weights(scores: Sequence[Array]) -> list[Array]:
   Returns:
     For each set, [..., n] float32; the weights of all sets together sum to 1.
   """
+  chex.assert_equal_shape_prefix(scores, scores[0].ndim - 1)
   greatest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
   weights = [jnp.exp(x - greatest) for x in scores]
   total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)

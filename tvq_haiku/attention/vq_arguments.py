@@ -1,0 +1,97 @@
+"""Checks of the arguments of `vq_attention`; the errors name the argument.
+
+Letters: B batch, T tokens, H query heads, G key/value heads, S codes, K key width, V value width,
+M memory length.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+
+from tvq_haiku.attention.state import AttentionState
+from tvq_haiku.config import REDUCTIONS
+from tvq_haiku.types import Array
+from tvq_haiku.utils import checks
+
+
+def check_arrays(
+  q: Array,
+  k: Array,
+  v: Array,
+  codebook: Array,
+  segment_ids: Array | None,
+  mask: Array | None,
+  lengths: Array | None,
+  content_bias: Array | None,
+  position_bias: Array | None,
+) -> chex.Dimensions:
+  """Checks the array arguments against each other.
+
+  Returns:
+    The sizes B, T, H, K, G, V and S.
+
+  Raises:
+    ValueError, TypeError: names the array that does not fit.
+  """
+  real, dims = jnp.floating, chex.Dimensions()
+  checks.check_arrays(
+    "vq_attention",
+    dims,
+    q=(q, "BTHK", real),
+    k=(k, "BTGK", real),
+    v=(v, "BTGV", real),
+    codebook=(codebook, "GSK", real),
+    segment_ids=(segment_ids, "BT", jnp.integer),
+    mask=(mask, "BT", jnp.bool),
+    lengths=(lengths, "B", jnp.integer),
+    content_bias=(content_bias, "HK", real),
+    position_bias=(position_bias, "HK", real),
+  )
+  checks.check_heads("vq_attention", dims.H, dims.G)
+  if mask is not None and lengths is not None:
+    raise ValueError("vq_attention: give a mask or lengths, not both.")
+  return dims
+
+
+def check_settings(
+  dims: chex.Dimensions, mem_len: int | None, block_len: int, reduction: str
+) -> None:
+  """Raises a ValueError if a size or setting is out of range."""
+  for name, n in (("T", dims.T), ("block_len", block_len), ("mem_len", mem_len)):
+    if n is not None and (not isinstance(n, (int, np.integer)) or n < 1):
+      raise ValueError(f"vq_attention: {name}={n!r} must be an integer, at least 1.")
+  if reduction not in REDUCTIONS:
+    raise ValueError(f"vq_attention: reduction={reduction!r} must be one of {REDUCTIONS}.")
+
+
+def check_state(
+  state: AttentionState, dims: chex.Dimensions, mem_len: int | None, is_causal: bool
+) -> None:
+  """Raises unless the state fits the arrays and settings."""
+  if not is_causal:
+    raise ValueError("vq_attention: an encoder (is_causal=False) takes no state.")
+  if not isinstance(state, AttentionState):
+    message = f"state must be an AttentionState, got {type(state).__name__}."
+    raise TypeError(f"vq_attention: {message}")
+  M = state.memory_docs.shape[-1]
+  if mem_len not in (None, M):
+    raise ValueError(f"vq_attention: mem_len={mem_len}, but the state has M={M}.")
+  real, dims.M = jnp.floating, M
+  fields = {
+    "state.memory_keys": (state.memory_keys, "BGMK", real),
+    "state.memory_values": (state.memory_values, "BGMV", real),
+    "state.cache_means": (state.cache_means, "BGSV", real),
+  }
+  checks.check_arrays("vq_attention", dims, **fields)
+
+
+def check_relative_keys(
+  relative_keys: Array | None, dims: chex.Dimensions, state: AttentionState, is_causal: bool
+) -> None:
+  """Raises unless there is one relative key for each distance in reach."""
+  M = state.memory_docs.shape[1]
+  n_distance = M + 1 if is_causal else 2 * M + 1
+  axes = (n_distance, "G", "K")
+  checks.check_arrays("vq_attention", dims, relative_keys=(relative_keys, axes, jnp.floating))
