@@ -1,12 +1,13 @@
 """The two forms of the reference equal each other, and softmax attention where keys are codes."""
 
-from attention_helpers import SHORT, make_inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tvq_haiku as tvq
+
+from attention_helpers import SHORT, make_inputs
 
 
 @pytest.mark.parametrize("mem_len", [1, 4, 40])

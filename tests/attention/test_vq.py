@@ -1,5 +1,12 @@
 """`vq_attention` equals the quadratic reference, in values and gradients."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tvq_haiku as tvq
+
 from attention_helpers import (
   ALL_BLOCKS_AT_ONCE,
   DIVISORS,
@@ -12,12 +19,6 @@ from attention_helpers import (
   make_inputs,
   vq_attention,
 )
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-
-import tvq_haiku as tvq
 
 
 @pytest.mark.parametrize("mem_len", DIVISORS)

@@ -1,5 +1,12 @@
 """`vq_attention` from call to call: state, padding, gradients, counts; and its errors."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tvq_haiku as tvq
+
 from attention_helpers import (
   DOCUMENTS,
   REDUCTIONS,
@@ -13,12 +20,6 @@ from attention_helpers import (
   tokens_of,
   vq_attention,
 )
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-
-import tvq_haiku as tvq
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import sentencepiece
 from tvq_haiku import data
 from tvq_haiku.data import toy_datasets
 
-from launching import place, run
+from launching import run, workspace
 
-assert place  # a fixture
+assert workspace  # a fixture
 
 UNUSUAL_TEXTS = [
   "a\r\nb",
@@ -117,13 +117,13 @@ def test_a_lossy_vocabulary_is_logged_once(tmp_path, capsys):
   assert len(lines) == 1 and lines[0].startswith(f"warning: {tmp_path}/lossy.model loses text (")
 
 
-def test_a_launched_command_logs_a_lossy_vocabulary_once(place):
-  train_lossy(place / "lossy")
-  toy_datasets.write_text(place / "data", n_byte=3000)
+def test_a_launched_command_logs_a_lossy_vocabulary_once(workspace):
+  train_lossy(workspace / "lossy")
+  toy_datasets.write_text(workspace / "data", n_byte=3000)
   status, out, err = run(
     "python -m experiments.text --command=info --size=cpu --data_dir=data --workdir=new "
     "--cache_dir=cache --vocab=lossy.model --config.n_vocab=300",
-    place,
+    workspace,
   )
   assert status == 0 and "tokens" in out, err
   assert err.count("warning: lossy.model loses text") == err.count("warning") == 1, err

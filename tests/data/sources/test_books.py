@@ -6,9 +6,9 @@ from tvq_haiku import data
 from tvq_haiku.data import toy_datasets
 
 from data_helpers import read_documents
-from launching import place, run
+from launching import run, workspace
 
-assert place  # a fixture
+assert workspace  # a fixture
 
 
 def test_each_book_is_a_document(tmp_path, capsys):
@@ -41,11 +41,11 @@ def test_without_metadata_no_book_is_missing(tmp_path, capsys):
   assert not capsys.readouterr().err
 
 
-def test_a_launched_command_logs_missing_books_once(place):
-  toy_datasets.write_books(place / "books", n_byte=100)
-  (place / "books" / "train" / "2.txt").unlink()
+def test_a_launched_command_logs_missing_books_once(workspace):
+  toy_datasets.write_books(workspace / "books", n_byte=100)
+  (workspace / "books" / "train" / "2.txt").unlink()
   status, out, err = run(
-    "python -m experiments.pg19 --command=info --size=cpu --data_dir=books --workdir=new", place
+    "python -m experiments.pg19 --command=info --size=cpu --data_dir=books --workdir=new", workspace
   )
   assert status == 0 and "300 bytes" in out, err
   assert err == (
