@@ -16,7 +16,8 @@ from tvq_haiku.evaluation import memory_plan
 from tvq_haiku.model import remat as remat_lib
 from tvq_haiku.model import transformer
 from tvq_haiku.parallel import multihost, sharding
-from tvq_haiku.run import best_checkpoint, summary
+from tvq_haiku.run import best_checkpoint, summary, trainer
+from tvq_haiku.run import commands as run_commands
 from tvq_haiku.run import experiment as experiment_lib
 from tvq_haiku.types import Params
 from tvq_haiku.utils import progress
@@ -29,18 +30,20 @@ def train(setup: RunSetup) -> None:
   experiment = run_setup.make_experiment(setup, run_setup.resolve_configs(setup))
   train_flags = setup.flags.train
   _warn_about_memory(experiment)
-  run = experiment_lib.train(
+  run = run_commands.train(
     experiment,
     params=_initial_params(experiment, train_flags.init),
-    log_every=train_flags.log_every,
-    validate_every=train_flags.validate_every,
     validate_tokens=train_flags.validate_tokens,
-    save_seconds=train_flags.save_seconds,
-    max_to_keep=train_flags.keep,
     tensorboard=train_flags.tensorboard,
     wandb=train_flags.wandb,
-    max_skipped=train_flags.max_skipped,
-    debug_nans=train_flags.debug_nans,
+    options=trainer.TrainerOptions(
+      log_every=train_flags.log_every,
+      validate_every=train_flags.validate_every,
+      save_seconds=train_flags.save_seconds,
+      max_to_keep=train_flags.keep,
+      max_skipped=train_flags.max_skipped,
+      debug_nans=train_flags.debug_nans,
+    ),
   )
   if multihost.is_main_process():
     print(_describe_result(experiment, run, is_multihost=setup.flags.devices.multihost))
@@ -51,7 +54,7 @@ def evaluate(setup: RunSetup) -> None:
   split = setup.flags.command
   run = _load_run(setup)
   experiment = run_setup.make_experiment(setup, Configs(run.config, run.train_cfg))
-  metrics = experiment_lib.evaluate(experiment, run, split)
+  metrics = run_commands.evaluate(experiment, run, split)
   values = ", ".join(f"{name} {_format(metrics[name])}" for name in experiment.measures)
   print(
     f"{split}: {values}, loss_lm {metrics['loss_lm']:.4f} nats per token; "
@@ -65,12 +68,12 @@ def sample(setup: RunSetup) -> None:
   experiment = run_setup.make_experiment(setup, Configs(run.config, run.train_cfg))
   settings = dict(temperature=sampling.temperature, top_p=sampling.top_p)
   if experiment.image_size:
-    file = experiment_lib.sample_images(experiment, run, sampling.images, **settings)
+    file = run_commands.sample_images(experiment, run, sampling.images, **settings)
   else:
     # The bytes of the command line, which need not be valid UTF-8.
     prompts = [os.fsencode(prompt) for prompt in sampling.prompt]
-    texts, file = experiment_lib.sample_texts(
-      experiment, run, prompts, length=sampling.length, **settings
+    texts, file = run_commands.sample_texts(
+      experiment, run, prompts, max_new_tokens=sampling.length, **settings
     )
     print("\n\n".join(texts))
   print(f"Written to {file}")

@@ -105,7 +105,8 @@ def main() -> None:
   )
 
   # -- training --------------------------------------------------------------------------------
-  run = trainer.fit(config, train_cfg, batches, workdir, seed=seed, token_name="byte")
+  options = trainer.TrainerOptions(token_name="byte")
+  run = trainer.fit(config, train_cfg, batches, workdir, seed=seed, options=options)
   n_update, n_max = int(run.train_state.step), train_cfg.n_max_step
   if n_update < n_max:
     resume = command_line.resume_command()

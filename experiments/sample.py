@@ -23,7 +23,7 @@ import numpy as np
 from experiments import launcher
 import tvq_haiku as tvq
 from tvq_haiku import data
-from tvq_haiku.run import trainer
+from tvq_haiku.run import stop_signals
 from tvq_haiku.types import Params
 from tvq_haiku.utils import files
 
@@ -138,7 +138,7 @@ def _converse(conversation: tvq.Conversation, length: int, stop: Sequence[bytes]
     line = sys.stdin.buffer.readline()
     if not line:
       return
-    with trainer.stop_on_signals() as interrupted:
+    with stop_signals.stop_on_signals() as interrupted:
       for text in conversation.write(line.rstrip(b"\n"), max_new_tokens=length, stop=stop):
         _print_now(text)
         if interrupted:

@@ -55,8 +55,8 @@ def main() -> None:
   """Trains, and prints the memory and its slope."""
   with tempfile.TemporaryDirectory() as name:
     directory = pathlib.Path(name)
-    with metric_writers.open_writers(directory / "run", tensorboard=True) as record:
-      recorder = MemoryRecorder(record)
+    with metric_writers.open_writers(directory / "run", tensorboard=True) as writers:
+      recorder = MemoryRecorder(writers.write)
       _train(_make_experiment(directory, _UPDATES.value), recorder, _SAVE_SECONDS.value)
   steps, megabytes = np.array(recorder.steps), np.array(recorder.megabytes)
   for i in range(0, len(steps), max(len(steps) // 10, 1)):
@@ -110,10 +110,12 @@ def _train(
     batches,
     experiment.workdir,
     record=recorder,
-    log_every=_LOG_EVERY,
-    save_seconds=save_seconds,
-    validate_every=train_cfg.n_max_step // 8,
-    validate=lambda params, stop: experiment.likelihood(config, params, validation, stop=stop),
+    validate=lambda params, stop: experiment.measure_split(config, params, validation, stop=stop),
+    options=trainer.TrainerOptions(
+      log_every=_LOG_EVERY,
+      save_seconds=save_seconds,
+      validate_every=train_cfg.n_max_step // 8,
+    ),
   )
 
 

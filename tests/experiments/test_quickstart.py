@@ -55,7 +55,7 @@ def test_damaged_checkpoint_is_reported_in_one_line(quickstart, workspace):
 
 def test_different_seed_is_refused(quickstart, workspace):
   command = "quickstart --smoke --workdir=runs/quickstart --seed=5"
-  assert_fails_in_one_line(command, workspace, 1, "a run of another seed than 5")
+  assert_fails_in_one_line(command, workspace, 1, "seed mismatch")
 
 
 def test_different_configuration_is_refused(quickstart, workspace):

@@ -148,7 +148,7 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes(
   assert 0 < saved < 20
   status, out, err = run(f"{COMMAND} --workdir={workdir}", workspace)  # with a single process
   assert status == 0 and "Trained: 20 updates" in out, err
-  assert f"after {saved} of 20 updates" in err, err
+  assert f"resuming after {saved} of 20 updates" in err, err
   assert_same_run(workdir, single_process_run)
 
 

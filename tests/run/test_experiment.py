@@ -13,8 +13,8 @@ import tvq_haiku as tvq
 from tvq_haiku import data
 from tvq_haiku.data import toy_datasets
 from tvq_haiku.evaluation import memory_plan
+from tvq_haiku.run import commands, metric_writers, summary, trainer
 from tvq_haiku.run import experiment as experiment_lib
-from tvq_haiku.run import metric_writers, summary
 from tvq_haiku.utils import files
 
 CONFIG = tvq.TransformerConfig.tiny(
@@ -23,6 +23,8 @@ CONFIG = tvq.TransformerConfig.tiny(
 TRAIN = tvq.TrainConfig(
   n_warmup_step=1, n_max_step=8, sequence_len=48, update_len=24, global_batch_size=2
 )
+
+OPTIONS = trainer.TrainerOptions(validate_every=4, log_every=2)
 
 
 def make(root, kind, **changes):
@@ -69,7 +71,7 @@ def runs(tmp_path_factory):
     experiment = make(root, kind)
     made[kind] = (
       experiment,
-      experiment_lib.train(experiment, validate_every=4, log_every=2, tensorboard=False),
+      commands.train(experiment, options=OPTIONS, tensorboard=False),
     )
   return made
 
@@ -78,7 +80,7 @@ def runs(tmp_path_factory):
 def test_figures_are_of_every_token_once(runs, kind):
   experiment, _ = runs[kind]
   run = experiment_lib.load_run(experiment.workdir, weights="last")
-  found = experiment_lib.evaluate(experiment, run, "test")
+  found = commands.evaluate(experiment, run, "test")
   # One document at a time, in one piece, from nothing.
   apply = jax.jit(tvq.make_transformer(run.config).apply)
   nats, n_token, raw = 0.0, 0, b""
@@ -95,7 +97,7 @@ def test_figures_are_of_every_token_once(runs, kind):
   rows_of_their_own = (
     kind != "images"
   )  # a text that is cut into rows has less context at their begins
-  alone = experiment_lib.evaluate(dataclasses.replace(experiment, eval_rows=1), run, "test")
+  alone = commands.evaluate(dataclasses.replace(experiment, eval_rows=1), run, "test")
   for figures in (alone, found)[: 1 if rows_of_their_own else 2]:
     np.testing.assert_allclose(figures["loss_lm"], nats / n_token, rtol=1e-5)
     want = {
@@ -151,15 +153,15 @@ def test_best_and_last_checkpoints(runs):
 def test_a_validation_may_read_less(runs):
   experiment, run = runs["images"]
   split = experiment.open_split("test")
-  whole = experiment.likelihood(run.config, run.train_state.params, split)
-  less = experiment.likelihood(
+  whole = experiment.measure_split(run.config, run.train_state.params, split)
+  less = experiment.measure_split(
     run.config, run.train_state.params, split, max_tokens=100
   )  # 2 images of 48
   assert whole.keys() == {"loss_lm", "bits_per_dim"} and less.keys() == {"loss_lm"}
   two = tvq.evaluate(run.config, run.train_state.params, split.stream.head(96), batch_size=1)
   assert two.tokens == 96
   np.testing.assert_allclose(less["loss_lm"], two.nats_per_token, rtol=1e-5)
-  assert experiment.likelihood(run.config, run.train_state.params, split, stop=True) is None
+  assert experiment.measure_split(run.config, run.train_state.params, split, stop=True) is None
 
 
 def test_a_run_has_its_own_vocabulary(runs):
@@ -175,15 +177,15 @@ def test_the_vocabulary_must_be_that_of_the_run(runs, tmp_path):
   other = dataclasses.replace(
     experiment, vocabulary=data.train_pieces(lines, tmp_path / "other.model", size=330)
   )
-  message = r"vocabulary pieces-330-\w+, not pieces-330-\w+\. Leave --vocab out"
+  message = r"vocabulary .* is pieces-330-\w+ in the run, pieces-330-\w+ here\. Leave --vocab out"
   for use in (
-    lambda: experiment_lib.evaluate(other, run, "test"),
-    lambda: experiment_lib.sample_texts(other, run, [b""], length=3),
+    lambda: commands.evaluate(other, run, "test"),
+    lambda: commands.sample_texts(other, run, [b""], max_new_tokens=3),
   ):
     with pytest.raises(tvq.CheckpointError, match=message):
       use()
-  with pytest.raises(tvq.CheckpointError, match="on other data: train vocabulary="):
-    experiment_lib.train(other, tensorboard=False)
+  with pytest.raises(tvq.CheckpointError, match=r"data mismatch .*: train vocabulary is"):
+    commands.train(other, tensorboard=False)
   assert data.PieceVocabulary(experiment.workdir / "vocab.model").fingerprint == (
     experiment.vocabulary.fingerprint
   )
@@ -193,13 +195,13 @@ def test_one_process_trains_in_a_directory(runs):
   experiment, _ = runs["text"]
   with (
     files.lock(experiment.workdir / ".lock"),
-    pytest.raises(tvq.CheckpointError, match="another process trains there"),
+    pytest.raises(tvq.CheckpointError, match="another process trains in"),
   ):
-    experiment_lib.train(experiment, tensorboard=False)
+    commands.train(experiment, tensorboard=False)
 
 
 def test_an_encoder_is_refused_at_once(runs):
-  with pytest.raises(ValueError, match="causal=False: an encoder sees"):
+  with pytest.raises(ValueError, match="causal=False: an encoder attends"):
     dataclasses.replace(runs["text"][0], config=CONFIG.replace(causal=False))
 
 
@@ -212,7 +214,7 @@ def test_damaged_facts(runs, tmp_path, text):
   experiment, run = runs["text"]
   (tmp_path / "data.json").write_text(text)
   with pytest.raises(tvq.CheckpointError, match=r"data\.json is damaged"):
-    experiment_lib.evaluate(dataclasses.replace(experiment, workdir=tmp_path), run, "test")
+    commands.evaluate(dataclasses.replace(experiment, workdir=tmp_path), run, "test")
 
 
 def test_changes_that_need_other_parameters_are_refused(runs):
@@ -228,20 +230,20 @@ def test_damaged_tokens_give_no_figures(runs, tmp_path):
   content = file.read_bytes()
   file.write_bytes(content[:9] + bytes([content[9] ^ 1]) + content[10:])
   with pytest.raises(ValueError, match=r"tokens\.bin is damaged: remove its directory"):
-    experiment_lib.evaluate(experiment, runs["text"][1], "test")
+    commands.evaluate(experiment, runs["text"][1], "test")
 
 
 def test_samples_are_texts_and_grids(runs):
   experiment, run = runs["books"]
-  texts, file = experiment_lib.sample_texts(
-    experiment, run, [b"Anne ", b""], length=12, temperature=0.8
+  texts, file = commands.sample_texts(
+    experiment, run, [b"Anne ", b""], max_new_tokens=12, temperature=0.8
   )
   assert texts[0].startswith("Anne ") and len(texts) == 2
   assert all(text in file.read_text() for text in texts) and file.parent.name == "samples"
-  _, other = experiment_lib.sample_texts(experiment, run, [b""], length=1)
+  _, other = commands.sample_texts(experiment, run, [b""], max_new_tokens=1)
   assert other != file and other.exists() and file.exists()
   experiment, run = runs["images"]
-  with Image.open(experiment_lib.sample_images(experiment, run, 3)) as page:
+  with Image.open(commands.sample_images(experiment, run, 3)) as page:
     assert page.size == (2 * 6 + 2, 2 * 6 + 2)
 
 
@@ -249,17 +251,17 @@ def test_other_data_other_sizes_and_other_settings_are_refused(runs, tmp_path):
   experiment, _ = runs["text"]
   other = data.Enwik8(toy_datasets.write_text(tmp_path, n_byte=4000), n_byte=4000)
   with pytest.raises(
-    tvq.CheckpointError, match=r"on other data: train n_byte=2700 there, 3600 now"
+    tvq.CheckpointError, match=r"data mismatch .*: train n_byte is 2700 in the run, 3600 here"
   ):
-    experiment_lib.train(dataclasses.replace(experiment, source=other), tensorboard=False)
-  with pytest.raises(tvq.CheckpointError, match="n_code=6 there, 7 now"):
-    experiment_lib.train(
+    commands.train(dataclasses.replace(experiment, source=other), tensorboard=False)
+  with pytest.raises(tvq.CheckpointError, match="n_code is 6 in the run, 7 here"):
+    commands.train(
       dataclasses.replace(experiment, config=CONFIG.replace(n_code=7)), tensorboard=False
     )
   with pytest.raises(ValueError, match="n_vocab=330, not the 259"):
     dataclasses.replace(experiment, config=CONFIG.replace(n_vocab=330))
   with pytest.raises(
-    ValueError, match="sequence_len=48 must be a multiple of the 192 tokens of an image"
+    ValueError, match="sequence_len=48 must be a multiple of 192, the number of tokens per image"
   ):
     dataclasses.replace(runs["images"][0], image_size=8)
 
@@ -272,18 +274,18 @@ def test_interrupted_and_resumed_records_are_those_of_a_whole_run(runs, tmp_path
     pass
 
   experiment = dataclasses.replace(whole, workdir=tmp_path)
-  measure = experiment_lib.Experiment.likelihood
+  measure = experiment_lib.Experiment.measure_split
 
   def killed(self, *args, **kwargs):
     raise Killed
 
-  monkeypatch.setattr(experiment_lib.Experiment, "likelihood", killed)
+  monkeypatch.setattr(experiment_lib.Experiment, "measure_split", killed)
   with pytest.raises(Killed):  # after the checkpoint at update 4, before its validation is noted
-    experiment_lib.train(experiment, validate_every=4, log_every=2, tensorboard=False)
+    commands.train(experiment, options=OPTIONS, tensorboard=False)
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 6, "loss_lm": 9.9}\n')  # of updates that no checkpoint holds
-  monkeypatch.setattr(experiment_lib.Experiment, "likelihood", measure)
-  resumed = experiment_lib.train(experiment, validate_every=4, log_every=2, tensorboard=False)
+  monkeypatch.setattr(experiment_lib.Experiment, "measure_split", measure)
+  resumed = commands.train(experiment, options=OPTIONS, tensorboard=False)
   jax.tree.map(np.testing.assert_array_equal, resumed.train_state, run.train_state)
   timeless = lambda workdir: [
     {name: value for name, value in line.items() if name not in ("tokens_per_second", "of_peak")}

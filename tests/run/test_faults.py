@@ -94,11 +94,19 @@ class TestSkippedUpdates:
     with pytest.raises(
       tvq.NumericalError,
       match=(
-        r"4 updates in a row .*: the first that is not finite is the output of "
-        r"transformer/layers/attention_1/q in layer 1: \d+ of \d+ values\. Nothing was saved yet"
+        r"updates 1 to 4 were skipped, .*: the first non-finite tensor is the output of "
+        r"transformer/layers/attention_1/q in layer 1: \d+ of \d+ values\. "
+        r"No checkpoint was saved yet"
       ),
     ):
-      trainer.fit(CONFIG, TRAIN, helpers.run_batches(), tmp_path, begin=begin, max_skipped=4)
+      trainer.fit(
+        CONFIG,
+        TRAIN,
+        helpers.run_batches(),
+        tmp_path,
+        checkpoint=begin,
+        options=trainer.TrainerOptions(max_skipped=4),
+      )
     lines = capsys.readouterr().err
     assert (
       "warning: update 1 is skipped: loss nan, grad_norm nan" in lines and "update 4 is" in lines
@@ -130,16 +138,25 @@ class TestSkippedUpdates:
     monkeypatch.setattr(losses, "training_loss", strange)
     jax.clear_caches()  # of programs without it
     with pytest.raises(
-      tvq.NumericalError, match=rf"to update {update}: the first .* is the loss: nan"
+      tvq.NumericalError, match=rf"{update} w.* skipped, .*: the first .* is the loss: nan"
     ):
-      trainer.fit(CONFIG, TRAIN, Batches(), tmp_path, max_skipped=limit)
+      trainer.fit(
+        CONFIG, TRAIN, Batches(), tmp_path, options=trainer.TrainerOptions(max_skipped=limit)
+      )
 
   def test_debug_nans_ends_at_the_first(self, tmp_path):
     begin = trainer.resume_or_initialize(
       CONFIG, TRAIN, tmp_path, params=poisoned(helpers.random_params(CONFIG))
     )
-    with pytest.raises(tvq.NumericalError, match=r"to update 2: .*attention_1/q in layer 1"):
-      trainer.fit(CONFIG, TRAIN, helpers.run_batches(), tmp_path, begin=begin, debug_nans=True)
+    with pytest.raises(tvq.NumericalError, match=r"updates 1 to 2 were .*attention_1/q in layer 1"):
+      trainer.fit(
+        CONFIG,
+        TRAIN,
+        helpers.run_batches(),
+        tmp_path,
+        checkpoint=begin,
+        options=trainer.TrainerOptions(debug_nans=True),
+      )
 
   def test_skipped_updates_are_counted_in_the_records(self, tmp_path):
     lines = []
@@ -151,9 +168,8 @@ class TestSkippedUpdates:
       TRAIN,
       helpers.run_batches(),
       tmp_path,
-      begin=begin,
-      max_skipped=99,
-      log_every=2,
+      checkpoint=begin,
+      options=trainer.TrainerOptions(max_skipped=99, log_every=2),
       record=lambda step, values: lines.append((step, values)),
     )
     assert [(step, values["skipped"], values["skipped_since_start"]) for step, values in lines] == [
@@ -227,7 +243,9 @@ class TestDeadCodes:
 def saved(tmp_path_factory):
   """Two checkpoints of a run, of steps 8 and 12."""
   workdir = tmp_path_factory.mktemp("run")
-  return workdir, trainer.fit(CONFIG, TRAIN, helpers.run_batches(), workdir, save_seconds=0.0)
+  return workdir, trainer.fit(
+    CONFIG, TRAIN, helpers.run_batches(), workdir, options=trainer.TrainerOptions(save_seconds=0.0)
+  )
 
 
 class TestDamage:

@@ -12,9 +12,9 @@ from tvq_haiku.run import metric_writers
 
 
 def write(workdir, steps, **kwargs):
-  with metric_writers.open_writers(workdir, **kwargs) as record:
+  with metric_writers.open_writers(workdir, **kwargs) as writers:
     for step in steps:
-      record(step, {"loss_lm": step / 10})
+      writers.write(step, {"loss_lm": step / 10})
 
 
 def test_what_is_noted_can_be_read(tmp_path):
@@ -36,8 +36,8 @@ def test_a_run_that_goes_on_forgets_what_will_come_again(tmp_path):
 
 
 def test_half_a_line_that_is_a_number_and_what_is_no_number(tmp_path):
-  with metric_writers.open_writers(tmp_path, tensorboard=False) as record:
-    record(1, {"loss_lm": float("nan"), "word_perplexity": float("inf"), "grad_norm": 1.0})
+  with metric_writers.open_writers(tmp_path, tensorboard=False) as writers:
+    writers.write(1, {"loss_lm": float("nan"), "word_perplexity": float("inf"), "grad_norm": 1.0})
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write("12")
   write(tmp_path, [2], step=1, tensorboard=False)
@@ -79,12 +79,12 @@ def test_a_full_disk_is_an_error_not_a_wait(tmp_path, monkeypatch):
   def full(descriptor):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  with metric_writers.open_writers(tmp_path) as record:
-    record(1, {"loss_lm": 1.0})
+  with metric_writers.open_writers(tmp_path) as writers:
+    writers.write(1, {"loss_lm": 1.0})
     with monkeypatch.context() as patch:
       patch.setattr(os, "fsync", full)  # with which event files are flushed
-      with pytest.raises(OSError, match=r"cannot write the records in .*: No space left"):
-        record(2, {"loss_lm": 1.0})
+      with pytest.raises(OSError, match=r"cannot write metrics to .*: No space left"):
+        writers.write(2, {"loss_lm": 1.0})
 
 
 def test_nothing_noted_yet(tmp_path):
@@ -135,22 +135,22 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
 def test_files_stay_bounded(tmp_path, monkeypatch):
   monkeypatch.setattr(metric_writers, "_MAX_BYTES", 3000)
-  with metric_writers.open_writers(tmp_path) as record:
+  with metric_writers.open_writers(tmp_path) as writers:
     for step in range(1, 400):
-      record(step, {"loss_lm": 1.0, "validation_loss_lm": 2.0})
+      writers.write(step, {"loss_lm": 1.0, "validation_loss_lm": 2.0})
   lines = [record["step"] for record in metric_writers.read_records(tmp_path)]
   assert lines == list(range(lines[0], 400)) and 40 < len(lines) < 140
   assert sum(f.stat().st_size for f in tmp_path.glob("metrics*")) < 6200
   assert sum(f.stat().st_size for f in (tmp_path / "tensorboard").iterdir()) < 12_000
   for _ in range(40):  # each process writes a little
-    with metric_writers.open_writers(tmp_path, step=400) as record:
+    with metric_writers.open_writers(tmp_path, step=400) as writers:
       for step in range(401, 408):
-        record(step, {"loss_lm": 1.0})
+        writers.write(step, {"loss_lm": 1.0})
   assert sum(f.stat().st_size for f in (tmp_path / "tensorboard").iterdir()) < 8000
   with metric_writers.open_writers(
     tmp_path, step=lines[-20]
-  ) as record:  # what came later is forgotten
-    record(1000, {"loss_lm": 1.0})
+  ) as writers:  # what came later is forgotten
+    writers.write(1000, {"loss_lm": 1.0})
   assert [record["step"] for record in metric_writers.read_records(tmp_path)] == [
     *lines[:-19],
     1000,
@@ -159,7 +159,7 @@ def test_files_stay_bounded(tmp_path, monkeypatch):
 
 def test_a_validation_is_recorded_once(tmp_path):
   for _ in range(2):  # the process died before it noted that there was one
-    with metric_writers.open_writers(tmp_path, step=4, tensorboard=False) as record:
-      record(4, {"validation_loss_lm": 2.0})
+    with metric_writers.open_writers(tmp_path, step=4, tensorboard=False) as writers:
+      writers.write(4, {"validation_loss_lm": 2.0})
   record_of = [r for r in metric_writers.read_records(tmp_path) if r["step"] == 4]
   assert record_of == [{"step": 4, "validation_loss_lm": 2.0}]

@@ -80,8 +80,7 @@ def test_the_last_batch_is_finished_and_validation_keeps_the_best(finished, tmp_
     make_batches(),
     tmp_path,
     validate=validator([3.0, 2.0, 2.5]),
-    validate_every=4,
-    log_every=4,
+    options=trainer.TrainerOptions(validate_every=4, log_every=4),
     record=lambda step, values: lines.append((step, dict(values))),
   )
   assert int(end.train_state.step) == 12
@@ -104,9 +103,7 @@ def test_speed_is_recorded_even_if_every_batch_is_saved(tmp_path):
     TRAIN,
     make_batches(),
     tmp_path,
-    save_seconds=0.0,
-    log_every=1,
-    peak_flops=1e9,
+    options=trainer.TrainerOptions(save_seconds=0.0, log_every=1, peak_flops=1e9),
     record=lambda step, values: lines.append(values),
   )
   assert len(lines) == 6 and "tokens_per_second" not in lines[0]  # the first one compiles
@@ -119,19 +116,18 @@ def test_speed_is_that_since_the_last_record(monkeypatch):
   report = reporter.Reporter(
     CONFIG,
     TRAIN,
+    trainer.TrainerOptions(),
     lambda *_: None,
     lambda _, values: rates.append(values.get("tokens_per_second")),
-    token_name="byte",
-    peak_flops=None,
   )
   metrics = {"loss_lm": np.ones(2), "skipped": np.zeros(2)}
   for seconds in (100.0, 1.0, 1.0, 4.0):  # the first one compiles
-    report.step(2, metrics, log=True)
+    report.report_step(2, metrics, record=True)
     clock[0] += seconds
     report.flush()
   clock[0] += 50.0  # validation
-  report.start_clock()
-  report.step(2, metrics, log=True)
+  report.restart_clock()
+  report.report_step(2, metrics, record=True)
   clock[0] += 2.0
   report.flush()
   assert rates == [None, 64.0, 64.0, 16.0, 32.0]
@@ -155,7 +151,14 @@ def test_validation_that_was_broken_off_is_made_up_for(tmp_path):
   found = [3.0, 2.0, 1.0]
   validate = validator(found, asked=[0, 2, 9, 9])  # the second one is asked to stop
   for step, best in ((8, 3.0), (12, 1.0)):
-    now = trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=validate, validate_every=4)
+    now = trainer.fit(
+      CONFIG,
+      TRAIN,
+      make_batches(),
+      tmp_path,
+      validate=validate,
+      options=trainer.TrainerOptions(validate_every=4),
+    )
     assert (
       int(now.train_state.step) == step
       and best_checkpoint.read_validations(tmp_path).best_loss == best
@@ -184,7 +187,14 @@ def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
     now[0] = next(jumps)
     return {"loss_lm": 1.0}
 
-  end = trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=jump, validate_every=4)
+  end = trainer.fit(
+    CONFIG,
+    TRAIN,
+    make_batches(),
+    tmp_path,
+    validate=jump,
+    options=trainer.TrainerOptions(validate_every=4),
+  )
   assert run_directory.saved_steps(tmp_path) == [8, 12]  # none because it seemed to be time
   assert_same(end.train_state, finished[1].train_state)
   assert_same(tvq.load_checkpoint(tmp_path).train_state, finished[1].train_state)
@@ -240,7 +250,7 @@ class TestCheckpoints:
       trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path)
 
   def test_another_seed_is_refused(self, finished):
-    with pytest.raises(tvq.CheckpointError, match="another seed than 99"):
+    with pytest.raises(tvq.CheckpointError, match="a different seed than 99"):
       trainer.fit(CONFIG, TRAIN, make_batches(), finished[0], seed=99)
 
   def test_another_configuration_is_refused_by_name(self, finished):

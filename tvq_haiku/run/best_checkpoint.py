@@ -1,7 +1,7 @@
-"""What validation found, and the checkpoint it liked best.
+"""The checkpoint with the lowest validation loss.
 
-best/              the directory of a run that holds only this checkpoint
-validation.json    what was found, and when
+best/              a run directory that holds only this checkpoint
+validation.json    step and loss of the validations so far
 """
 
 from __future__ import annotations
@@ -16,55 +16,65 @@ from tvq_haiku.checkpoint import checkpoint_writer, checkpoints, run_directory
 from tvq_haiku.parallel import multihost
 from tvq_haiku.utils import files
 
-_VALIDATION = "validation.json"
+_VALIDATION_FILE = "validation.json"
 
 
-class Validated(NamedTuple):
-  """What validation found so far."""
+class ValidationStatus(NamedTuple):
+  """Outcome of the validations of a run so far; the content of validation.json."""
 
-  step: int = -1  # of the last one
-  best_step: int = -1
-  best_loss: float = math.inf
+  step: int = -1  # updates made before the last validation; -1: there was none
+  best_step: int = -1  # updates made before the validation with the lowest loss; -1: there is none
+  best_loss: float = math.inf  # its loss in nats per token
 
 
-def read_validations(directory: str | os.PathLike) -> Validated:
-  """What `keep_best` noted in the directory of a run."""
-  file = pathlib.Path(directory) / _VALIDATION
+def read_validations(directory: str | os.PathLike) -> ValidationStatus:
+  """Returns the outcome of the validations of the run in `directory`.
+
+  Raises:
+    CheckpointError: the file is damaged.
+  """
+  file = pathlib.Path(directory) / _VALIDATION_FILE
   if not file.exists():
-    return Validated()
+    return ValidationStatus()
   try:
-    return Validated(**json.loads(file.read_text()))
+    return ValidationStatus(**json.loads(file.read_text()))
   except (TypeError, ValueError) as error:
-    raise checkpoints.CheckpointError(
-      f"{file} is damaged: {files.short_message(error)}. Remove it, and {run_directory.BEST_DIRECTORY}/ beside it, "
-      "to begin validation anew."
+    raise run_directory.CheckpointError(
+      f"{file} is damaged: {files.short_message(error)}. To forget the validations so far, "
+      f"remove it and the directory {run_directory.BEST_DIRECTORY}/ next to it."
     ) from error
 
 
 def keep_best(
   directory: str | os.PathLike, checkpoint: checkpoints.Checkpoint, loss: float
 ) -> bool:
-  """Notes what validation found, and saves the checkpoint under `best` if it is the best so far.
+  """Records a validation, and saves its checkpoint under best/ if its loss is the lowest so far.
 
   Args:
-    directory: of the run.
-    checkpoint: what was validated.
-    loss: on the validation split; less is better.
+    directory: directory of the run.
+    checkpoint: the validated checkpoint.
+    loss: its loss on the validation split, in nats per token.
 
   Returns:
-    Whether it is.
+    Whether the loss is the lowest so far.
+
+  Raises:
+    CheckpointError: validation.json is damaged.
+    OSError: the checkpoint cannot be written.
   """
   path, step = pathlib.Path(directory), int(checkpoint.train_state.step)
-  best = path / run_directory.BEST_DIRECTORY
-  before = read_validations(path)
-  better = bool(multihost.broadcast(loss < before.best_loss))
-  if better:
-    # Later ones are from before the run went back to an older checkpoint. And it is there already if
-    # the process died before it was noted.
-    run_directory.set_aside_later(best, after=step)
-    if step not in run_directory.saved_steps(best):
-      checkpoint_writer.save_checkpoint(best, checkpoint, max_to_keep=1)
-  now = Validated(step, step, loss) if better else before._replace(step=step)
+  best_directory = path / run_directory.BEST_DIRECTORY
+  status = read_validations(path)
+  is_best = bool(multihost.broadcast(loss < status.best_loss))
+  if is_best:
+    # Later checkpoints are left over from before the run resumed from an older one. The checkpoint
+    # of this step exists if the process died before it could write validation.json.
+    run_directory.set_aside_later(best_directory, after=step)
+    if step not in run_directory.saved_steps(best_directory):
+      checkpoint_writer.save_checkpoint(best_directory, checkpoint, max_to_keep=1)
+    status = ValidationStatus(step, step, loss)
+  else:
+    status = status._replace(step=step)
   if multihost.is_main_process():
-    files.write_atomically(path / _VALIDATION, json.dumps(now._asdict()))
-  return better
+    files.write_atomically(path / _VALIDATION_FILE, json.dumps(status._asdict()))
+  return is_best

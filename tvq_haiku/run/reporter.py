@@ -1,114 +1,166 @@
-"""What a training loop says of itself: a line of progress, and records."""
+"""Reports of the training loop: the progress line, warnings about skipped updates, and metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import math
 import time
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.evaluation import flops
+from tvq_haiku.parallel import multihost
 from tvq_haiku.run.metric_writers import RecordMetrics
+from tvq_haiku.run.trainer_options import TrainerOptions
+from tvq_haiku.types import Array
 from tvq_haiku.utils import progress
 
 
 class Reporter:
-  """Takes the metrics of every step, and reads them one step late: no device waits for it."""
+  """Reports the metrics of each training step one step late, so that no device waits for the host.
+
+  Attributes:
+    skipped: number of updates skipped since the process started.
+    skipped_in_a_row: number of consecutive skipped updates, up to the last reported one.
+    last_skipped: number of the last skipped update, counted from 1; None if there is none.
+  """
 
   def __init__(
     self,
     config: TransformerConfig,
     train_cfg: TrainConfig,
-    shown: progress.Progress,
+    options: TrainerOptions,
+    show_progress: progress.Progress,
     record: RecordMetrics | None,
-    *,
-    token_name: str,
-    peak_flops: float | None,
-    is_shown: bool = True,
   ):
-    self._shown, self._record, self._token_name = shown, record, token_name
-    self._is_shown = is_shown
-    self._tokens_per_step = train_cfg.global_batch_size * train_cfg.sequence_len
-    self._flops_per_token = flops.training_flops(config, train_cfg.sequence_len)
-    self._peak = peak_flops
-    self._pending: tuple[int, Any, bool] | None = None
-    self.skipped = self.skipped_in_a_row = 0  # updates, since the start
-    self.last_skipped: int | None = None  # its number, from 1
-    self._average: float | None = None
-    self._validated = ""
-    self._rate: float | None = None  # tokens per second
-    self._begin: float | None = None  # when the clock started
-    self._steps = 0  # since then
-
-  def step(self, update: int, metrics: Mapping[str, jax.Array], *, log: bool) -> None:
-    """Takes what a step gave, and says what the one before it gave.
+    """Creates a reporter that has reported nothing yet.
 
     Args:
-      update: how many were made, this step's included.
-      metrics: of the step, one value per update.
-      log: whether to record it.
+      config: configuration of the model.
+      train_cfg: configuration of its training.
+      options: options of the training loop, for the unit of the loss and the peak FLOP/s.
+      show_progress: shows the progress line.
+      record: writes metrics; None: metrics are not written.
+    """
+    self.skipped = self.skipped_in_a_row = 0
+    self.last_skipped: int | None = None
+    self._options, self._show_progress, self._record = options, show_progress, record
+    self._flops_per_token = flops.training_flops(config, train_cfg.sequence_len)
+    self._speed = _SpeedMeter(train_cfg.global_batch_size * train_cfg.sequence_len)
+    self._pending: _StepMetrics | None = None
+    self._average_loss: float | None = None  # nats per token; exponential moving average
+    self._validation_note = ""
+
+  def report_step(self, update: int, metrics: Mapping[str, Array], *, record: bool) -> None:
+    """Takes the metrics of a step, and reports those of the previous one.
+
+    Args:
+      update: number of updates made so far, including this step's.
+      metrics: [T/update_len] f32 each: one value per update of the step.
+      record: whether to write these metrics; the progress line is shown in any case.
     """
     self.flush()
-    self._pending = (update, metrics, log)
-    if self._average is None:
-      self._shown(update, "compiled")
+    self._pending = _StepMetrics(update, metrics, record)
+    if self._average_loss is None:
+      self._show_progress(update, "compiled")
 
   def flush(self) -> None:
-    """Says what the last step gave, even if the device must be waited for."""
+    """Reports the metrics of the last step; waits until the devices have computed them."""
     if self._pending is None:
       return
-    update, metrics, log = self._pending
+    update, metrics, record = self._pending
     metrics = jax.device_get(metrics)
     self._pending = None
     self._count_skipped(update, metrics)
-    for loss in metrics["loss_lm"][metrics["skipped"] == 0.0]:
-      self._average = loss if self._average is None else 0.95 * self._average + 0.05 * loss
-    self._tick()
-    rate = "" if self._rate is None else f"  {self._rate:,.0f} tokens/s"
-    bits = math.nan if self._average is None else self._average / math.log(2)
-    skipped = f"  {self.skipped} updates skipped" if self.skipped else ""
-    self._shown(update, f"{bits:.3f} bits per {self._token_name}{rate}{self._validated}{skipped}")
-    if log and self._record:
-      values = {name: float(np.mean(value)) for name, value in metrics.items()}
-      values["skipped_since_start"] = self.skipped
-      if self._rate is not None:
-        values["tokens_per_second"] = self._rate
-        if self._peak:
-          values["of_peak"] = self._rate * self._flops_per_token / self._peak
-      self._record(update, values)
-      self.start_clock()  # speed is that since the last record
+    self._update_average_loss(metrics)
+    self._speed.count_step()
+    self._show_progress(update, self._progress_note())
+    if record and self._record:
+      self._record(update, self._step_record(metrics))
+      self.restart_clock()  # speed is measured from one record to the next
+
+  def report_validation(self, update: int, metrics: Mapping[str, float]) -> None:
+    """Writes the metrics of a validation, and keeps its loss in the progress line.
+
+    Args:
+      update: number of updates made so far.
+      metrics: metrics of the validation split, with `loss_lm` in nats per token.
+    """
+    self._validation_note = f"  validation {metrics['loss_lm'] / math.log(2):.3f}"
+    if self._record:
+      self._record(update, {f"validation_{name}": value for name, value in metrics.items()})
+
+  def restart_clock(self) -> None:
+    """Restarts the measurement of speed, which excludes the time since the last step."""
+    self._speed.restart()
 
   def _count_skipped(self, update: int, metrics: Mapping[str, np.ndarray]) -> None:
-    n = len(metrics["skipped"])
-    for i in range(n):
-      if not metrics["skipped"][i]:
+    n_updates = len(metrics["skipped"])
+    for i, is_skipped in enumerate(metrics["skipped"]):
+      if not is_skipped:
         self.skipped_in_a_row = 0
         continue
       self.skipped += 1
       self.skipped_in_a_row += 1
-      self.last_skipped = update - n + i + 1
-      values = ", ".join(f"{name} {metrics[name][i]:.4g}" for name in ("loss", "grad_norm"))
-      if self._is_shown:
+      self.last_skipped = update - n_updates + i + 1
+      if multihost.is_main_process():
+        values = ", ".join(f"{name} {metrics[name][i]:.4g}" for name in ("loss", "grad_norm"))
         progress.log(f"warning: update {self.last_skipped} is skipped: {values}")
 
-  def validation(self, update: int, found: Mapping[str, float]) -> None:
-    """Says and records what validation found."""
-    bits = found["loss_lm"] / math.log(2)
-    self._validated = f"  validation {bits:.3f}"
-    if self._record:
-      self._record(update, {f"validation_{name}": value for name, value in found.items()})
+  def _update_average_loss(self, metrics: Mapping[str, np.ndarray]) -> None:
+    for loss in metrics["loss_lm"][metrics["skipped"] == 0.0]:
+      if self._average_loss is None:
+        self._average_loss = loss
+      else:
+        self._average_loss = 0.95 * self._average_loss + 0.05 * loss
 
-  def start_clock(self) -> None:
-    """What passed since the last step was not training, and does not count."""
-    self._begin, self._steps = time.monotonic(), 0
+  def _progress_note(self) -> str:
+    rate = self._speed.tokens_per_second
+    speed = "" if rate is None else f"  {rate:,.0f} tokens/s"
+    bits = math.nan if self._average_loss is None else self._average_loss / math.log(2)
+    skipped = f"  {self.skipped} updates skipped" if self.skipped else ""
+    return f"{bits:.3f} bits per {self._options.token_name}{speed}{self._validation_note}{skipped}"
 
-  def _tick(self) -> None:
-    if self._begin is None:  # the very first step pays for compilation
-      self.start_clock()
+  def _step_record(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns the means over the updates of a step, with the counts and speeds of the process."""
+    record = {name: float(np.mean(values)) for name, values in metrics.items()}
+    record["skipped_since_start"] = self.skipped
+    rate = self._speed.tokens_per_second
+    if rate is not None:
+      record["tokens_per_second"] = rate
+      if self._options.peak_flops:
+        record["of_peak"] = rate * self._flops_per_token / self._options.peak_flops
+    return record
+
+
+class _StepMetrics(NamedTuple):
+  """Metrics of a training step that are not reported yet."""
+
+  update: int  # number of updates made, including the step's
+  metrics: Mapping[str, Array]  # [T/update_len] f32 each
+  record: bool  # whether to write them
+
+
+class _SpeedMeter:
+  """Measures the tokens per second of training, without the first step, which compiles."""
+
+  def __init__(self, tokens_per_step: int):
+    self.tokens_per_second: float | None = None  # None until the second step
+    self._tokens_per_step = tokens_per_step
+    self._start: float | None = None  # seconds on the monotonic clock
+    self._steps = 0  # since the start
+
+  def restart(self) -> None:
+    """Measures from now on."""
+    self._start, self._steps = time.monotonic(), 0
+
+  def count_step(self) -> None:
+    """Counts a step that has just ended."""
+    if self._start is None:
+      self.restart()
       return
     self._steps += 1
-    self._rate = self._steps * self._tokens_per_step / (time.monotonic() - self._begin)
+    self.tokens_per_second = self._steps * self._tokens_per_step / (time.monotonic() - self._start)

@@ -1,10 +1,9 @@
-"""What a model is and needs, in lines for people to read."""
+"""Descriptions of a model, its training and its data, as text for the command `info`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 
@@ -15,23 +14,24 @@ from tvq_haiku.model import transformer
 
 
 def count_params(config: TransformerConfig) -> int:
-  """How many numbers the model's parameters are.
+  """Returns the number of scalar parameters of the model, codebooks included.
 
-  >>> n_params(TransformerConfig.enwik8())
+  >>> count_params(TransformerConfig.enwik8())
   187679750
   """
   return sum(math.prod(x.shape) for x in jax.tree.leaves(transformer.params_shapes(config)))
 
 
 def state_bytes(config: TransformerConfig) -> int:
-  """What the model remembers of one row, at any length of context."""
+  """Returns the bytes of the model's state per batch element, at any context length."""
   return memory_plan.tree_bytes(jax.eval_shape(lambda: transformer.initial_state(config, 1)))
 
 
 def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
-  """The resolved configuration, and what it amounts to."""
-  parts = memory_plan.plan_memory(config, train_cfg).memory
+  """Returns the settings of a model and of its training, and the resources that they need."""
+  memory = memory_plan.plan_memory(config, train_cfg).memory
   forward = 2 * flops.forward_multiply_adds(config, train_cfg.sequence_len) / train_cfg.sequence_len
+  training = flops.training_flops(config, train_cfg.sequence_len)
   tokens = train_cfg.global_batch_size * train_cfg.update_len
   return "\n".join(
     [
@@ -42,33 +42,41 @@ def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
       *_settings(train_cfg),
       "",
       f"Parameters:        {count_params(config):,}",
-      f"FLOPs per token:   {forward:,.0f} forward, "
-      f"{flops.training_flops(config, train_cfg.sequence_len):,.0f} in training",
-      f"An update:         {tokens:,} tokens; a step: {train_cfg.updates_per_step} updates",
+      f"FLOPs per token:   {forward:,.0f} forward, {training:,.0f} in training",
+      f"Per update:        {tokens:,} tokens; {train_cfg.updates_per_step} updates per step",
       f"All updates:       {tokens * train_cfg.n_max_step:,} tokens",
-      f"Training memory:   about {_size(sum(parts.values()))} ("
-      + ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+      f"Training memory:   about {_format_bytes(sum(memory.values()))} ("
+      + ", ".join(f"{name} {_format_bytes(n)}" for name, n in memory.items())
       + ")",
-      f"State:             {_size(state_bytes(config))} a row, at any length of context",
+      f"State:             {_format_bytes(state_bytes(config))} per batch element, at any context "
+      "length",
     ]
   )
 
 
-def describe_data(name: str, facts: SplitStatistics, *, has_words: bool = True) -> str:
-  """What was counted in a split; `has_words` if it is one of texts."""
-  words = f"{facts.n_word:>13,} words " if has_words else ""
+def describe_data(split: str, statistics: SplitStatistics, *, has_words: bool = True) -> str:
+  """Returns one line with the statistics of a split.
+
+  Args:
+    split: name of the split.
+    statistics: counts made when the split was encoded.
+    has_words: whether to include the number of words; False for images.
+  """
+  s = statistics
+  words = f"{s.n_word:>13,} words " if has_words else ""
   return (
-    f"  {name:<11}{facts.n_token:>15,} tokens {facts.n_document:>9,} documents "
-    f"{facts.n_byte:>15,} bytes {words}  unigram entropy {facts.unigram_entropy:.3f} bits a token, "
-    f"{facts.unigram_entropy * facts.n_token / facts.n_byte:.3f} a byte"
+    f"  {split:<11}{s.n_token:>15,} tokens {s.n_document:>9,} documents {s.n_byte:>15,} bytes "
+    f"{words}  unigram entropy {s.unigram_entropy:.3f} bits per token, "
+    f"{s.unigram_entropy * s.n_token / s.n_byte:.3f} bits per byte"
   )
 
 
-def _settings(config: Any) -> list[str]:
+def _settings(config: TransformerConfig | TrainConfig) -> list[str]:
+  """Returns one line per field of a configuration."""
   return [
     f"  {field.name:<18}{getattr(config, field.name)}" for field in dataclasses.fields(config)
   ]
 
 
-def _size(n: int) -> str:
+def _format_bytes(n: int) -> str:
   return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"

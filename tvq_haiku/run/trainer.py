@@ -1,15 +1,13 @@
-"""The training loop: batches in, checkpoints out, and nothing lost on the way."""
+"""The training loop: restores a run, trains it, saves and validates it, and stops it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-import contextlib
+import dataclasses
 import functools
 import os
-import signal
-import threading
+import pathlib
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,48 +16,18 @@ from tvq_haiku.checkpoint import checkpoint_writer, checkpoints, run_directory
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing, prefetch
 from tvq_haiku.parallel import multihost, sharding
-from tvq_haiku.run import best_checkpoint, reporter
+from tvq_haiku.run import best_checkpoint, stop_signals
 from tvq_haiku.run.metric_writers import RecordMetrics
+from tvq_haiku.run.reporter import Reporter
+from tvq_haiku.run.trainer_options import TrainerOptions
 from tvq_haiku.training import nan_debug
 from tvq_haiku.training import train_step as train_step_lib
+from tvq_haiku.types import Batch, Params, StopRequest
 from tvq_haiku.utils import files, progress
 
-
-class StopRequest:
-  """Becomes true when the user, or the system, asks the loop to end."""
-
-  def __init__(self):
-    self._asked = False
-
-  def __bool__(self) -> bool:
-    return self._asked
-
-  def ask(self, *_) -> None:
-    self._asked = True
-    # A second signal ends the process at once; the last checkpoint is whole either way.
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-  """Ctrl-C and SIGTERM set the request instead of breaking off in the middle of a step."""
-  request = StopRequest()
-  if threading.current_thread() is not threading.main_thread():
-    yield request  # signals only reach the main thread
-    return
-  previous = {
-    number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)
-  }
-  try:
-    yield request
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-
-
-# Of parameters: what validation finds, `loss_lm` among it; None if the request came first.
-Validate = Callable[[Any, object], Mapping[str, float] | None]
+# Takes parameters and a stop request; returns the metrics of the validation split, with `loss_lm`
+# in nats per token, or None if it was stopped.
+Validate = Callable[[Params, StopRequest], Mapping[str, float] | None]
 
 
 def resume_or_initialize(
@@ -69,35 +37,38 @@ def resume_or_initialize(
   *,
   seed: int = 0,
   mesh: jax.sharding.Mesh | None = None,
-  params: Any = None,
+  params: Params | None = None,
 ) -> checkpoints.Checkpoint:
-  """Where the run of a directory stands: at its newest checkpoint that is whole, or at its beginning.
+  """Returns the newest undamaged checkpoint of a run, or the state before its first update.
+
+  Damaged checkpoints are moved to damaged/, with a warning.
 
   Args:
-    config: the model.
-    train_cfg: how it is trained.
-    workdir: of the run. What is damaged there is moved to damaged/, with a warning.
-    seed: of parameters and dropout.
-    mesh: where to put it.
-    params: to begin with, instead of fresh ones.
+    config: configuration of the model.
+    train_cfg: configuration of its training.
+    workdir: directory of the run.
+    seed: seed of the initial parameters and of dropout.
+    mesh: devices on which to put the train state; None: the default device.
+    params: parameters to initialize a new run from; None: random parameters.
 
   Raises:
-    CheckpointError: the directory holds a run of another configuration or seed, or nothing of it can
-      be read.
+    CheckpointError: the run has a different configuration or seed, or all of its checkpoints are
+      damaged.
   """
   init_rng, rng = jax.random.split(jax.random.key(seed))
   if run_directory.has_checkpoint(workdir):
     run_directory.check_same_run(workdir, config, train_cfg)
     saved = checkpoints.load_checkpoint(workdir, mesh=mesh)
     if (jax.random.key_data(saved.rng) != jax.random.key_data(rng)).any():
-      raise checkpoints.CheckpointError(
-        f"{workdir} holds a run of another seed than {seed}. Use its seed, or another directory."
+      raise run_directory.CheckpointError(
+        f"seed mismatch: {workdir} holds a run with a different seed than {seed}. Use the seed of "
+        "the run, or another directory."
       )
     run_directory.set_aside_later(workdir, after=int(saved.train_state.step))
     return saved
-  multihost.barrier("start")  # before anyone writes
+  multihost.barrier("start")  # no process may write before all have seen that there is no run
   state = train_step_lib.init_train_state(config, train_cfg, init_rng, params, mesh=mesh)
-  return checkpoints.Checkpoint(config, train_cfg, state, rng, 0)
+  return checkpoints.Checkpoint(config, train_cfg, state, rng, data_step=0)
 
 
 def fit(
@@ -108,194 +79,249 @@ def fit(
   *,
   seed: int = 0,
   mesh: jax.sharding.Mesh | None = None,
-  begin: checkpoints.Checkpoint | None = None,
-  save_seconds: float = 60.0,
-  max_to_keep: int = 2,
-  token_name: str = "token",
+  checkpoint: checkpoints.Checkpoint | None = None,
   record: RecordMetrics | None = None,
-  log_every: int = 10,
-  peak_flops: float | None = None,
   validate: Validate | None = None,
-  validate_every: int = 1000,
-  max_skipped: int = 20,
-  debug_nans: bool = False,
+  options: TrainerOptions | None = None,
 ) -> checkpoints.Checkpoint:
-  """Trains to `n_max_step` updates, from the newest checkpoint of `workdir` if there is one.
+  """Trains a run to `n_max_step` updates, from its newest checkpoint if it has one.
 
-  Saves every `save_seconds`, before each validation, at the end, and when Ctrl-C or SIGTERM asks it
-  to end early; in the background, while training goes on. The last batch is finished, even if it
-  makes more updates than `n_max_step`. Updates whose loss or gradients are not finite are skipped.
+  Saves a checkpoint every `save_seconds`, before each validation, at the end, and before stopping
+  on SIGINT (Ctrl-C) or SIGTERM; checkpoints are written in the background. The last batch is always
+  completed, even if it makes more updates than `n_max_step`. Updates with a non-finite loss or
+  gradient are skipped.
 
   Args:
-    config: the model.
-    train_cfg: how to train; the batches must have its sizes.
-    batches: their position is set to where the checkpoint was taken. Of several hosts, each has
-      its share: see `sharding.process_share`.
-    workdir: of the run, which all hosts share.
-    seed: of parameters and dropout.
-    mesh: devices that share the work; None: one.
-    begin: from `resume_or_initialize`, with the same arguments; None: calls it.
-    save_seconds: time between checkpoints.
-    max_to_keep: so many of the last checkpoints are kept.
-    token_name: what progress calls a token, such as "byte".
-    record: gets the metrics of the last batch (means over its updates), speed, and use of codes. Of
-      several hosts, only the first needs one.
-    log_every: updates between two records.
-    peak_flops: of the machine, to record what share of them the model gets.
-    validate: called between two batches; the best checkpoint is kept under `best`.
-    validate_every: updates between two validations; there is one at the end, too.
-    max_skipped: so many skipped updates in a row end the run.
-    debug_nans: the first skipped update ends it, after its step was computed again without
-      compiling, to name the first tensor that is not finite. Keeps a copy of everything.
+    config: configuration of the model.
+    train_cfg: configuration of its training, with the sizes of `batches`.
+    batches: training batches; their `step` is set to the position of the checkpoint. With several
+      processes, each has its share: see `sharding.process_share`.
+    workdir: directory of the run, shared by all processes.
+    seed: seed of the initial parameters and of dropout.
+    mesh: devices that share the work; None: the default device.
+    checkpoint: result of `resume_or_initialize` with the same arguments; None: call it.
+    record: writes metrics (means over the updates of the last batch), speed and use of the codes.
+      With several processes, only process 0 needs it.
+    validate: computes the validation metrics; the best checkpoint is kept under best/.
+    options: when to save, log, validate and give up; None: the defaults.
 
   Returns:
-    The last checkpoint; its step is short of `n_max_step` if the run was asked to end.
+    The last checkpoint; its step is less than `n_max_step` if the run was stopped by a signal.
 
   Raises:
     CheckpointError: see `resume_or_initialize`.
-    NumericalError: too many updates in a row were skipped.
-    OSError: something cannot be written.
+    NumericalError: `max_skipped` consecutive updates were skipped.
+    OSError: a file cannot be written.
   """
-  for name, value in (
-    ("log_every", log_every),
-    ("validate_every", validate_every),
-    ("max_skipped", max_skipped),
-    ("max_to_keep", max_to_keep),
-  ):
-    if value < 1:
-      raise ValueError(f"fit: {name}={value!r} must be at least 1.")
+  options = options or TrainerOptions()
   workdir = files.prepare_directory(workdir)
-  per_batch = train_cfg.updates_per_step
-  n_batches = -(-train_cfg.n_max_step // per_batch)
-  now = (
-    resume_or_initialize(config, train_cfg, workdir, seed=seed, mesh=mesh)
-    if begin is None
-    else begin
-  )
-  batches.step = now.data_step
-  if now.data_step >= n_batches and (validate is None or _was_validated(workdir, now)):
-    return now
+  if checkpoint is None:
+    checkpoint = resume_or_initialize(config, train_cfg, workdir, seed=seed, mesh=mesh)
+  batches.step = checkpoint.data_step
+  n_batches = _n_batches(train_cfg)
+  if checkpoint.data_step >= n_batches and (validate is None or _is_validated(workdir, checkpoint)):
+    return checkpoint
 
-  def reaches(done: int, every: int) -> bool:
-    return done * per_batch // every > (done - 1) * per_batch // every or done == n_batches
-
-  if now.data_step and multihost.is_main_process():
-    progress.log(f"going on after {int(now.train_state.step)} of {n_batches * per_batch} updates")
-  step = train_step_lib.make_train_step(config, train_cfg, mesh)
-  place = (
-    jax.device_put
-    if mesh is None
-    else functools.partial(sharding.put_batch, mesh=mesh, n_row=train_cfg.global_batch_size)
-  )
+  n_updates, is_main = n_batches * train_cfg.updates_per_step, multihost.is_main_process()
+  if checkpoint.data_step and is_main:
+    progress.log(f"resuming after {int(checkpoint.train_state.step)} of {n_updates} updates")
+  train_step = train_step_lib.make_train_step(config, train_cfg, mesh)
+  device_put = jax.device_put
+  if mesh is not None:
+    n_row = train_cfg.global_batch_size
+    device_put = functools.partial(sharding.put_batch, mesh=mesh, n_row=n_row)
+  first_update = checkpoint.data_step * train_cfg.updates_per_step
   with (
-    stop_on_signals() as request,
+    stop_signals.stop_on_signals() as stop_request,
     checkpoint_writer.CheckpointWriter(
-      workdir, config, train_cfg, max_to_keep=max_to_keep
+      workdir, config, train_cfg, max_to_keep=options.max_to_keep
     ) as writer,
-    prefetch.to_device(batches, device_put=place) as ready,
-    progress.bar(
-      "training",
-      n_batches * per_batch,
-      now.data_step * per_batch,
-      enabled=multihost.is_main_process(),
-    ) as shown,
+    prefetch.to_device(batches, device_put=device_put) as device_batches,
+    progress.bar("training", n_updates, first_update, enabled=is_main) as show_progress,
   ):
-    votes = multihost.StopVote()
-    report = reporter.Reporter(
-      config,
-      train_cfg,
-      shown,
-      record,
-      token_name=token_name,
-      peak_flops=peak_flops,
-      is_shown=multihost.is_main_process(),
-    )
+    return Trainer(
+      config=config,
+      train_cfg=train_cfg,
+      options=options,
+      workdir=workdir,
+      checkpoint=checkpoint,
+      train_step=train_step,
+      validate=validate,
+      writer=writer,
+      reporter=Reporter(config, train_cfg, options, show_progress, record),
+      stop_request=stop_request,
+    ).run(device_batches)
 
-    def check() -> bool:
-      """Whether validation came to its end; if not, none of the hosts' did."""
-      writer.wait()
-      found = validate(now.train_state.params, multihost.SharedStopRequest(request))
-      if found is not None:
-        report.validation(int(now.train_state.step), found)
-        best_checkpoint.keep_best(workdir, now, found["loss_lm"])
-      return found is not None
 
-    def judge(batch: Any, before: train_step_lib.TrainState | None = None) -> None:
-      """Ends the run if too many updates were skipped, of which `batch` had the last."""
-      if report.skipped_in_a_row >= (1 if debug_nans else max_skipped):
-        writer.wait()
-        raise _numerical_error(config, train_cfg, workdir, before, state, batch, now.rng, report)
+@dataclasses.dataclass(kw_only=True)
+class Trainer:
+  """The state of a run between two batches, and what is done after each of them.
 
-    # The process may have died, or been asked to end, after the checkpoint and before this.
-    if (
-      validate
-      and now.data_step
-      and reaches(now.data_step, validate_every)
-      and not _was_validated(workdir, now)
-      and not check()
-    ):
-      return now
-    state, saved, last_batch = now.train_state, time.monotonic(), None
-    for done in range(now.data_step + 1, n_batches + 1):
-      batch = next(ready)
-      before = jax.tree.map(jnp.copy, state) if debug_nans else None
-      state, metrics = step(state, batch, now.rng)
-      report.step(done * per_batch, metrics, log=reaches(done, log_every))
-      judge(last_batch)  # what is known now is of the step before
-      last_batch = batch
-      if debug_nans:
-        report.flush()
-        judge(batch, before)
-      if step.n_compiled() > 1:
-        raise RuntimeError(f"the training step was compiled again at update {done * per_batch}.")
-      checks = validate is not None and reaches(done, validate_every)
-      stop, due = votes(request, time.monotonic() - saved > save_seconds)
-      if stop or checks or done == n_batches or due:
-        report.flush()
-        judge(batch)
-        now = now._replace(train_state=state, data_step=done)
-        writer.save(now)
-        if checks and not stop and not check():
-          break
-        votes.forget()
-        report.start_clock()
-        saved = time.monotonic()
-      if stop:
+  All processes save, validate and stop after the same batch; `fit` creates the trainer.
+  """
+
+  config: TransformerConfig
+  train_cfg: TrainConfig
+  options: TrainerOptions
+  workdir: pathlib.Path  # directory of the run
+  checkpoint: checkpoints.Checkpoint  # the last saved one, or the one to start from
+  train_step: train_step_lib.TrainStep
+  validate: Validate | None  # None: the run has no validation
+  writer: checkpoint_writer.CheckpointWriter
+  reporter: Reporter
+  stop_request: StopRequest  # of this process
+
+  def __post_init__(self):
+    self._train_state = self.checkpoint.train_state
+    self._n_batches = _n_batches(self.train_cfg)
+    self._votes = multihost.StopVote()
+    self._last_batch: Batch | None = None
+    self._last_save = time.monotonic()  # seconds
+
+  def run(self, batches: Iterator[Batch]) -> checkpoints.Checkpoint:
+    """Trains on the remaining batches, and returns the last checkpoint."""
+    if not self._catch_up_validation():
+      return self.checkpoint
+    self._last_save = time.monotonic()
+    for n in range(self.checkpoint.data_step + 1, self._n_batches + 1):
+      self._train_on(next(batches), n)
+      if not self._save_and_validate(n):
         break
-  return now
+    return self.checkpoint
 
+  def _is_due(self, n: int, every: int) -> bool:
+    """Returns whether batch `n` reaches a multiple of `every` updates, or is the last batch."""
+    updates = self.train_cfg.updates_per_step
+    return n * updates // every > (n - 1) * updates // every or n == self._n_batches
 
-def _numerical_error(
-  config: TransformerConfig,
-  train_cfg: TrainConfig,
-  workdir: os.PathLike,
-  before: train_step_lib.TrainState | None,
-  state: train_step_lib.TrainState,
-  batch: Any,
-  rng: jax.Array,
-  report: reporter.Reporter,
-) -> nan_debug.NumericalError:
-  """What to say when updates were skipped; names the first tensor that is to blame, if it can."""
-  last = report.last_skipped
-  if before is None:  # skipped updates changed nothing else, and at most one batch came after them
-    n = train_cfg.updates_per_step
-    before = state._replace(step=jnp.full_like(state.step, (last - 1) // n * n))
-  first = "what it comes from can only be looked for on one host"
-  if jax.process_count() == 1:
-    given = train_step_lib.replay_to_skipped(config, train_cfg, before, batch, rng)
-    found = nan_debug.first_non_finite(config, **given) if given else None
-    first = (
-      f"the first that is not finite is the {found}"
-      if found
-      else "computed again with the parameters of now, the last of them is finite"
+  def _train_on(self, batch: Batch, n: int) -> None:
+    """Runs the training step of batch `n`, counted from 1, and reports the previous step.
+
+    With `debug_nans`, this step is reported, too: the host waits for the devices.
+    """
+    debug_nans = self.options.debug_nans
+    state_before = jax.tree.map(jnp.copy, self._train_state) if debug_nans else None
+    self._train_state, metrics = self.train_step(self._train_state, batch, self.checkpoint.rng)
+    update = n * self.train_cfg.updates_per_step
+    self.reporter.report_step(update, metrics, record=self._is_due(n, self.options.log_every))
+    self._check_skipped(self._last_batch)
+    self._last_batch = batch
+    if debug_nans:
+      self.reporter.flush()
+      self._check_skipped(batch, state_before)
+    if self.train_step.n_compiled() > 1:
+      raise RuntimeError(
+        f"the training step was compiled again at update {update}; all batches must have the same "
+        "shapes and types."
+      )
+
+  def _save_and_validate(self, n: int) -> bool:
+    """Saves and validates after batch `n` where due; returns whether to continue."""
+    is_validation_due = self.validate is not None and self._is_due(n, self.options.validate_every)
+    is_save_due = time.monotonic() - self._last_save > self.options.save_seconds
+    stop, is_save_due = self._votes(self.stop_request, is_save_due)
+    if not (stop or is_validation_due or is_save_due or n == self._n_batches):
+      return True
+    self._save(n)
+    if is_validation_due and not stop and not self._run_validation():
+      return False
+    self._votes.forget()
+    self.reporter.restart_clock()
+    self._last_save = time.monotonic()
+    return not stop
+
+  def _save(self, n: int) -> None:
+    """Saves a checkpoint after batch `n`, unless too many of the last updates were skipped."""
+    self.reporter.flush()
+    self._check_skipped(self._last_batch)
+    self.checkpoint = self.checkpoint._replace(train_state=self._train_state, data_step=n)
+    self.writer.save(self.checkpoint)
+
+  def _catch_up_validation(self) -> bool:
+    """Runs the validation that is due at the initial checkpoint, if the run ended before it.
+
+    Returns:
+      Whether to continue; False if a stop was requested during the validation.
+    """
+    n = self.checkpoint.data_step
+    if (
+      self.validate is None
+      or n == 0
+      or not self._is_due(n, self.options.validate_every)
+      or _is_validated(self.workdir, self.checkpoint)
+    ):
+      return True
+    return self._run_validation()
+
+  def _run_validation(self) -> bool:
+    """Validates the last checkpoint.
+
+    Returns:
+      Whether to continue; False, in all processes, if a stop was requested in one of them.
+    """
+    self.writer.wait()
+    metrics = self.validate(
+      self.checkpoint.train_state.params, multihost.SharedStopRequest(self.stop_request)
     )
-  n, saved = report.skipped_in_a_row, run_directory.latest_step(workdir)
-  return nan_debug.NumericalError(
-    f"{n} update{'s' if n > 1 else ''} in a row had a loss or gradients that are not finite, to update "
-    f"{last}: {first}. "
-    + ("Nothing was saved yet." if saved is None else f"{workdir} is as of step {saved}.")
-  )
+    if metrics is None:
+      return False
+    self.reporter.report_validation(int(self.checkpoint.train_state.step), metrics)
+    best_checkpoint.keep_best(self.workdir, self.checkpoint, metrics["loss_lm"])
+    return True
+
+  def _check_skipped(
+    self, batch: Batch | None, state_before: train_step_lib.TrainState | None = None
+  ) -> None:
+    """Ends the run if too many consecutive updates were skipped.
+
+    Args:
+      batch: batch of the last reported step; None if there is none.
+      state_before: train state before that step; None: not kept.
+
+    Raises:
+      NumericalError: the limit is reached.
+    """
+    limit = 1 if self.options.debug_nans else self.options.max_skipped
+    if self.reporter.skipped_in_a_row < limit:
+      return
+    self.writer.wait()
+    count, last = self.reporter.skipped_in_a_row, self.reporter.last_skipped
+    updates = f"update {last} was" if count == 1 else f"updates {last - count + 1} to {last} were"
+    saved = run_directory.latest_step(self.workdir)
+    raise nan_debug.NumericalError(
+      f"{updates} skipped, because the loss or a gradient is not finite: "
+      f"{self._non_finite_cause(batch, state_before)}. "
+      + (
+        "No checkpoint was saved yet."
+        if saved is None
+        else f"The newest checkpoint in {self.workdir} is of step {saved}."
+      )
+    )
+
+  def _non_finite_cause(self, batch: Batch, state_before: train_step_lib.TrainState | None) -> str:
+    """Repeats the step of the last skipped update, and names its first non-finite tensor."""
+    if jax.process_count() > 1:
+      return "the first non-finite tensor can only be found in a run of a single process"
+    if state_before is None:
+      # Skipped updates change only the step, and at most one batch was trained on since; so the
+      # current state differs from the one before the step by that batch at most.
+      n = self.train_cfg.updates_per_step
+      step = (self.reporter.last_skipped - 1) // n * n
+      state_before = self._train_state._replace(step=jnp.full_like(self._train_state.step, step))
+    arguments = train_step_lib.replay_to_skipped(
+      self.config, self.train_cfg, state_before, batch, self.checkpoint.rng
+    )
+    tensor = nan_debug.first_non_finite(self.config, **arguments) if arguments else None
+    if tensor is None:
+      return "not reproduced: the last skipped update is finite when it is run again"
+    return f"the first non-finite tensor is the {tensor}"
 
 
-def _was_validated(workdir: os.PathLike, now: checkpoints.Checkpoint) -> bool:
-  return best_checkpoint.read_validations(workdir).step >= int(now.train_state.step)
+def _n_batches(train_cfg: TrainConfig) -> int:
+  """Returns the number of batches that make at least `n_max_step` updates."""
+  return -(-train_cfg.n_max_step // train_cfg.updates_per_step)
+
+
+def _is_validated(workdir: pathlib.Path, checkpoint: checkpoints.Checkpoint) -> bool:
+  """Returns whether the validation of this checkpoint, or of a later one, is complete."""
+  return best_checkpoint.read_validations(workdir).step >= int(checkpoint.train_state.step)

@@ -1,0 +1,270 @@
+"""What one can do with an experiment: train it, evaluate it on a split, and generate samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from tvq_haiku.checkpoint import checkpoints, run_directory
+from tvq_haiku.data import image_grid, packing, token_cache
+from tvq_haiku.data.sentencepiece_vocabulary import PieceVocabulary
+from tvq_haiku.data.vocabulary import ByteVocabulary
+from tvq_haiku.evaluation import flops
+from tvq_haiku.generation import generate as generate_lib
+from tvq_haiku.parallel import multihost, sharding
+from tvq_haiku.run import data_statistics, metric_writers, trainer
+from tvq_haiku.run.experiment import VOCABULARY_FILE, Experiment
+from tvq_haiku.types import Params
+from tvq_haiku.utils import files
+
+_SAMPLES_DIRECTORY = "samples"
+
+
+def train(
+  experiment: Experiment,
+  *,
+  params: Params | None = None,
+  validate_tokens: int | None = None,
+  tensorboard: bool = True,
+  wandb: str | None = None,
+  options: trainer.TrainerOptions | None = None,
+) -> checkpoints.Checkpoint:
+  """Trains an experiment, or resumes it, and keeps its last and its best checkpoint.
+
+  Args:
+    experiment: the experiment.
+    params: parameters to initialize a new run from; None: random parameters.
+    validate_tokens: maximum number of tokens that a validation reads; None: the whole split.
+    tensorboard: whether to write TensorBoard event files.
+    wandb: Weights & Biases project to send the metrics to; None: don't send them.
+    options: when to save, log, validate and give up; None: the defaults. The unit of the loss and
+      the peak FLOP/s are those of the experiment.
+
+  Returns:
+    The last checkpoint; its step is less than `n_max_step` if the run was stopped by a signal.
+
+  Raises:
+    CheckpointError: the directory holds a run with a different configuration, seed or dataset, or
+      another process trains in it.
+    NumericalError: `max_skipped` consecutive updates were skipped.
+    ValueError: the data is damaged, or too small for one batch.
+    OSError: a file cannot be written.
+  """
+  e, workdir = experiment, files.prepare_directory(experiment.workdir)
+  with _lock(workdir), contextlib.ExitStack() as stack:
+    is_resumed = run_directory.has_checkpoint(workdir)
+    if is_resumed:
+      run_directory.check_same_run(workdir, e.config, e.train_cfg)
+    splits = {name: e.open_split(name) for name in ("train", "validation")}
+    batches = _training_batches(e, splits["train"])
+    if is_resumed:
+      data_statistics.check_same_data(workdir, splits)
+    checkpoint = trainer.resume_or_initialize(
+      e.config, e.train_cfg, workdir, seed=e.seed, mesh=e.mesh, params=params
+    )
+    record = None
+    if multihost.is_main_process():
+      _save_inputs(e, workdir, splits)
+      writers = metric_writers.open_writers(
+        workdir,
+        step=int(checkpoint.train_state.step),
+        tensorboard=tensorboard,
+        wandb=wandb,
+        settings=dataclasses.asdict(e.config) | dataclasses.asdict(e.train_cfg),
+      )
+      record = stack.enter_context(writers).write
+    return trainer.fit(
+      e.config,
+      e.train_cfg,
+      batches,
+      workdir,
+      seed=e.seed,
+      mesh=e.mesh,
+      checkpoint=checkpoint,
+      record=record,
+      validate=lambda params, stop: e.measure_split(
+        e.config, params, splits["validation"], max_tokens=validate_tokens, stop=stop, mesh=e.mesh
+      ),
+      options=_trainer_options(e, options),
+    )
+
+
+@contextlib.contextmanager
+def _lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Prevents other runs from training in the directory; process 0 holds the lock for all."""
+  with contextlib.ExitStack() as stack:
+    if multihost.is_main_process():
+      try:
+        stack.enter_context(files.lock(workdir / ".lock", wait=False))
+      except BlockingIOError as error:
+        raise run_directory.CheckpointError(
+          f"another process trains in {workdir}. Wait until it ends, or use another directory."
+        ) from error
+    yield
+
+
+def _training_batches(experiment: Experiment, split: token_cache.Split) -> packing.PackedBatches:
+  """Returns this process's share of the training batches."""
+  train_cfg = experiment.train_cfg
+  host, n_host = sharding.process_share(experiment.mesh, train_cfg.global_batch_size)
+  return packing.PackedBatches(
+    split.stream,
+    batch_size=train_cfg.global_batch_size,
+    sequence_len=train_cfg.sequence_len,
+    seed=experiment.seed,
+    aligned=experiment.image_size is not None,
+    host=host,
+    n_host=n_host,
+  )
+
+
+def _save_inputs(
+  experiment: Experiment, workdir: pathlib.Path, splits: Mapping[str, token_cache.Split]
+) -> None:
+  """Saves the vocabulary, so that the run can be used without the original file, and data.json."""
+  if isinstance(experiment.vocabulary, PieceVocabulary):
+    files.write_atomically(workdir / VOCABULARY_FILE, experiment.vocabulary.file.read_bytes())
+  data_statistics.save_statistics(workdir, splits)
+
+
+def _trainer_options(
+  experiment: Experiment, options: trainer.TrainerOptions | None
+) -> trainer.TrainerOptions:
+  """Returns the options with the experiment's unit of the loss and measured peak FLOP/s."""
+  mesh = experiment.mesh
+  if mesh is None:
+    n_peaks = 1
+  elif jax.default_backend() == "cpu":
+    n_peaks = jax.process_count()  # the CPU devices of a process share its cores
+  else:
+    n_peaks = mesh.size
+  return dataclasses.replace(
+    options or trainer.TrainerOptions(),
+    token_name=experiment.token_name,
+    peak_flops=flops.measured_peak(experiment.config.compute_dtype) * n_peaks,
+  )
+
+
+def evaluate(
+  experiment: Experiment, checkpoint: checkpoints.Checkpoint, split_name: str
+) -> dict[str, float]:
+  """Computes the metrics of a checkpoint on a whole split, and writes them to SPLIT.figures.json.
+
+  Args:
+    experiment: the experiment of the checkpoint.
+    checkpoint: the checkpoint.
+    split_name: "train", "validation" or "test".
+
+  Returns:
+    `loss_lm` in nats per token, the measures of the experiment, and what they were computed from:
+    the `step` of the checkpoint, `tokens`, `bytes`, and the number of `rows` read side by side.
+
+  Raises:
+    CheckpointError: the run was trained with a different vocabulary.
+    ValueError: the tokens are damaged.
+  """
+  data_statistics.check_vocabulary(experiment.workdir, experiment.vocabulary)
+  split = experiment.open_split(split_name)
+  token_cache.verify(split)
+  metrics = experiment.measure_split(checkpoint.config, checkpoint.train_state.params, split)
+  metrics |= {
+    "step": int(checkpoint.train_state.step),
+    "tokens": split.statistics.n_token,
+    "bytes": split.statistics.n_byte,
+    "rows": experiment.eval_rows,
+  }
+  file = experiment.workdir / f"{split_name}.figures.json"
+  files.write_atomically(file, json.dumps(metric_writers.finite(metrics), indent=1) + "\n")
+  return metrics
+
+
+def sample_texts(
+  experiment: Experiment,
+  checkpoint: checkpoints.Checkpoint,
+  prompts: Sequence[bytes],
+  *,
+  max_new_tokens: int,
+  **sampling: float | None,
+) -> tuple[list[str], pathlib.Path]:
+  """Generates a continuation of each prompt.
+
+  Args:
+    experiment: the experiment of the checkpoint.
+    checkpoint: the checkpoint.
+    prompts: texts to continue, in UTF-8.
+    max_new_tokens: maximum length of a continuation, in tokens.
+    **sampling: sampling parameters of `generate.continue_text`, such as `temperature`.
+
+  Returns:
+    The prompts with their continuations, and the file under samples/ that they were written to.
+
+  Raises:
+    CheckpointError: the run was trained with a different vocabulary.
+  """
+  data_statistics.check_vocabulary(experiment.workdir, experiment.vocabulary)
+  continuations = generate_lib.continue_text(
+    checkpoint.train_state.params,
+    checkpoint.config,
+    prompts,
+    max_new_tokens=max_new_tokens,
+    rng=jax.random.key(experiment.seed),
+    vocabulary=experiment.vocabulary,
+    show_progress=True,
+    **sampling,
+  )
+  texts = [
+    prompt.decode(errors="replace") + continuation
+    for prompt, continuation in zip(prompts, continuations, strict=True)
+  ]
+  file = _unused_sample_file(experiment, checkpoint, "txt")
+  content = "\n\n".join(f"--- {i} ---\n{text}" for i, text in enumerate(texts)) + "\n"
+  files.write_atomically(file, content)
+  return texts, file
+
+
+def sample_images(
+  experiment: Experiment, checkpoint: checkpoints.Checkpoint, n_image: int, **sampling: float | None
+) -> pathlib.Path:
+  """Generates images, and writes them as one grid to a PNG file under samples/.
+
+  Args:
+    experiment: the experiment of the checkpoint, with an `image_size`.
+    checkpoint: the checkpoint.
+    n_image: number of images.
+    **sampling: sampling parameters of `generate.generate`, such as `temperature`.
+
+  Returns:
+    The file.
+  """
+  size = experiment.image_size
+  out = generate_lib.generate(
+    checkpoint.train_state.params,
+    checkpoint.config,
+    np.full((n_image, 1), ByteVocabulary.EOS, np.int32),
+    max_new_tokens=3 * size**2,
+    rng=jax.random.key(experiment.seed),
+    show_progress=True,
+    **sampling,
+  )
+  images = image_grid.images_from_tokens(np.asarray(out.tokens), height=size, width=size)
+  content = io.BytesIO()
+  image_grid.image_grid(images).save(content, format="png")
+  file = _unused_sample_file(experiment, checkpoint, "png")
+  files.write_atomically(file, content.getvalue())
+  return file
+
+
+def _unused_sample_file(
+  experiment: Experiment, checkpoint: checkpoints.Checkpoint, extension: str
+) -> pathlib.Path:
+  """Returns a path under samples/, named after the step and the seed, that does not exist yet."""
+  directory = files.prepare_directory(experiment.workdir / _SAMPLES_DIRECTORY)
+  name = f"step-{int(checkpoint.train_state.step)}-seed-{experiment.seed}.{extension}"
+  return files.unused_path(directory / name)

@@ -1,0 +1,64 @@
+"""The file data.json of a run: statistics of the splits that it is trained and validated on.
+
+A run must be resumed on the data, and used with the vocabulary, that it was started with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+
+from tvq_haiku.checkpoint import run_directory
+from tvq_haiku.data.token_cache import Split
+from tvq_haiku.data.vocabulary import Vocabulary
+from tvq_haiku.utils import files
+
+_FILE = "data.json"
+_IDENTITY = ("vocabulary", "n_byte", "n_token", "checksum")  # fields that identify a split
+
+
+def save_statistics(workdir: pathlib.Path, splits: Mapping[str, Split]) -> None:
+  """Writes the statistics of the splits, by name, to data.json."""
+  statistics = {name: dataclasses.asdict(split.statistics) for name, split in splits.items()}
+  files.write_atomically(workdir / _FILE, json.dumps(statistics, indent=1))
+
+
+def check_same_data(workdir: pathlib.Path, splits: Mapping[str, Split]) -> None:
+  """Raises a CheckpointError that names the differences unless the run was started on `splits`."""
+  differences = []
+  for name, saved in _load_identities(workdir).items():
+    for field in _IDENTITY:
+      value = getattr(splits[name].statistics, field)
+      if saved[field] != value:
+        differences.append(f"{name} {field} is {saved[field]!r} in the run, {value!r} here")
+  if differences:
+    raise run_directory.CheckpointError(
+      f"data mismatch with the run in {workdir}: {'; '.join(differences)}. Use the data of the "
+      "run, or another directory."
+    )
+
+
+def check_vocabulary(workdir: pathlib.Path, vocabulary: Vocabulary) -> None:
+  """Raises a CheckpointError unless the run was trained with `vocabulary`."""
+  for identity in _load_identities(workdir).values():
+    if identity["vocabulary"] != vocabulary.fingerprint:
+      raise run_directory.CheckpointError(
+        f"vocabulary mismatch with the run in {workdir}: it is {identity['vocabulary']} in the "
+        f"run, {vocabulary.fingerprint} here. Leave --vocab out to use the vocabulary of the run."
+      )
+
+
+def _load_identities(workdir: pathlib.Path) -> dict[str, dict[str, str | int]]:
+  """Returns the identifying fields of each split in data.json; empty if there is no file."""
+  file = workdir / _FILE
+  try:
+    statistics = json.loads(file.read_text()) if file.exists() else {}
+    return {
+      name: {field: split[field] for field in _IDENTITY} for name, split in statistics.items()
+    }
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
+    raise run_directory.CheckpointError(
+      f"{file} is damaged. Remove it to continue without checking the training data."
+    ) from error

@@ -1,0 +1,40 @@
+"""Options of the training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+  """How a run is saved, logged and validated; the trained parameters don't depend on it.
+
+  >>> TrainerOptions(log_every=0)
+  Traceback (most recent call last):
+  ValueError: TrainerOptions: log_every=0 must be an integer of at least 1.
+  """
+
+  save_seconds: float = 60.0  # seconds between two checkpoints; 0: one after every batch
+  max_to_keep: int = 2  # number of most recent checkpoints to keep
+  log_every: int = 10  # updates between two records of metrics
+  validate_every: int = 1000  # updates between two validations; the last update is validated, too
+  max_skipped: int = 20  # consecutive skipped updates that end the run
+  debug_nans: bool = False  # end the run at the first skipped update; copies the state every step
+  token_name: str = "token"  # unit of the loss in the progress line, such as "byte"
+  peak_flops: float | None = None  # FLOP/s of all devices; None: don't record the share used
+
+  def __post_init__(self):
+    for name in ("max_to_keep", "log_every", "validate_every", "max_skipped"):
+      value = getattr(self, name)
+      if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"TrainerOptions: {name}={value!r} must be an integer of at least 1.")
+    if not self.save_seconds >= 0:  # NaN is refused, too
+      raise ValueError(
+        f"TrainerOptions: save_seconds={self.save_seconds!r} must be at least 0 seconds."
+      )
+    if self.peak_flops is not None and not self.peak_flops > 0:
+      raise ValueError(
+        f"TrainerOptions: peak_flops={self.peak_flops!r} must be a positive number of FLOP/s, or "
+        "None."
+      )
