@@ -1,7 +1,8 @@
-"""Parameters alone in a file, with their configuration."""
+"""Exported parameters: one file with parameters and configuration."""
 
 import os
 
+import numpy as np
 import pytest
 import safetensors.numpy as safetensors_numpy
 
@@ -18,34 +19,52 @@ CONFIG = helpers.RUN
 def test_round_trip(tmp_path):
   params = helpers.random_params(CONFIG)
   tvq.export_params(tmp_path / "a" / "model.safetensors", CONFIG, params)
-  config, again = tvq.import_params(tmp_path / "a" / "model.safetensors")
+  config, loaded = tvq.import_params(tmp_path / "a" / "model.safetensors")
   assert config == CONFIG
-  assert_same(again, params)
+  assert_same(loaded, params)
   assert os.listdir(tmp_path / "a") == ["model.safetensors"]
 
 
+def test_existing_file_is_replaced(tmp_path):
+  for seed in (0, 1):
+    params = helpers.random_params(CONFIG, seed)
+    tvq.export_params(tmp_path / "file", CONFIG, params)
+    assert_same(tvq.import_params(tmp_path / "file")[1], params)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x08" + b"\0" * 7 + b"{}      ", b"x" * 100])
-def test_other_files(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
   (tmp_path / "file").write_bytes(content)
   with pytest.raises(ValueError, match="file does not hold the parameters of a model"):
     tvq.import_params(tmp_path / "file")
 
 
-def test_truncated(tmp_path):
+def test_safetensors_of_other_programs_are_refused(tmp_path):
+  safetensors_numpy.save_file({"a": np.zeros(3)}, tmp_path / "file", {"format": "pt"})
+  with pytest.raises(ValueError, match="model: its format is 'pt', expected 'tvq_haiku'"):
+    tvq.import_params(tmp_path / "file")
+
+
+def test_truncated_file_is_refused(tmp_path):
   file = tmp_path / "file"
   tvq.export_params(file, CONFIG, helpers.random_params(CONFIG))
   file.write_bytes(file.read_bytes()[:-5])
-  with pytest.raises(ValueError, match="does not hold"):
+  with pytest.raises(ValueError, match="does not hold the parameters of a model"):
     tvq.import_params(file)
 
 
-def test_of_another_configuration(tmp_path):
+def test_missing_file_is_an_os_error(tmp_path):
+  with pytest.raises(FileNotFoundError):
+    tvq.import_params(tmp_path / "nowhere")
+
+
+def test_params_of_a_different_config_are_not_exported(tmp_path):
   with pytest.raises(ValueError, match="params do not fit this config"):
     tvq.export_params(tmp_path / "file", CONFIG.replace(n_code=7), helpers.random_params(CONFIG))
   assert not (tmp_path / "file").exists()
 
 
-def test_parameters_that_are_not_of_the_configuration_beside_them(tmp_path):
+def test_params_that_do_not_fit_their_config_are_not_imported(tmp_path):
   file = tmp_path / "file"
   tvq.export_params(file, CONFIG, helpers.random_params(CONFIG))
   settings = {"format": "tvq_haiku", "config": CONFIG.replace(n_code=7).to_json()}
@@ -54,8 +73,15 @@ def test_parameters_that_are_not_of_the_configuration_beside_them(tmp_path):
     tvq.import_params(file)
 
 
-def test_a_run_begins_with_them(tmp_path):
+def test_run_is_initialized_from_exported_params(tmp_path):
   params = helpers.random_params(CONFIG)
-  begin = trainer.resume_or_initialize(CONFIG, helpers.RUN_TRAINING, tmp_path, params=params)
+  tvq.export_params(tmp_path / "file", CONFIG, params)
+  begin = trainer.resume_or_initialize(
+    CONFIG,
+    helpers.RUN_TRAINING,
+    tmp_path / "run",
+    params=tvq.import_params(tmp_path / "file")[1],
+  )
   assert_same(begin.train_state.params, params)
-  assert run_directory.latest_step(tmp_path) is None
+  assert int(begin.train_state.step) == 0
+  assert run_directory.latest_step(tmp_path / "run") is None

@@ -1,7 +1,7 @@
-"""Parameters alone, with their configuration: one file for other people and other programs.
+"""Parameters and their configuration in a single file, for use by other people and programs.
 
-The format is safetensors: names such as `transformer/embedding/embeddings`, and the configuration as
-JSON in the metadata.
+The format is safetensors. An array is named by its module and parameter, such as
+`transformer/embedding/embeddings`; the metadata hold the configuration as JSON.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,25 @@ import numpy as np
 
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import transformer
+from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import files, optional
 
-_FORMAT = "tvq_haiku"
+_FORMAT = "tvq_haiku"  # in the metadata, so that other safetensors files are recognized
 
 
-def export_params(file: str | os.PathLike, config: TransformerConfig, params: Any) -> None:
-  """Writes parameters and configuration; the file appears whole or not at all.
+def export_params(file: str | os.PathLike, config: TransformerConfig, params: Params) -> None:
+  """Writes parameters and their configuration to a safetensors file.
+
+  The file appears only when it is complete; an existing file is replaced.
 
   Args:
-    file: such as `params.safetensors`.
-    config: of the model.
-    params: of the model.
+    file: path of the file, such as `params.safetensors`. Missing directories are created.
+    config: the configuration of the model.
+    params: the parameters of the model.
 
   Raises:
-    ValueError: the parameters are not of this configuration.
-    OSError: it cannot be written.
+    ValueError: the parameters do not fit the configuration.
+    OSError: the file cannot be written.
 
   >>> import tempfile
   >>> config = TransformerConfig.tiny()
@@ -54,32 +57,41 @@ def export_params(file: str | os.PathLike, config: TransformerConfig, params: An
   files.write_atomically(files.prepare_directory(file.parent) / file.name, content)
 
 
-def import_params(file: str | os.PathLike) -> tuple[TransformerConfig, Any]:
-  """The configuration and the parameters of a file that `export_params` wrote.
+def import_params(file: str | os.PathLike) -> tuple[TransformerConfig, Params]:
+  """Reads a file that `export_params` wrote.
+
+  Returns:
+    The configuration, and the parameters on the default device.
 
   Raises:
-    ValueError: it is damaged, or something else.
-    OSError: it cannot be read.
+    ValueError: the file is damaged, or `export_params` did not write it.
+    OSError: the file cannot be read.
   """
-  content, library = pathlib.Path(file).read_bytes(), _safetensors()
+  content, safetensors = pathlib.Path(file).read_bytes(), _safetensors()
   try:
-    arrays = library.load(content)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    settings = header["__metadata__"]
-    if settings.get("format") != _FORMAT:
-      raise ValueError(f"its format is {settings.get('format')!r}, not {_FORMAT!r}")
-    config = TransformerConfig.from_json(settings["config"])
-    params: dict[str, dict[str, Any]] = {}
+    arrays = safetensors.load(content)
+    config = TransformerConfig.from_json(_metadata(content)["config"])
+    params: dict[str, dict[str, Array]] = {}
     for path, value in arrays.items():
       module, _, name = path.rpartition("/")
       params.setdefault(module, {})[name] = jnp.asarray(value)
     transformer.check_params(params, config)
-  except Exception as error:  # safetensors has an error of its own
+  except Exception as error:  # safetensors raises exceptions of its own type
     raise ValueError(
-      f"{file} does not hold the parameters of a model: {str(error).splitlines()[0]}"
+      f"{file} does not hold the parameters of a model: {files.short_message(error)}"
     ) from error
   return config, params
 
 
-def _safetensors() -> Any:
-  return optional.require("safetensors.numpy", extra="train", purpose="files of parameters")
+def _metadata(content: bytes) -> dict[str, str]:
+  """Returns the metadata of a safetensors file: JSON after its length in the first 8 bytes."""
+  header_size = int.from_bytes(content[:8], "little")
+  metadata = json.loads(content[8 : 8 + header_size])["__metadata__"]
+  if metadata.get("format") != _FORMAT:
+    raise ValueError(f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
+  return metadata
+
+
+def _safetensors() -> ModuleType:
+  """Returns the module `safetensors.numpy`."""
+  return optional.require("safetensors.numpy", extra="train", purpose="exported parameters")

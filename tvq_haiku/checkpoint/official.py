@@ -1,15 +1,27 @@
-"""Parameters in and out of the naming of the paper's code, of its branches `main` and `optimized`.
+"""Conversion of parameters to and from the names of the paper's code.
 
-`main` keeps one subtree a layer, `optimized` has leading axes [N, 1]; ours stacks the N layers
-along the first axis. Values are the same: projections are [in, out] everywhere, heads side by
-side with the head index slowest.
+The paper's code has two layouts, named after its branches:
+
+main         A subtree for each of the N layers. Only head_type='shga' with attn_type='vq'.
+optimized    All layers stacked along a leading axis, followed by an axis of length 1. The kernels
+             of keys, values and gates are separate. Norms have no gain or offset, and a tied output
+             has no bias.
+
+This package stacks the layers along the first axis, and has one kernel for keys, values and gates.
+In all of them kernels are [in, out], and the widths of the heads are concatenated in head order.
+Arrays are only sliced, stacked and reshaped. The one exception is the bias of an untied output in
+`optimized`, which is added after the logits are multiplied by e_scale.
+
+Letters: X vocabulary, D model width, H query heads, G key/value heads, S codes per codebook, K key
+width, V value width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+import functools
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,221 +29,264 @@ import numpy as np
 
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import transformer
+from tvq_haiku.types import Array, ArrayTree, Params
 
-_OUTSIDE = {  # theirs -> (our module, our name)
-  "token_embedder/embs": ("embedding", "embeddings"),
-  "token_embedder/bias_out": ("embedding", "output_bias"),
-  "out_proj/kernel": ("unembedding", "kernel"),
-  "out_proj/bias": ("unembedding", "bias"),
-  "out_ln/g": ("norm", "gain"),
-  "out_ln/b": ("norm", "offset"),
-  "position_embedder/scale": ("position", "scale"),
+_LAYOUTS = ("main", "optimized")
+
+# Official path -> (module, name) in this package, without the path of the parent module. Comments
+# give the shape of one layer.
+_Names = Mapping[str, tuple[str, str]]
+
+_MAIN_MODEL: _Names = {
+  "token_embedder/embs": ("embedding", "embeddings"),  # [X, D] token embeddings
+  "token_embedder/bias_out": (
+    "embedding",
+    "output_bias",
+  ),  # [X] of a tied output; unused without e_tie
+  "out_proj/kernel": ("unembedding", "kernel"),  # [D, X] without e_tie
+  "out_proj/bias": ("unembedding", "bias"),  # [X] without e_tie
+  "out_ln/g": ("norm", "gain"),  # [D] with e_preln
+  "out_ln/b": ("norm", "offset"),  # [D] with e_preln
+  "position_embedder/scale": ("position", "scale"),  # [] with pe_abs
 }
-_IN_ATTENTION = {
-  "input_ln/g": ("norm", "gain"),
-  "input_ln/b": ("norm", "offset"),
-  "q_proj/kernel": ("q", "kernel"),
-  "kvg_proj/kernel": ("kvg", "kernel"),
-  "r_proj/kernel": ("r", "kernel"),
-  "res_proj/kernel": ("out", "kernel"),
-  "u": ("", "u"),
-  "v": ("", "v"),
-  "quantizer/c_sum": ("quantizer", "c_sum"),
-  "quantizer/c_count": ("quantizer", "c_count"),
+_MAIN_ATTENTION: _Names = {
+  "input_ln/g": ("norm", "gain"),  # [D]
+  "input_ln/b": ("norm", "offset"),  # [D]
+  "q_proj/kernel": ("q", "kernel"),  # [D, H*K] queries
+  "kvg_proj/kernel": ("kvg", "kernel"),  # [D, G*K + G*V + H*V] keys, values and gates
+  "r_proj/kernel": ("r", "kernel"),  # [D, G*K] relative position keys
+  "res_proj/kernel": ("out", "kernel"),  # [H*V, D] output projection
+  "u": ("", "u"),  # [H*K] content bias of the queries
+  "v": ("", "v"),  # [H*K] position bias of the queries
+  "quantizer/c_sum": ("quantizer", "c_sum"),  # [G, S, K] moving sums of keys
+  "quantizer/c_count": ("quantizer", "c_count"),  # [G, S] moving counts of keys
 }
 
-
-_OUTSIDE_OPTIMIZED = {
-  "token_embed/embedding": ("embedding", "embeddings"),
-  "out_proj/kernel": ("unembedding", "kernel"),
-  "out_proj/bias": ("unembedding", "bias"),
-  "pos_embed/scale": ("position", "scale"),
+_OPTIMIZED_MODEL: _Names = {
+  "token_embed/embedding": ("embedding", "embeddings"),  # [X, D] token embeddings
+  "out_proj/kernel": ("unembedding", "kernel"),  # [D, X] without e_tie
+  "out_proj/bias": ("unembedding", "bias"),  # [X] without e_tie; multiplied by e_scale
+  "pos_embed/scale": ("position", "scale"),  # [] with pe_abs
 }
-_IN_LAYER_OPTIMIZED = {
-  "MultiLayerPerceptron_0/Dense_0/kernel": ("mlp/up", "kernel"),
-  "MultiLayerPerceptron_0/Dense_1/kernel": ("mlp/down", "kernel"),
+_OPTIMIZED_LAYER: _Names = {
+  "MultiLayerPerceptron_0/Dense_0/kernel": ("mlp/up", "kernel"),  # [D, hidden] mha and mqa
+  "MultiLayerPerceptron_0/Dense_1/kernel": ("mlp/down", "kernel"),  # [hidden, D] mha and mqa
 }
-_IN_ATTENTION_OPTIMIZED = {
-  "qkvg_producer/q_proj/kernel": ("q", "kernel"),
-  "xl_bias_producer/xl_r_proj/kernel": ("r", "kernel"),
-  "xl_bias_producer/xl_u": ("", "u"),
-  "xl_bias_producer/xl_v": ("", "v"),
-  "res_proj/kernel": ("out", "kernel"),
-  "quantizer/c_sum": ("quantizer", "c_sum"),
-  "quantizer/c_count": ("quantizer", "c_count"),
+_OPTIMIZED_ATTENTION: _Names = {
+  "qkvg_producer/q_proj/kernel": ("q", "kernel"),  # [D, H*K] queries
+  "xl_bias_producer/xl_r_proj/kernel": ("r", "kernel"),  # [D, G*K] relative position keys
+  "xl_bias_producer/xl_u": ("", "u"),  # [H*K] content bias of the queries
+  "xl_bias_producer/xl_v": ("", "v"),  # [H*K] position bias of the queries
+  "res_proj/kernel": ("out", "kernel"),  # [H*V, D] output projection
+  "quantizer/c_sum": ("quantizer", "c_sum"),  # [G, S, K] moving sums of keys
+  "quantizer/c_count": ("quantizer", "c_count"),  # [G, S] moving counts of keys
 }
-# What `optimized` does without: norms have no gain, a tied output has no bias.
-_FILLERS = {"gain": 1.0, "offset": 0.0, "output_bias": 0.0}
+# Values of the parameters that `optimized` does not have, by their name in this package.
+_CONSTANTS = {"gain": 1.0, "offset": 0.0, "output_bias": 0.0}
 
 
-class _Place(NamedTuple):
-  """Where a leaf of theirs is in ours."""
+class _Source(NamedTuple):
+  """The part of a parameter of this package that an official parameter corresponds to."""
 
   module: str
   name: str
-  layer: int | None  # its index on the first axis; None: the whole leaf
-  columns: tuple[int, int] | None  # of the last axis; None: all
-  shape: tuple[int, ...]  # theirs
+  shape: tuple[int, ...]  # shape of the official parameter
+  layer: int | None = None  # index on the first axis; None: all layers
+  columns: tuple[int, int] | None = None  # range on the last axis; None: all columns
 
 
-def params_from_official(tree: Mapping[str, Any], config: TransformerConfig) -> dict:
-  """Our parameters with the values of a tree in the naming of the paper's code.
+def params_from_official(tree: Mapping[str, ArrayTree], config: TransformerConfig) -> Params:
+  """Converts parameters of the paper's code to parameters of this package.
 
   Args:
-    tree: of the branch `main` or `optimized`; nested dicts, or flat with 'a/b/c' keys; a single
-      outer 'params' is looked through.
-    config: the model that the tree is of.
+    tree: parameters in the layout `main` or `optimized`, which is detected. Nested dicts, or a flat
+      dict with keys such as 'a/b/c'. A single outermost key 'params' is ignored.
+    config: the configuration of the model.
 
   Returns:
-    A parameter tree for `make_transformer(config)`.
+    Parameters for `make_transformer(config)`. Gains, offsets and biases that `optimized` does not
+    have are set to ones and zeros.
 
   Raises:
-    ValueError: leaves are missing, unknown, or of another shape; all of them are named.
+    ValueError: parameters are missing, unknown or of a different shape; the message names all.
   """
-  theirs = dict(_flatten(tree))
-  if theirs and all(key.startswith("params/") for key in theirs):
-    theirs = {key.removeprefix("params/"): value for key, value in theirs.items()}
-  layout = "optimized" if any(key.startswith("stack/") for key in theirs) else "main"
-  shapes = transformer.params_shapes(config)
-  places = dict(_places(config, layout))
-  problems = [f"missing {key}" for key in sorted(places.keys() - theirs.keys())]
-  problems += [f"unknown {key}" for key in sorted(theirs.keys() - places.keys())]
-  for key in sorted(places.keys() & theirs.keys()):
-    want, got = places[key].shape, tuple(np.shape(theirs[key]))
-    if want != got:
-      problems.append(f"{key} has shape {got}, expected {want}")
-  if problems:
-    raise ValueError("the official parameters do not fit this config: " + "; ".join(problems) + ".")
+  official = dict(_flatten(tree))
+  if official and all(path.startswith("params/") for path in official):
+    official = {path.removeprefix("params/"): value for path, value in official.items()}
+  layout = "optimized" if any(path.startswith("stack/") for path in official) else "main"
+  sources = dict(_sources(config, layout))
+  _check_official(official, sources)
 
-  pieces: dict[tuple[str, str], list[Any]] = {}
-  for key, place in places.items():
-    value = jnp.asarray(theirs[key])
+  # Layers or column ranges, in order, of each parameter.
+  slices: dict[tuple[str, str], list[Array]] = {}
+  for path, source in sources.items():
+    value = jnp.asarray(official[path])
     if layout == "optimized":
-      value = _from_optimized(value, place, config)
-    pieces.setdefault((place.module, place.name), []).append(value)
+      value = _from_optimized(value, source, config)
+    slices.setdefault((source.module, source.name), []).append(value)
 
-  def leaf(module: str, name: str) -> Any:
-    shape = shapes[module][name].shape
-    if (module, name) not in pieces:
-      return jnp.full(shape, _FILLERS[name], jnp.float32)
-    parts = pieces[module, name]
-    if len(parts) == 1:
-      return parts[0].reshape(shape)
-    return jnp.stack(parts) if layout == "main" else jnp.concatenate(parts, axis=-1)
+  def join(module: str, name: str, shape: tuple[int, ...]) -> Array:
+    values = slices.get((module, name))
+    if values is None:
+      return jnp.full(shape, _CONSTANTS[name], jnp.float32)
+    if len(values) == 1:
+      return values[0].reshape(shape)
+    return jnp.stack(values) if layout == "main" else jnp.concatenate(values, axis=-1)
 
-  return {module: {name: leaf(module, name) for name in names} for module, names in shapes.items()}
+  return {
+    module: {name: join(module, name, x.shape) for name, x in names.items()}
+    for module, names in transformer.params_shapes(config).items()
+  }
 
 
 def params_to_official(
-  params: Mapping[str, Mapping[str, Any]], config: TransformerConfig, *, layout: str = "main"
-) -> dict[str, Any]:
-  """The inverse: a flat dict with 'a/b/c' keys; maps gradients as well as parameters.
+  params: Params, config: TransformerConfig, *, layout: str = "main"
+) -> dict[str, Array]:
+  """Converts parameters of this package, or their gradients, to those of the paper's code.
 
   Args:
-    params: of `make_transformer(config)`, or a tree like it.
-    config: the model.
-    layout: `main` or `optimized`, the branch of the paper's code whose naming is wanted. The
-      latter has no place for gains, offsets and the tied output's bias: they are left out. It
-      adds the untied output's bias after e_scale: gradients agree only where that is 1.
+    params: parameters of `make_transformer(config)`, or a tree of the same structure: gradients,
+      or `jax.ShapeDtypeStruct`s.
+    config: the configuration of the model.
+    layout: 'main' or 'optimized'. The latter has no gains, offsets and bias of a tied output; they
+      are left out. It adds the bias of an untied output after the multiplication by e_scale: the
+      gradient of that bias is correct only if e_scale is 1.
+
+  Returns:
+    A flat dict with keys such as 'a/b/c'.
+
+  Raises:
+    ValueError: a parameter is missing or of a different shape, or the layout is unknown or cannot
+      represent the model.
 
   >>> config = TransformerConfig.tiny()
-  >>> ours = transformer.params_shapes(config)
-  >>> sorted(params_to_official(ours, config))[0]
+  >>> shapes = transformer.params_shapes(config)
+  >>> sorted(params_to_official(shapes, config))[0]
   'out_proj/bias'
   """
-  if layout not in ("main", "optimized"):
+  if layout not in _LAYOUTS:
     raise ValueError(f"params_to_official: layout={layout!r} must be 'main' or 'optimized'.")
+  convert = _to_optimized if layout == "optimized" else _to_main
   shapes = transformer.params_shapes(config)
-  theirs = {}
-  for key, place in _places(config, layout):
-    try:
-      value = params[place.module][place.name]
-    except KeyError:
+  official = {}
+  for path, source in _sources(config, layout):
+    value = params.get(source.module, {}).get(source.name)
+    expected = shapes[source.module][source.name].shape
+    if value is None or tuple(value.shape) != expected:
+      problem = "is missing" if value is None else f"has shape {tuple(value.shape)}"
       raise ValueError(
-        f"params_to_official: the parameters lack {place.module}/{place.name}."
-      ) from None
-    expected = shapes[place.module][place.name].shape
-    if tuple(value.shape) != expected:
-      raise ValueError(
-        f"params_to_official: {place.module}/{place.name} has shape "
-        f"{tuple(value.shape)}, expected {expected}."
+        f"params do not fit this config: {source.module}/{source.name} {problem}, expected shape "
+        f"{expected}."
       )
-
-    def take(x: Any, place: _Place = place) -> Any:
-      if layout == "optimized":
-        return _to_optimized(x, place, config)
-      return x if place.layer is None else x[place.layer]
-
+    function = functools.partial(convert, source=source, config=config)
     is_shape = isinstance(value, jax.ShapeDtypeStruct)
-    theirs[key] = jax.eval_shape(take, value) if is_shape else take(value)
-  return theirs
+    official[path] = jax.eval_shape(function, value) if is_shape else function(value)
+  return official
 
 
-def _from_optimized(value: Any, place: _Place, config: TransformerConfig) -> Any:
-  if place.module == "transformer/unembedding" and place.name == "bias":
-    return value / config.e_scale  # theirs is added after the scale
-  return value[:, 0] if place.module.startswith("transformer/layers/") else value
+def _to_main(value: Array, source: _Source, config: TransformerConfig) -> Array:
+  return value if source.layer is None else value[source.layer]
 
 
-def _to_optimized(value: Any, place: _Place, config: TransformerConfig) -> Any:
-  if place.module == "transformer/unembedding" and place.name == "bias":
+def _to_optimized(value: Array, source: _Source, config: TransformerConfig) -> Array:
+  if (source.module, source.name) == ("transformer/unembedding", "bias"):
     return value * config.e_scale
-  if place.columns is not None:
-    value = value[..., slice(*place.columns)]
-  return value[:, None] if place.module.startswith("transformer/layers/") else value
+  if source.columns is not None:
+    value = value[..., slice(*source.columns)]
+  return value[:, None] if source.module.startswith("transformer/layers/") else value
 
 
-def _places(config: TransformerConfig, layout: str) -> Iterator[tuple[str, _Place]]:
-  """(their name, place in ours) of every leaf of theirs."""
-  shapes = transformer.params_shapes(config)
+def _from_optimized(value: Array, source: _Source, config: TransformerConfig) -> Array:
+  if (source.module, source.name) == ("transformer/unembedding", "bias"):
+    return value / config.e_scale
+  return value[:, 0] if source.module.startswith("transformer/layers/") else value
 
-  def found(table: Mapping[str, tuple[str, str]], prefix: str):
-    for key, (part, name) in table.items():
-      module = f"{prefix}/{part}" if part else prefix
-      if name in shapes.get(module, {}):
-        yield key, module, name, shapes[module][name].shape
 
-  if layout == "main":
-    if not config.gated or config.attn_type != "vq":
-      raise ValueError(
-        "interop: the branch 'main' has head_type='shga' and attn_type='vq' only, "
-        f"not {config.head_type!r} and {config.attn_type!r}."
-      )
-    for key, module, name, shape in found(_OUTSIDE, "transformer"):
-      yield key, _Place(module, name, None, None, shape)
-    for j in (1, 2):
-      for key, module, name, shape in found(_IN_ATTENTION, f"transformer/layers/attention_{j}"):
-        for i in range(config.n_layer):
-          yield (
-            f"transformer_layers_{i}/scanned_attn{j}/{key}",
-            _Place(module, name, i, None, shape[1:]),
-          )
-    return
-  for key, module, name, shape in found(_OUTSIDE_OPTIMIZED, "transformer"):
-    yield key, _Place(module, name, None, None, shape)
-  for key, module, name, shape in found(_IN_LAYER_OPTIMIZED, "transformer/layers"):
-    yield f"stack/{key}", _Place(module, name, None, None, (shape[0], 1, *shape[1:]))
-  kind = "VQAttention" if config.attn_type == "vq" else "FullAttention"
+def _check_official(official: Mapping[str, Array], sources: Mapping[str, _Source]) -> None:
+  """Raises an error that names all missing, unknown and misshapen official parameters."""
+  problems = [f"missing {path}" for path in sorted(sources.keys() - official.keys())]
+  problems += [f"unknown {path}" for path in sorted(official.keys() - sources.keys())]
+  for path in sorted(sources.keys() & official.keys()):
+    expected, shape = sources[path].shape, tuple(np.shape(official[path]))
+    if shape != expected:
+      problems.append(f"{path} has shape {shape}, expected {expected}")
+  if problems:
+    raise ValueError("the official parameters do not fit this config: " + "; ".join(problems) + ".")
+
+
+def _sources(config: TransformerConfig, layout: str) -> Iterator[tuple[str, _Source]]:
+  """Yields (official path, source) of all official parameters of a layout."""
+  return (_main_sources if layout == "main" else _optimized_sources)(config)
+
+
+def _main_sources(config: TransformerConfig) -> Iterator[tuple[str, _Source]]:
+  if not config.gated or config.attn_type != "vq":
+    raise ValueError(
+      "the layout 'main' supports head_type='shga' and attn_type='vq' only, not "
+      f"{config.head_type!r} and {config.attn_type!r}. Use the layout 'optimized'."
+    )
+  yield from _existing(config, _MAIN_MODEL, "transformer")
+  for j in (1, 2):
+    module = f"transformer/layers/attention_{j}"
+    for path, source in _existing(config, _MAIN_ATTENTION, module):
+      n_layer, *shape = source.shape
+      for i in range(n_layer):
+        yield (
+          f"transformer_layers_{i}/scanned_attn{j}/{path}",
+          source._replace(shape=tuple(shape), layer=i),
+        )
+
+
+def _optimized_sources(config: TransformerConfig) -> Iterator[tuple[str, _Source]]:
+  def stacked(source: _Source) -> _Source:
+    n_layer, *shape = source.shape
+    return source._replace(shape=(n_layer, 1, *shape))
+
+  yield from _existing(config, _OPTIMIZED_MODEL, "transformer")
+  for path, source in _existing(config, _OPTIMIZED_LAYER, "transformer/layers"):
+    yield f"stack/{path}", stacked(source)
+  attention = "VQAttention" if config.attn_type == "vq" else "FullAttention"
   for j in range(2 if config.gated else 1):
-    prefix, ours = f"stack/{kind}_{j}", f"transformer/layers/attention_{j + 1}"
-    for key, module, name, shape in found(_IN_ATTENTION_OPTIMIZED, ours):
-      yield f"{prefix}/{key}", _Place(module, name, None, None, (shape[0], 1, *shape[1:]))
-    start = 0
-    widths = dict(k=config.kv_heads * config.d_k, v=config.kv_heads * config.d_v)
-    if config.gated:
-      widths["g"] = config.n_head * config.d_v
-    for letter, width in widths.items():
-      module = f"{ours}/kv{'g' if config.gated else ''}"
-      yield (
-        f"{prefix}/qkvg_producer/{letter}_proj/kernel",
-        _Place(
-          module, "kernel", None, (start, start + width), (config.n_layer, 1, config.d_model, width)
-        ),
-      )
-      start += width
+    module = f"transformer/layers/attention_{j + 1}"
+    for path, source in (
+      *_existing(config, _OPTIMIZED_ATTENTION, module),
+      *_fused_projections(config, module),
+    ):
+      yield f"stack/{attention}_{j}/{path}", stacked(source)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _fused_projections(config: TransformerConfig, module: str) -> Iterator[tuple[str, _Source]]:
+  """Yields the kernels of keys, values and gates as columns of this package's one kernel."""
+  widths = {"k": config.kv_heads * config.d_k, "v": config.kv_heads * config.d_v}
+  if config.gated:
+    widths["g"] = config.n_head * config.d_v
+  start = 0
+  for letter, width in widths.items():
+    yield (
+      f"qkvg_producer/{letter}_proj/kernel",
+      _Source(
+        module=f"{module}/{''.join(widths)}",
+        name="kernel",
+        shape=(config.n_layer, config.d_model, width),
+        columns=(start, start + width),
+      ),
+    )
+    start += width
+
+
+def _existing(
+  config: TransformerConfig, names: _Names, parent: str
+) -> Iterator[tuple[str, _Source]]:
+  """Yields the entries of a table whose parameters this configuration has."""
+  shapes = transformer.params_shapes(config)
+  for path, (child, name) in names.items():
+    module = f"{parent}/{child}" if child else parent
+    if name in shapes.get(module, {}):
+      yield path, _Source(module, name, shapes[module][name].shape)
+
+
+def _flatten(tree: Mapping[str, ArrayTree], prefix: str = "") -> Iterator[tuple[str, Array]]:
+  """Yields (path, array) of all leaves of nested dicts; keys may be paths themselves."""
   for key, value in tree.items():
     path = prefix + re.sub("/+", "/", str(key)).strip("/")
     if isinstance(value, Mapping):
