@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from tvq_haiku.attention import quantization
-from tvq_haiku.model import codebook_metrics
 
 
 def random_keys(seed=0, shape=(2, 9, 3, 4), n_code=5):
@@ -73,28 +72,6 @@ def test_code_statistics_count_unmasked_tokens():
     want_numbers[g, codes[b, t, g]] += mask[b, t]
   np.testing.assert_allclose(sums, want_sums, atol=1e-5)
   np.testing.assert_array_equal(numbers, want_numbers)
-
-
-@pytest.mark.parametrize("n_code", [1, 5])
-def test_metrics_are_finite_scalars(n_code):
-  _, codebook = random_keys(n_code=n_code)
-  counts = jnp.zeros((3, n_code)).at[:, 0].set(2.0)
-  values = codebook_metrics.codebook_metrics(codebook, counts)
-  assert all(value.shape == () and jnp.isfinite(value) for value in values.values())
-  assert float(values["c_thresh_oob"]) == n_code - 1
-  assert float(values["c_entropy"]) == 0.0
-
-
-def test_metrics_leave_padding_out():
-  k, codebook = random_keys()
-  quantized = quantization.look_up(quantization.nearest_codes(k, codebook), codebook)
-  whole = codebook_metrics.quantization_metrics(
-    k[:, :6], quantized[:, :6], jnp.ones((2, 6), bool), 4
-  )
-  is_token = jnp.broadcast_to(jnp.arange(9) < 6, (2, 9))
-  padded = codebook_metrics.quantization_metrics(k.at[:, 6:].set(1e9), quantized, is_token, 4)
-  for name, value in whole.items():
-    np.testing.assert_allclose(padded[name], value, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(
