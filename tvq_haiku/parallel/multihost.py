@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import re
-from typing import Protocol
 
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
-from tvq_haiku.types import Array
+from tvq_haiku.types import Array, StopRequest
 
 _HEARTBEAT_SECONDS = 20  # a process that is silent for this long counts as dead
 _START_SECONDS = 300  # timeout for the processes to find each other
@@ -40,13 +39,6 @@ _OWN_FAILURE = re.compile(
   r"|NCCL operation .* failed: (?:unhandled cuda error|invalid)",
   re.DOTALL,
 )
-
-
-class SupportsBool(Protocol):
-  """Anything with a truth value: a bool, or a request that becomes true later."""
-
-  def __bool__(self) -> bool:
-    """Returns the truth value at the moment of the call."""
 
 
 def initialize(
@@ -171,7 +163,7 @@ class StopVote:
         lambda votes: votes.max(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec())
       )
 
-  def __call__(self, *requests: SupportsBool) -> tuple[bool, ...]:
+  def __call__(self, *requests: StopRequest) -> tuple[bool, ...]:
     """Returns, for each request, whether any process made it in the previous call."""
     own = tuple(bool(request) for request in requests)
     if jax.process_count() == 1:
@@ -194,7 +186,7 @@ class SharedStopRequest:
   All processes must check it (with `bool`) equally often.
   """
 
-  def __init__(self, request: SupportsBool):
+  def __init__(self, request: StopRequest):
     self._request, self._vote, self._stopped = request, StopVote(), False
 
   def __bool__(self) -> bool:

@@ -1,11 +1,14 @@
-"""Where arrays live on a mesh of devices: every rule of it.
+"""How arrays are sharded over a mesh of devices: all rules are here.
 
-A mesh has some of these axes, such as `data:4,model:2`:
-  data      rows of the batch; every device has all parameters
-  fsdp      rows of the batch, too; parameters and optimizer are cut up, and put together where used
-  model     key/value heads, or the width of their values if heads cannot be dealt out evenly
-  sequence  consecutive blocks of one sequence: see `parallel_attention`
-An axis that does not divide what it would cut leaves it whole.
+A mesh has some of these axes, for example `data:4,model:2`:
+  data      splits the batch; parameters are replicated
+  fsdp      splits the batch, and also parameters and optimizer state, which are gathered for use
+  model     splits the key/value heads, or the value width if it does not divide the heads
+  sequence  splits each sequence into consecutive shards: see `attention.sharded`
+An array dimension that a mesh axis does not divide is not split by it.
+
+Letters: B batch, T tokens, H query heads, G key/value heads, S codes per codebook, M memory length,
+K key width, V value width, D model width, N layers, X vocabulary.
 """
 
 from __future__ import annotations
@@ -16,149 +19,180 @@ import math
 import re
 from typing import Any
 
+import chex
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from tvq_haiku.types import Array
 
-AxisNames = str | tuple[str, ...] | None  # what cuts one dimension
+AxisNames = str | tuple[str, ...] | None  # the mesh axes that split one dimension of an array
 
 MESH_AXES = ("data", "fsdp", "model", "sequence")
-BATCH_AXES = ("data", "fsdp")  # of the batch
+BATCH_AXES = ("data", "fsdp")  # split the batch
+HEADS, WIDTH = "heads", "width"  # stand for "model" or None: `head_axes` says which of them
 
-# Parameter path -> what cuts its dimensions, the axis of layers aside; the first match counts.
-# Of parts that lie side by side in one kernel, columns are not cut: no cut would suit them all.
+# The table: for each dimension of an array, the mesh axes that split it.
+
+# Parameters, by a pattern for "module/name"; the first match counts. The leading layer axis [N] of
+# stacked parameters is omitted here and never split.
 PARAM_RULES: tuple[tuple[str, tuple[AxisNames, ...]], ...] = (
-  (r"embedding/embeddings", ("model", "fsdp")),  # [X, D]
-  (r"unembedding/kernel", ("fsdp", "model")),  # [D, X]
-  (r"attention_\d/q/kernel", ("fsdp", "model")),  # [D, H·K]
-  (r"attention_\d/kvg?/kernel", (("fsdp", "model"), None)),  # [D, G·K + G·V + H·V]
-  (r"attention_\d/r/kernel", ("fsdp", None)),  # [D, G·K]
-  (r"attention_\d/out/kernel", ("model", "fsdp")),  # [H·V, D]
+  # [X, D]; the vocabulary over `model`, so that the logits of tied embeddings are split over it
+  (r"embedding/embeddings", ("model", "fsdp")),
+  # [D, X]; the same for untied embeddings
+  (r"unembedding/kernel", ("fsdp", "model")),
+  # [D, H·K]; heads over `model`
+  (r"attention_\d/q/kernel", ("fsdp", "model")),
+  # [D, G·K + G·V + H·V] with a gate, [D, G·K + G·V] without; columns are never split, because
+  # shards of the fused kernel would not align with the boundaries between keys, values and gate
+  (r"attention_\d/kvg?/kernel", (("fsdp", "model"), None)),
+  # [D, G·K]; projects only the M+1 relative positions, so columns are not split
+  (r"attention_\d/r/kernel", ("fsdp", None)),
+  # [H·V, D]; rows over `model`, like the values that it projects
+  (r"attention_\d/out/kernel", ("model", "fsdp")),
+  # [D, F] with F hidden units of the MLP, over `model`
   (r"mlp/up/kernel", ("fsdp", "model")),
+  # [F, D]; the same
   (r"mlp/down/kernel", ("model", "fsdp")),
-  (r"", ()),  # gains, biases and codebooks are small
+  # gains, biases and codebooks; small, so replicated
+  (r"", ()),
 )
-# Fields of what an attention remembers. HEADS and WIDTH are what `model` cuts: the one or the other.
-HEADS, WIDTH = "heads", "width"
+# Fields of `AttentionState`, `KeyValueState` and `TransformerState`, by name; a leading layer axis
+# [N] is omitted here and never split. State is replicated over `sequence`.
 STATE_RULES: Mapping[str, tuple[AxisNames, ...]] = {
-  "document": (BATCH_AXES,),
-  "position": (BATCH_AXES,),
-  "memory_codes": (BATCH_AXES, HEADS, None),
-  "memory_keys": (BATCH_AXES, HEADS, None, None),
-  "memory_values": (BATCH_AXES, HEADS, None, WIDTH),
-  "memory_docs": (BATCH_AXES, None),
-  "cache_counts": (BATCH_AXES, HEADS, None),
-  "cache_means": (BATCH_AXES, HEADS, None, WIDTH),
-  "cache_doc": (BATCH_AXES,),
+  "document": (BATCH_AXES,),  # [B]
+  "position": (BATCH_AXES,),  # [B]
+  "memory_codes": (BATCH_AXES, HEADS, None),  # [B, G, M]
+  "memory_keys": (BATCH_AXES, HEADS, None, None),  # [B, G, M, K]
+  "memory_values": (BATCH_AXES, HEADS, None, WIDTH),  # [B, G, M, V]
+  "memory_docs": (BATCH_AXES, None),  # [B, M]
+  "cache_counts": (BATCH_AXES, HEADS, None),  # [B, G, S]
+  "cache_means": (BATCH_AXES, HEADS, None, WIDTH),  # [B, G, S, V]
+  "cache_doc": (BATCH_AXES,),  # [B]
 }
+# Token arrays of a batch [B, T]. They are replicated over `sequence`; the model splits T over it.
+BATCH_RULE: tuple[AxisNames, ...] = (BATCH_AXES, None)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-  """Axes and sizes.
+  """Returns the axes of a mesh and their sizes.
+
+  Raises:
+    ValueError: `text` is not a comma-separated list of AXIS:SIZE, or it repeats an axis.
 
   >>> parse_mesh("data:4,model:2")
   {'data': 4, 'model': 2}
   """
   sizes: dict[str, int] = {}
-  for part in text.split(","):
-    name, _, size = part.strip().partition(":")
+  for entry in text.split(","):
+    name, _, size = entry.strip().partition(":")
     if name not in MESH_AXES or name in sizes or not re.fullmatch("[1-9][0-9]*", size):
       raise ValueError(
-        f"mesh={text!r}: {part!r} must be AXIS:SIZE with an axis of {', '.join(MESH_AXES)}, "
-        "each at most once."
+        f"mesh={text!r}: {entry!r} must be AXIS:SIZE, where AXIS is one of {', '.join(MESH_AXES)}, "
+        "each at most once, and SIZE is a positive integer; for example data:4,model:2."
       )
     sizes[name] = int(size)
   return sizes
 
 
 def make_mesh(text: str) -> Mesh:
-  """The mesh of a text such as `data:8`, over the first so many devices.
+  """Returns the mesh that a text such as `data:8` describes, over the first devices of JAX.
 
   Raises:
-    ValueError: there are too few devices, or several hosts have some that would be left out.
+    ValueError: the text is malformed, there are too few devices, or several processes have devices
+      that the mesh would not use.
   """
   sizes = parse_mesh(text)
-  need, devices = math.prod(sizes.values()), jax.devices()
-  if need > len(devices) or (jax.process_count() > 1 and need < len(devices)):
-    hint = (
-      f" JAX_NUM_CPU_DEVICES={need} makes a CPU so many." if devices[0].platform == "cpu" else ""
+  n_device, devices = math.prod(sizes.values()), jax.devices()
+  if n_device > len(devices):
+    hint = f" JAX_NUM_CPU_DEVICES={n_device} makes that many CPU devices."
+    raise ValueError(
+      f"mesh={text!r} needs {n_device} devices, but only {len(devices)} are available."
+      + (hint if devices[0].platform == "cpu" else "")
     )
-    raise ValueError(f"mesh={text!r} is for {need} devices, and there are {len(devices)}.{hint}")
+  if jax.process_count() > 1 and n_device < len(devices):
+    raise ValueError(
+      f"mesh={text!r} uses {n_device} of {len(devices)} devices. With several processes it must "
+      "use all of them."
+    )
   return jax.make_mesh(
     tuple(sizes.values()),
     tuple(sizes),
     axis_types=(AxisType.Auto,) * len(sizes),
-    devices=devices[:need],
+    devices=devices[:n_device],
   )
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-  """While a function is traced: what `constrain` and `axis_size` refer to."""
+  """Sets the mesh that `constrain` and `axis_sizes` refer to while a function is traced."""
   return (
     contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
   )
 
 
 def axis_sizes() -> Mapping[str, int]:
-  """Of the mesh in use; empty if there is none."""
+  """Returns the axes and sizes of the mesh that `use_mesh` has set; empty without a mesh."""
   return jax.sharding.get_abstract_mesh().shape
 
 
-def per_device(n_row: int) -> int:
-  """How many of so many rows of a batch, or tokens of a window, one device gets."""
+def per_device(n: int) -> int:
+  """Returns how many of n batch elements, or of their n tokens, one device holds, rounded up."""
   sizes = axis_sizes()
-  return -(-n_row // math.prod(sizes.get(axis, 1) for axis in (*BATCH_AXES, "sequence")))
+  return -(-n // math.prod(sizes.get(axis, 1) for axis in (*BATCH_AXES, "sequence")))
 
 
 def head_axes(n_kv_head: int, sizes: Mapping[str, int] | None = None) -> dict[str, AxisNames]:
-  """What cuts key/value heads, and what cuts the width of values."""
+  """Returns the mesh axes that split key/value heads (HEADS) and the value width (WIDTH).
+
+  Args:
+    n_kv_head: G.
+    sizes: axes and sizes of the mesh; None: those that `use_mesh` has set.
+
+  >>> head_axes(4, {"model": 2}), head_axes(1, {"model": 2})
+  ({'heads': 'model', 'width': None}, {'heads': None, 'width': 'model'})
+  """
   sizes = axis_sizes() if sizes is None else sizes
-  evenly = n_kv_head % sizes.get("model", 1) == 0
-  return {HEADS: "model" if evenly else None, WIDTH: None if evenly else "model"}
-
-
-def state_shardings(state: Any, mesh: Mesh, n_kv_head: int) -> Any:
-  """Shardings of a `TransformerState` of arrays or of shapes."""
-  by_letter = head_axes(n_kv_head, mesh.shape)
-
-  def sharding(path: Any, leaf: Any) -> NamedSharding:
-    axes = [
-      by_letter.get(axis, axis) if isinstance(axis, str) else axis
-      for axis in STATE_RULES[path[-1].name]
-    ]
-    layers = (None,) * (len(leaf.shape) - len(axes))
-    return NamedSharding(mesh, fit_spec((*layers, *axes), leaf.shape, mesh.shape))
-
-  return jax.tree_util.tree_map_with_path(sharding, state)
+  divides = n_kv_head % sizes.get("model", 1) == 0
+  return {HEADS: "model" if divides else None, WIDTH: None if divides else "model"}
 
 
 def fit_spec(
   axes: Sequence[AxisNames], shape: Sequence[int], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-  """A spec of those axes that the mesh has and that divide their dimensions.
+  """Returns the spec of an array, without axes that the mesh lacks or that don't divide.
 
-  >>> tuple(fitting((("data", "fsdp"), "model"), (8, 3), {"fsdp": 4, "model": 2}))
+  Args:
+    axes: the mesh axes that should split each dimension; trailing dimensions may be omitted.
+    shape: shape of the array.
+    sizes: axes and sizes of the mesh.
+
+  >>> tuple(fit_spec((("data", "fsdp"), "model"), (8, 3), {"fsdp": 4, "model": 2}))
   ('fsdp', None)
   """
   spec = []
-  for n, names in zip(shape, [*axes, *(None,) * (len(shape) - len(axes))]):
-    kept = [name for name in ((names,) if isinstance(names, str) else names or ()) if name in sizes]
-    while kept and n % math.prod(sizes[name] for name in kept):
+  padded = [*axes, *(None,) * (len(shape) - len(axes))]
+  for size, names in zip(shape, padded, strict=True):
+    names = (names,) if isinstance(names, str) else names or ()
+    kept = [name for name in names if name in sizes]
+    while kept and size % math.prod(sizes[name] for name in kept):
       kept.pop()
     spec.append(tuple(kept) if len(kept) > 1 else kept[0] if kept else None)
   return PartitionSpec(*spec)
 
 
 def constrain(x: Array, *axes: AxisNames) -> Array:
-  """`x`, cut along `axes` in the mesh in use; as it was if there is none."""
+  """Returns `x`, constrained to be split by `axes`; unchanged outside of `use_mesh`."""
   sizes = axis_sizes()
   return jax.lax.with_sharding_constraint(x, fit_spec(axes, x.shape, sizes)) if sizes else x
 
 
 def param_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-  """How a parameter is cut.
+  """Returns the spec of a parameter according to `PARAM_RULES`.
+
+  Args:
+    path: "module/name".
+    shape: shape of the parameter, with its layer axis if it has one.
+    sizes: axes and sizes of the mesh.
 
   >>> tuple(param_spec("transformer/layers/attention_1/out/kernel", (2, 8, 6), {"model": 2}))
   (None, 'model', None)
@@ -168,9 +202,17 @@ def param_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Par
 
 
 def train_state_shardings(shapes: Any, mesh: Mesh) -> Any:
-  """Shardings of a `TrainState` of shapes: what the optimizer keeps of a parameter is cut like it.
+  """Returns the shardings of a `TrainState`.
 
-  What it keeps in other shapes, such as Adafactor's factors, is on every device.
+  Optimizer state with the shape of a parameter is sharded like this parameter; other optimizer
+  state, such as the factors of Adafactor, is replicated.
+
+  Args:
+    shapes: a `TrainState` of arrays or of `jax.ShapeDtypeStruct`.
+    mesh: the devices.
+
+  Returns:
+    A `TrainState` of `NamedSharding`.
   """
   params = {
     f"{module}/{name}": leaf.shape
@@ -178,54 +220,103 @@ def train_state_shardings(shapes: Any, mesh: Mesh) -> Any:
     for name, leaf in leaves.items()
   }
 
-  def sharding(path: Any, leaf: Any) -> NamedSharding:
-    names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-    name = "/".join(names[-2:])
+  def leaf_sharding(path: Sequence[Any], leaf: Any) -> NamedSharding:
+    keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+    name = "/".join(keys[-2:])
     spec = PartitionSpec()
     if params.get(name) == leaf.shape:
       spec = param_spec(name, leaf.shape, mesh.shape)
     return NamedSharding(mesh, spec)
 
-  return jax.tree_util.tree_map_with_path(sharding, shapes)
+  return jax.tree_util.tree_map_with_path(leaf_sharding, shapes)
 
 
-def batch_sharding(mesh: Mesh, n_row: int) -> NamedSharding:
-  """Of arrays [B, T] of tokens: rows are dealt out, and every device along `sequence` has them all."""
-  return NamedSharding(mesh, fit_spec((BATCH_AXES,), (n_row, 1), mesh.shape))
+def state_shardings(state: Any, mesh: Mesh, n_kv_head: int) -> Any:
+  """Returns the shardings of a `TransformerState`.
+
+  Args:
+    state: a `TransformerState` of arrays or of `jax.ShapeDtypeStruct`.
+    mesh: the devices.
+    n_kv_head: G.
+
+  Returns:
+    A `TransformerState` of `NamedSharding`.
+  """
+  model_axes = head_axes(n_kv_head, mesh.shape)
+
+  def leaf_sharding(path: Sequence[Any], leaf: Any) -> NamedSharding:
+    axes = [
+      model_axes.get(axis, axis) if isinstance(axis, str) else axis
+      for axis in STATE_RULES[path[-1].name]
+    ]
+    layer_axes = (None,) * (len(leaf.shape) - len(axes))
+    return NamedSharding(mesh, fit_spec((*layer_axes, *axes), leaf.shape, mesh.shape))
+
+  return jax.tree_util.tree_map_with_path(leaf_sharding, state)
+
+
+def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+  """Returns the sharding of the token arrays [B, T] of a batch: see `BATCH_RULE`."""
+  return NamedSharding(mesh, fit_spec(BATCH_RULE, (batch_size, 1), mesh.shape))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Of what every device has all of."""
+  """Returns the sharding of an array that every device holds completely."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def process_share(mesh: Mesh | None, n_row: int) -> tuple[int, int]:
-  """Which of how many equal shares of the rows of a batch this host needs."""
+def process_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
+  """Returns which share of the global batch this process has to provide.
+
+  Args:
+    mesh: the devices; None: one device.
+    batch_size: B of the global batch.
+
+  Returns:
+    (i, n): the i-th of n equal shares, which holds batch elements i·B/n to (i+1)·B/n.
+
+  Raises:
+    ValueError: the batch elements on this process's devices are not such a share.
+  """
   if mesh is None:
     return 0, 1
-  index = batch_sharding(mesh, n_row).addressable_devices_indices_map((n_row, 1)).values()
-  starts, stops = zip(*((rows.start or 0, rows.stop or n_row) for rows, _ in index))
-  mine = max(stops) - min(starts)
-  if n_row % mine or min(starts) % mine:
+  sharding = batch_sharding(mesh, batch_size)
+  indices = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+  start = min(elements.start or 0 for elements, _ in indices)
+  stop = max(elements.stop or batch_size for elements, _ in indices)
+  share = stop - start
+  if batch_size % share or start % share:
     raise ValueError(
-      f"mesh={dict(mesh.shape)} gives this host rows {min(starts)} to {max(stops)} of "
-      f"{n_row}, which is no even share: let data and fsdp be multiples of the hosts."
+      f"mesh={dict(mesh.shape)} assigns batch elements {start} to {stop} of {batch_size} to this "
+      "process, which is not one of equal shares. Make data·fsdp a multiple of the number of "
+      "processes."
     )
-  return min(starts) // mine, n_row // mine
+  return start // share, batch_size // share
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, n_row: int) -> dict[str, Array]:
-  """A global batch [B, T] on the devices, of which each host gives all rows or its share of them."""
-  sharding = batch_sharding(mesh, n_row)
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, Array]:
+  """Puts a batch on the devices of a mesh.
+
+  Args:
+    batch: name -> array, either of the global batch [B, T] or of this process's share of it
+      [B/n, T]: see `process_share`.
+    mesh: the devices.
+    batch_size: B of the global batch.
+
+  Returns:
+    name -> global array [B, T].
+  """
+  sharding = batch_sharding(mesh, batch_size)
+  chex.assert_rank(list(batch.values()), 2)
 
   def put(x: np.ndarray) -> Array:
-    first = 0 if len(x) == n_row else process_share(mesh, n_row)[0] * len(x)
+    first = 0 if len(x) == batch_size else process_share(mesh, batch_size)[0] * len(x)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-      rows, columns = index
-      stop = n_row if rows.stop is None else rows.stop
-      return x[(rows.start or 0) - first : stop - first, columns]
+    def device_shard(index: tuple[slice, ...]) -> np.ndarray:
+      elements, columns = index
+      stop = batch_size if elements.stop is None else elements.stop
+      return x[(elements.start or 0) - first : stop - first, columns]
 
-    return jax.make_array_from_callback((n_row, x.shape[1]), sharding, part)
+    return jax.make_array_from_callback((batch_size, x.shape[1]), sharding, device_shard)
 
   return {name: put(np.asarray(x)) for name, x in batch.items()}
