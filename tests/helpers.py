@@ -145,3 +145,10 @@ def make_checkpoint(step=0):
   state = tvq.init_train_state(RUN, RUN_TRAINING, jax.random.key(0), params)
   state = state._replace(step=jnp.int32(step))
   return tvq.Checkpoint(RUN, RUN_TRAINING, state, jax.random.key(1), step // 2)
+
+
+def overflowing_params(config, module="transformer/layers/attention_1/q", name="kernel"):
+  """Random parameters of which one is so large that its products overflow."""
+  params = random_params(config)
+  value = params[module][name].at[..., 0, 0].set(3e38)
+  return {**params, module: {**params[module], name: value}}

@@ -35,6 +35,7 @@ from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.model import remat as remat_lib
 from tvq_haiku.model import transformer
 from tvq_haiku.parallel import sharding
+from tvq_haiku.training import size_checks
 from tvq_haiku.training import train_step as train_step_lib
 from tvq_haiku.types import ArrayTree
 
@@ -72,7 +73,7 @@ def plan_memory(
   """
   mesh_sizes = mesh_sizes or {"data": 1}
   mesh = AbstractMesh(tuple(mesh_sizes.values()), tuple(mesh_sizes))
-  train_step_lib.check_sizes(config, train_cfg, mesh)
+  size_checks.check_sizes(config, train_cfg, mesh)
   n_shard = math.prod(n for axis, n in mesh_sizes.items() if axis != "model")
   n_part = n_shard * train_cfg.n_accumulate
   batch_size = train_cfg.global_batch_size

@@ -26,7 +26,7 @@ from tvq_haiku.data.vocabulary import Vocabulary
 from tvq_haiku.evaluation import likelihood
 from tvq_haiku.model import transformer
 from tvq_haiku.parallel import multihost
-from tvq_haiku.training import train_step as train_step_lib
+from tvq_haiku.training import size_checks
 from tvq_haiku.types import Params, StopRequest
 
 VOCABULARY_FILE = "vocab.model"
@@ -57,7 +57,7 @@ class Experiment:
   mesh: jax.sharding.Mesh | None = None  # devices for training and validation; None: one device
 
   def __post_init__(self):
-    train_step_lib.check_sizes(self.config, self.train_cfg, self.mesh)
+    size_checks.check_sizes(self.config, self.train_cfg, self.mesh)
     self.vocabulary.check("config.n_vocab", self.config.n_vocab)
     if not self.config.causal:
       raise ValueError(

@@ -128,8 +128,8 @@ def fit(
   train_step = train_step_lib.make_train_step(config, train_cfg, mesh)
   device_put = jax.device_put
   if mesh is not None:
-    n_row = train_cfg.global_batch_size
-    device_put = functools.partial(sharding.put_batch, mesh=mesh, n_row=n_row)
+    batch_size = train_cfg.global_batch_size
+    device_put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=batch_size)
   first_update = checkpoint.data_step * train_cfg.updates_per_step
   with (
     stop_signals.stop_on_signals() as stop_request,

@@ -1,95 +1,139 @@
-"""Gradients of the training loss, of a whole batch or of its parts in turn."""
+"""Gradients of the training loss, of a complete batch or accumulated over microbatches."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import state as state_lib
-from tvq_haiku.model import transformer
 from tvq_haiku.training import losses, optimizers
-from tvq_haiku.types import Array, Batch
+from tvq_haiku.types import Array, Batch, Params
+
+
+class LossGradients(NamedTuple):
+  """The loss of one update window and its gradients."""
+
+  loss: Array  # [] f32
+  aux: losses.LossAux
+  gradients: Params  # of the loss, with the shapes and dtypes of the parameters
+
+
+class _MicrobatchSums(NamedTuple):
+  """Sums over microbatches."""
+
+  loss: Array  # [] f32
+  loss_commit: Array  # [] f32
+  metrics: dict[str, Array]  # [] f32
+  gradients: Params
+  nll: Array  # [] f32: total weighted nll in nats
+  weight: Array  # [] f32: total weight of the targets
 
 
 def loss_gradients(
   config: TransformerConfig,
-  params: Any,
+  params: Params,
   rng: Array,
   batch: Batch,
-  state: transformer.TransformerState,
+  state: state_lib.TransformerState,
   *,
-  n_part: int = 1,
+  n_microbatch: int = 1,
   sequence_rng: Array | None = None,
   with_metrics: bool = False,
-) -> tuple[Array, losses.LossAux, Any]:
-  """The loss of one update window, what else was learned, and the gradients.
+) -> LossGradients:
+  """Computes the loss of one update window and its gradients.
 
   Args:
-    config: the model.
+    config: configuration of the model.
     params: its parameters.
-    rng: seeds dropout.
-    batch: [B, T].
-    state: before it.
-    n_part: compute B/n_part rows at a time, in so much less memory. But for dropout, whose masks
-      are drawn part by part, and for rounding, the result is the same: losses are means of equal
-      parts, and the codebook's moving averages take all of them together.
-    sequence_rng: see `Transformer`.
-    with_metrics: also compute the quantizer's metrics.
+    rng: key for dropout.
+    batch: arrays [B, T]: see `losses.training_loss`.
+    state: the model's state before this window.
+    n_microbatch: number of microbatches, a divisor of B. Their gradients are computed one after the
+      other and accumulated, so that activations need 1/n of the memory. The result is that of the
+      complete batch, except for rounding and for dropout masks.
+    sequence_rng: key for the masks that all windows of a sequence share: see `Transformer`.
+    with_metrics: also compute the metrics of the quantizers.
   """
 
-  def part_gradients(batch, state, rng, sequence_rng):
+  def gradients_of(
+    batch: Batch,
+    state: state_lib.TransformerState,
+    rng: Array,
+    sequence_rng: Array | None,
+  ) -> LossGradients:
     (loss, aux), gradients = jax.value_and_grad(
       lambda p: losses.training_loss(
         config, p, rng, batch, state, sequence_rng=sequence_rng, with_metrics=with_metrics
       ),
       has_aux=True,
     )(params)
-    return loss, aux, gradients
+    return LossGradients(loss, aux, gradients)
 
-  if n_part == 1:
-    return part_gradients(batch, state, rng, sequence_rng)
+  if n_microbatch == 1:
+    return gradients_of(batch, state, rng, sequence_rng)
+  chex.assert_is_divisible(batch["inputs"].shape[0], n_microbatch)
 
-  def one(i: Array, batch: Batch, state: transformer.TransformerState):
-    keys = (None if key is None else jax.random.fold_in(key, i) for key in (rng, sequence_rng))
-    loss, aux, gradients = part_gradients(batch, state, *keys)
+  def microbatch_sums(
+    index: Array, batch: Batch, state: state_lib.TransformerState
+  ) -> tuple[_MicrobatchSums, state_lib.TransformerState]:
+    rngs = (None if key is None else jax.random.fold_in(key, index) for key in (rng, sequence_rng))
+    loss, aux, gradients = gradients_of(batch, state, *rngs)
     weight = jnp.sum(losses.loss_weights(batch))
-    return (loss, aux.loss_commit, aux.metrics, gradients, aux.loss_lm * weight, weight), aux.state
+    return _MicrobatchSums(
+      loss, aux.loss_commit, aux.metrics, gradients, aux.loss_lm * weight, weight
+    ), aux.state
 
-  # Every n-th row is of one part, so that each device has as many rows of it.
-  parts = (
-    jnp.arange(n_part),
-    jax.tree.map(lambda x: _deal(x, 0, n_part), dict(batch)),
-    state_lib.map_batch_axis(lambda x, axis: _deal(x, axis, n_part), state),
+  microbatches = (
+    jnp.arange(n_microbatch),
+    jax.tree.map(lambda x: _split_batch(x, 0, n_microbatch), dict(batch)),
+    state_lib.map_batch_axis(lambda x, axis: _split_batch(x, axis, n_microbatch), state),
   )
-  totals, _ = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), totals)
+  shapes, _ = jax.eval_shape(microbatch_sums, *jax.tree.map(lambda x: x[0], microbatches))
 
-  def step(totals, part):
-    more, state = one(*part)
-    return jax.tree.map(jnp.add, totals, more), state
+  def accumulate(sums: _MicrobatchSums, microbatch: tuple):
+    new, state = microbatch_sums(*microbatch)
+    return jax.tree.map(jnp.add, sums, new), state
 
-  totals, state = jax.lax.scan(step, zeros, parts)
-  *means, nats, weight = totals
-  loss, commit, metrics, gradients = jax.tree.map(lambda x: x / n_part, means)
-  loss_lm = nats / jnp.where(weight > 0.0, weight, 1.0)
-  state = state_lib.map_batch_axis(_collect, state, first=1)
-  # Each part pulled the averages all the way to its own share of the sums.
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  sums, state = jax.lax.scan(accumulate, zeros, microbatches)
+  state = state_lib.map_batch_axis(_merge_batch, state, first=1)
+  return _from_sums(sums, state, params, n_microbatch, config.c_gamma)
+
+
+def _from_sums(
+  sums: _MicrobatchSums,
+  state: state_lib.TransformerState,
+  params: Params,
+  n: int,
+  gamma: float,
+) -> LossGradients:
+  """Returns loss and gradients of the complete batch from sums over its n microbatches."""
+  loss, loss_commit, metrics, gradients = jax.tree.map(lambda x: x / n, tuple(sums[:4]))
+  loss_lm = sums.nll / jnp.where(sums.weight > 0.0, sums.weight, 1.0)
+  # The gradient of a moving average p is (1-γ)(p - s), with s summed over all tokens of the batch.
+  # Each microbatch computes it with its own part of s, so the mean over microbatches is
+  # (1-γ)(p - s/n). This turns the latter into the former.
   gradients = optimizers.map_codebook(
-    lambda mean, p: n_part * mean - (n_part - 1) * (1.0 - config.c_gamma) * p, gradients, params
+    lambda mean, p: n * mean - (n - 1) * (1.0 - gamma) * p, gradients, params
   )
-  return loss, losses.LossAux(state, loss_lm, commit, metrics), gradients
+  return LossGradients(loss, losses.LossAux(state, loss_lm, loss_commit, metrics), gradients)
 
 
-def _deal(x: Array, axis: int, n_part: int) -> Array:
-  """[..., B, ...] -> [n, ..., B/n, ...]."""
-  shape = (*x.shape[:axis], x.shape[axis] // n_part, n_part, *x.shape[axis + 1 :])
+def _split_batch(x: Array, axis: int, n: int) -> Array:
+  """Splits the batch axis into n microbatches: [..., B, ...] -> [n, ..., B/n, ...].
+
+  Microbatch i gets batch elements i, n+i, 2n+i, ...: since each device holds consecutive batch
+  elements, all devices then have equally many of every microbatch.
+  """
+  shape = (*x.shape[:axis], x.shape[axis] // n, n, *x.shape[axis + 1 :])
   return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
 
-def _collect(x: Array, axis: int) -> Array:
-  """The inverse of `_deal`; `axis` counts that of the parts."""
+def _merge_batch(x: Array, axis: int) -> Array:
+  """Inverts `_split_batch`; `axis` is that of the batch in `x`, where axis 0 is the microbatch."""
   x = jnp.moveaxis(x, 0, axis)
   return x.reshape(*x.shape[: axis - 1], -1, *x.shape[axis + 1 :])

@@ -1,48 +1,75 @@
-"""The training objective: cross-entropy + c_beta · commitment + the codebook's surrogate."""
+"""The training objective: cross-entropy + c_beta · commit loss + codebook loss.
+
+Letters: B batch, T tokens, X vocabulary.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import transformer
-from tvq_haiku.types import Array, Batch
+from tvq_haiku.types import Array, Batch, Params
 
 
 class LossAux(NamedTuple):
-  """What `training_loss` returns beside the loss."""
+  """What `training_loss` returns in addition to the loss."""
 
-  state: transformer.TransformerState
+  state: transformer.TransformerState  # after the window
   loss_lm: Array  # [] f32: nats per unmasked token
   loss_commit: Array  # [] f32: summed over heads, attentions and layers
-  metrics: dict[str, Array]  # of the quantizer; empty unless asked for
+  metrics: dict[str, Array]  # [] f32 metrics of the quantizers; empty unless requested
 
 
 def token_nll(logits: Array, targets: Array) -> Array:
-  """-log softmax(logits)[target], [B, T] float32 nats; NaN for a target out of range.
+  """Returns -log softmax(logits)[target] in nats; NaN for a target outside of the vocabulary.
+
+  Args:
+    logits: [B, T, X] floating.
+    targets: [B, T] integers.
+
+  Returns:
+    [B, T] float32.
 
   >>> token_nll(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), jnp.int32)).round(3).tolist()  # log 4
   [[1.3860000371932983]]
   """
+  dims = chex.Dimensions()
+  chex.assert_rank(logits, 3)
+  dims["BTX"] = logits.shape
+  chex.assert_shape(targets, dims["BT"])
+  chex.assert_type([logits, targets], [jnp.floating, jnp.integer])
   logits = logits.astype(jnp.float32)
+  # A negative index would count from the end of the vocabulary.
   index = jnp.where(targets < 0, logits.shape[-1], targets)[..., None]
   target = jnp.take_along_axis(logits, index, axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
   return jax.nn.logsumexp(logits, axis=-1) - target
 
 
 def weighted_nll(logits: Array, targets: Array, weights: Array) -> Array:
-  """Sum over [B, T] of weight · nll; where the weight is 0, logits and target may be anything."""
-  # The target is replaced before the logarithm: NaN times 0 would still be NaN, in gradients too.
+  """Returns the sum over all tokens of weight · nll.
+
+  Args:
+    logits: [B, T, X] floating.
+    targets: [B, T] integers; ignored where the weight is 0.
+    weights: [B, T] float32.
+
+  Returns:
+    [] float32.
+  """
+  chex.assert_equal_shape([targets, weights])
+  # Targets are replaced before the logarithm: 0 · NaN would be NaN, in the gradient, too.
   nll = token_nll(logits, jnp.where(weights != 0.0, targets, 0))
   return jnp.sum(jnp.where(weights != 0.0, weights * nll, 0.0))
 
 
 def training_loss(
   config: TransformerConfig,
-  params: Any,
+  params: Params,
   rng: Array | None,
   batch: Batch,
   state: transformer.TransformerState,
@@ -50,21 +77,23 @@ def training_loss(
   sequence_rng: Array | None = None,
   with_metrics: bool = False,
 ) -> tuple[Array, LossAux]:
-  """The loss of one update window; differentiate it with respect to `params`.
+  """Computes the loss of one update window; differentiate it with respect to `params`.
 
-  mean(loss_mask · nll) + c_beta · commit + codebook, the mean being over all B·T places.
+  The loss is mean(loss_mask · nll) + c_beta · commit loss + codebook loss. The mean is over all B·T
+  tokens, masked ones included.
 
   Args:
-    config: the model.
+    config: configuration of the model.
     params: its parameters.
-    rng: seeds dropout; may be None when all rates are 0.
-    batch: `inputs` and `targets` [B, T]; optionally `doc_ids` and `loss_mask` [B, T].
-    state: what was read before this window; gradients do not reach it.
-    sequence_rng: see `Transformer`.
-    with_metrics: also compute the quantizer's metrics.
+    rng: key for dropout; may be None if all dropout rates are 0.
+    batch: `inputs` and `targets` [B, T] integers; optionally `doc_ids` [B, T] integers, negative
+      for padding, and `loss_mask` [B, T] weights.
+    state: the model's state before this window; it gets no gradient.
+    sequence_rng: key for the masks that all windows of a sequence share: see `Transformer`.
+    with_metrics: also compute the metrics of the quantizers.
 
   Returns:
-    The loss, and what else was learned on the way.
+    The loss, [] float32, and a `LossAux`.
   """
   out = transformer.make_transformer(config).apply(
     params,
@@ -77,16 +106,24 @@ def training_loss(
     sequence_rng=sequence_rng,
     with_metrics=with_metrics,
   )
-  mask = loss_weights(batch)
-  total = weighted_nll(out.logits, batch["targets"], mask)
-  loss = total / mask.size + config.c_beta * out.commit_loss + out.codebook_loss
-  weight = jnp.sum(mask)
-  loss_lm = total / jnp.where(weight > 0.0, weight, 1.0)
+  weights = loss_weights(batch)
+  total_nll = weighted_nll(out.logits, batch["targets"], weights)
+  loss = total_nll / weights.size + config.c_beta * out.commit_loss + out.codebook_loss
+  total_weight = jnp.sum(weights)
+  loss_lm = total_nll / jnp.where(total_weight > 0.0, total_weight, 1.0)
   return loss, LossAux(out.state, loss_lm, out.commit_loss, out.metrics)
 
 
 def loss_weights(batch: Batch) -> Array:
-  """`loss_mask` [B, T] in float32, ones if absent; padding (negative `doc_ids`) weighs nothing."""
+  """Returns the weight of each target in the loss: `loss_mask`, but 0 for padding.
+
+  Args:
+    batch: `targets` [B, T]; optionally `loss_mask` [B, T], ones if absent, and `doc_ids` [B, T],
+      negative for padding.
+
+  Returns:
+    [B, T] float32.
+  """
   mask = batch.get("loss_mask")
   mask = jnp.ones(batch["targets"].shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
   doc_ids = batch.get("doc_ids")

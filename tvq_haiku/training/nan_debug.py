@@ -1,7 +1,8 @@
-"""Where the first number that is none comes from."""
+"""Finds the first non-finite tensor of a training step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import haiku as hk
@@ -13,38 +14,38 @@ from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import transformer
 from tvq_haiku.training import gradients as gradients_lib
 from tvq_haiku.training import losses
-from tvq_haiku.types import Array, Batch
+from tvq_haiku.types import Array, ArrayTree, Batch, Params
 
 
 class NumericalError(ArithmeticError):
-  """Training met numbers that are not finite; the message says when and where."""
+  """Training produced non-finite values; the message names the update and the first such tensor."""
 
 
 def first_non_finite(
   config: TransformerConfig,
-  params: Any,
+  params: Params,
   rng: Array,
   batch: Batch,
   state: transformer.TransformerState,
   *,
   sequence_rng: Array | None = None,
 ) -> str | None:
-  """Names the first tensor of a training step that has a value which is not finite.
+  """Finds the first tensor of a training step that has a non-finite value.
 
-  Looks at parameters and state, then at what each module of the model returns, in the order of
-  computation and without compiling, then at the losses, and last at the gradients.
+  Checks, in this order, the parameters, the state, the output of each module in the order of
+  computation, the losses and the gradients. The forward pass runs without compilation.
 
   Args:
-    config: as in `gradients.loss_gradients`, like all that follow.
-    params: of the model.
-    rng: of dropout.
-    batch: of the window.
-    state: before the window.
-    sequence_rng: of the sequence's own masks.
+    config: configuration of the model.
+    params: its parameters.
+    rng: key for dropout.
+    batch: one update window, arrays [B, T].
+    state: the model's state before the window.
+    sequence_rng: key for the masks that all windows of a sequence share.
 
   Returns:
-    Such as "output of transformer/layers/attention_1/q in layer 2: 3 of 4096 values"; None if all is
-    finite.
+    A description of the tensor, such as "output of transformer/layers/attention_1/q in layer 2: 3
+    of 4096 values"; None if all values are finite.
 
   >>> from tvq_haiku.config import TrainConfig
   >>> from tvq_haiku.training import train_step
@@ -56,51 +57,71 @@ def first_non_finite(
   ...                  transformer.initial_state(config, 1))
   'parameter transformer/embedding/embeddings: 8288 of 8288 values'
   """
-  for module, leaves in params.items():
-    for name, value in leaves.items():
-      if found := _count(value):
-        return f"parameter {module}/{name}: {found}"
+  if problem := _first_parameter(params):
+    return f"parameter {problem}"
   for path, value in jax.tree_util.tree_leaves_with_path(state):
-    if found := _count(value):
-      return f"state{jax.tree_util.keystr(path)}: {found}"
-  first: list[str] = []
-  calls: dict[str, int] = {}
-
-  def look(call, args, kwargs, context):
-    out = call(*args, **kwargs)
-    name = context.module.module_name
-    if context.method_name != "__call__":
-      return out
-    index = calls[name] = calls.get(name, 0) + 1
-    if not first and (found := next(filter(None, map(_count, jax.tree.leaves(out))), None)):
-      # The stack of layers calls the modules of one layer again and again, by names of their own.
-      where = (
-        name if name.startswith("transformer") else f"transformer/layers/{name} in layer {index}"
-      )
-      first.append(f"output of {where}: {found}")
-    return out
-
-  # Eagerly, and without what would trace it: the values must be there to be looked at.
-  plain = config.replace(remat="none")
-  with jax.disable_jit(), hk.intercept_methods(look):
-    loss, aux = losses.training_loss(plain, params, rng, batch, state, sequence_rng=sequence_rng)
-  if first:
-    return first[0]
+    if count := _count_non_finite(value):
+      return f"state{jax.tree_util.keystr(path)}: {count}"
+  watch = _OutputWatch()
+  # Without compilation and remat, modules return concrete values that can be inspected.
+  eager_config = config.replace(remat="none")
+  with jax.disable_jit(), hk.intercept_methods(watch):
+    loss, aux = losses.training_loss(
+      eager_config, params, rng, batch, state, sequence_rng=sequence_rng
+    )
+  if watch.first:
+    return watch.first
   for name, value in (("loss", loss), ("loss_lm", aux.loss_lm), ("loss_commit", aux.loss_commit)):
     if not np.isfinite(value):
       return f"{name}: {value}"
-  _, _, gradients = jax.jit(gradients_lib.loss_gradients, static_argnums=0)(
+  result = jax.jit(gradients_lib.loss_gradients, static_argnums=0)(
     config, params, rng, batch, state, sequence_rng=sequence_rng
   )
-  for module, leaves in gradients.items():
+  problem = _first_parameter(result.gradients)
+  return f"gradient of {problem}" if problem else None
+
+
+class _OutputWatch:
+  """A method interceptor that describes the first module output with a non-finite value."""
+
+  def __init__(self):
+    self.first: str | None = None
+    self._n_calls: dict[str, int] = {}  # by module name
+
+  def __call__(
+    self,
+    method: Callable[..., ArrayTree],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: hk.MethodContext,
+  ) -> ArrayTree:
+    """Calls the method, and inspects its output if it is the `__call__` of a module."""
+    output = method(*args, **kwargs)
+    if context.method_name != "__call__":
+      return output
+    name = context.module.module_name
+    layer = self._n_calls[name] = self._n_calls.get(name, 0) + 1
+    counts = map(_count_non_finite, jax.tree.leaves(output))
+    if self.first is None and (count := next(filter(None, counts), None)):
+      # The layer stack calls the modules of one layer N times, under names without its prefix.
+      if not name.startswith("transformer"):
+        name = f"transformer/layers/{name} in layer {layer}"
+      self.first = f"output of {name}: {count}"
+    return output
+
+
+def _first_parameter(params: Params) -> str | None:
+  """Describes the first parameter, or gradient, with a non-finite value; None if there is none."""
+  for module, leaves in params.items():
     for name, value in leaves.items():
-      if found := _count(value):
-        return f"gradient of {module}/{name}: {found}"
+      if count := _count_non_finite(value):
+        return f"{module}/{name}: {count}"
   return None
 
 
-def _count(value: Any) -> str | None:
+def _count_non_finite(value: Array) -> str | None:
+  """Returns "n of m values" with n > 0 non-finite ones; None if there are none, or for a tracer."""
   if not jnp.issubdtype(jnp.result_type(value), jnp.floating) or isinstance(value, jax.core.Tracer):
     return None
-  bad = np.size(value) - int(np.isfinite(np.asarray(value, np.float32)).sum())
-  return f"{bad} of {np.size(value)} values" if bad else None
+  n = np.size(value) - int(np.isfinite(np.asarray(value, np.float32)).sum())
+  return f"{n} of {np.size(value)} values" if n else None

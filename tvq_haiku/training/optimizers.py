@@ -1,11 +1,13 @@
-"""The paper's optimizers as optax transformations, with the codebook in a partition of its own.
+"""The paper's optimizers as optax transformations, with a separate partition for the codebook.
 
-Parameters of the N layers are stacked along a first axis, but every rule is about the parameter of
-one layer: whether a vector decays, and what Adafactor factors, clips and scales.
+The parameters of the N layers are stacked along a leading layer axis, but optimizers treat them as
+N parameters: whether weights decay (vectors don't), and what Adafactor factors, clips and scales,
+depends on the parameter of a single layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,16 +15,18 @@ import jax.numpy as jnp
 import optax
 
 from tvq_haiku.config import TrainConfig
+from tvq_haiku.types import Array, Params
 
 _CODEBOOK = ("c_sum", "c_count")
-_LR_MIN_FRACTION = 0.1
+_LR_MIN_FRACTION = 0.1  # the final learning rate as a fraction of lr_max
 
 
 def learning_rate_schedule(train_cfg: TrainConfig) -> optax.Schedule:
-  """From 0 to lr_max over the warm-up, then down to a tenth of it.
+  """Returns the learning rate as a function of the update index.
 
-  `cosine` and `linear` arrive there at n_max_step; `inv_sqrt` follows lr_max sqrt(warmup/update)
-  and goes no lower.
+  It grows linearly from 0 to lr_max over n_warmup_step updates, and then decays to 0.1·lr_max:
+  `cosine` and `linear` reach that value at n_max_step; `inv_sqrt` is
+  lr_max · sqrt(n_warmup_step / update), but at least that value.
 
   >>> schedule = learning_rate_schedule(
   ...     TrainConfig(lr_max=1.0, lr_schedule="linear", n_warmup_step=2, n_max_step=12))
@@ -31,7 +35,7 @@ def learning_rate_schedule(train_cfg: TrainConfig) -> optax.Schedule:
   """
   peak, warmup, total = train_cfg.lr_max, train_cfg.n_warmup_step, train_cfg.n_max_step
 
-  def shape(update: jax.Array) -> jax.Array:
+  def decay(update: Array) -> Array:
     progress = jnp.clip((update - warmup) / (total - warmup), min=0.0, max=1.0)
     match train_cfg.lr_schedule:
       case "cosine":
@@ -43,32 +47,44 @@ def learning_rate_schedule(train_cfg: TrainConfig) -> optax.Schedule:
         return jnp.maximum(jnp.sqrt(start / jnp.maximum(update, start)), _LR_MIN_FRACTION)
     return _LR_MIN_FRACTION + (1.0 - _LR_MIN_FRACTION) * fraction
 
-  def schedule(update: jax.Array) -> jax.Array:
+  def schedule(update: Array) -> Array:
     update = jnp.asarray(update, jnp.float32)
-    return peak * jnp.minimum(update / max(warmup, 1) if warmup else 1.0, 1.0) * shape(update)
+    return peak * jnp.minimum(update / max(warmup, 1) if warmup else 1.0, 1.0) * decay(update)
 
   return schedule
 
 
 def is_codebook(module_name: str, name: str) -> bool:
-  """Whether a parameter is one of the codebook's moving averages."""
+  """Returns whether a parameter is one of a codebook's moving averages."""
   return name in _CODEBOOK and module_name.split("/")[-1] == "quantizer"
 
 
 def is_stacked(module_name: str) -> bool:
-  """Whether a module's parameters carry the layer axis."""
+  """Returns whether the parameters of a module have a leading layer axis [N, ...]."""
   return "/layers/attention_" in module_name
 
 
-def _map_named(function, params: Any) -> Any:
+def _map_named(function: Callable[[str, str, Any], Any], params: Params) -> Any:
+  """Replaces each parameter by `function(module path, parameter name, value)`."""
   return {
     module: {name: function(module, name, value) for name, value in leaves.items()}
     for module, leaves in params.items()
   }
 
 
-def map_codebook(function, gradients: Any, params: Any) -> Any:
-  """`gradients` with `function(gradient, parameter)` for those of the codebook."""
+def map_codebook(
+  function: Callable[[Array, Array], Array], gradients: Params, params: Params
+) -> Params:
+  """Replaces the gradients of the codebooks.
+
+  Args:
+    function: maps (gradient, parameter) to the new gradient.
+    gradients: gradients of all parameters.
+    params: all parameters.
+
+  Returns:
+    `gradients`, with those of the codebooks replaced.
+  """
   return _map_named(
     lambda module, name, value: (
       function(value, params[module][name]) if is_codebook(module, name) else value
@@ -77,8 +93,8 @@ def map_codebook(function, gradients: Any, params: Any) -> Any:
   )
 
 
-def _decay_mask(params: Any) -> Any:
-  """True where weights decay: everything but vectors (a scalar does decay)."""
+def _decay_mask(params: Params) -> Any:
+  """Returns True for each parameter with weight decay: all but vectors; scalars do decay."""
 
   def decays(module: str, name: str, value: Any) -> bool:
     if isinstance(value, optax.MaskedNode):
@@ -89,7 +105,7 @@ def _decay_mask(params: Any) -> Any:
 
 
 def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Applies `rule` to N parameters where a leaf stacks the N layers, and to one elsewhere."""
+  """Applies `rule` to each layer of stacked parameters, and to other parameters as they are."""
   stacked = optax.GradientTransformation(
     init=jax.vmap(rule.init),
     update=lambda updates, state, params: jax.vmap(rule.update)(updates, state, params),
@@ -103,11 +119,12 @@ def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def make_optimizer(train_cfg: TrainConfig) -> optax.GradientTransformation:
-  """The optimizer of `train_cfg` for parameters of `make_transformer`.
+  """Returns the optimizer of `train_cfg` for the parameters of `make_transformer`.
 
-  Gradients are clipped by the global norm of all but the codebook. Weight decay is decoupled, not
-  multiplied by the learning rate, and leaves vectors alone. The codebook takes plain steps of
-  size 1: its gradients are differences of moving averages (see `quantizer`).
+  Gradients are clipped by the global norm of all gradients except those of the codebooks. Weight
+  decay is decoupled, not multiplied by the learning rate, and does not apply to vectors. Codebooks
+  are updated by SGD with learning rate 1: their gradient is the difference between the old and the
+  new moving average (see `model.quantizer`).
   """
   schedule = learning_rate_schedule(train_cfg)
   match train_cfg.optimizer:
@@ -138,8 +155,8 @@ def make_optimizer(train_cfg: TrainConfig) -> optax.GradientTransformation:
   )
 
 
-def codebook_is_finite(gradients: Any) -> jax.Array:
-  """Whether all of the codebook's gradients are."""
+def codebook_is_finite(gradients: Params) -> Array:
+  """Returns whether all gradients of the codebooks are finite, [] bool; True without codebooks."""
   return jnp.isfinite(
     sum(
       jnp.sum(value)
@@ -151,8 +168,8 @@ def codebook_is_finite(gradients: Any) -> jax.Array:
   )
 
 
-def weight_gradient_norm(gradients: Any) -> jax.Array:
-  """The global norm that clipping sees: of all gradients but the codebook's."""
+def weight_gradient_norm(gradients: Params) -> Array:
+  """Returns the global norm that is clipped, [] f32: of all gradients except the codebooks'."""
   return optax.tree.norm(
     [
       value

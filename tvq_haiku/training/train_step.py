@@ -1,11 +1,11 @@
-"""One training step: a batch of sequences, updated window by window with carried state."""
+"""The training step: one update per window of a batch, with the model's state carried along."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,46 +14,67 @@ from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.model import codebook_metrics, transformer
 from tvq_haiku.parallel import sharding
 from tvq_haiku.training import gradients as gradients_lib
-from tvq_haiku.training import optimizers
-from tvq_haiku.types import Array, Batch
+from tvq_haiku.training import optimizers, size_checks
+from tvq_haiku.types import Array, Batch, OptState, Params
 from tvq_haiku.utils import checks
+
+Mesh = jax.sharding.Mesh
+Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-  """What training changes."""
+  """Everything that training changes."""
 
-  params: Any
-  opt_state: optax.OptState
-  step: Array  # [] int32: updates made
+  params: Params  # float32
+  opt_state: OptState
+  step: Array  # [] int32: number of updates so far, skipped ones included
 
 
-TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]
+class _Carry(NamedTuple):
+  """What one update passes on to the next update of the same batch."""
+
+  train_state: TrainState
+  state: transformer.TransformerState  # the model's state after the windows so far
+
+
+class _Rngs(NamedTuple):
+  """Keys of one training step."""
+
+  update: Array  # folded with the index of the update
+  sequence: Array  # the same for all windows of a sequence
 
 
 def init_train_state(
   config: TransformerConfig,
   train_cfg: TrainConfig,
   rng: Array,
-  params: Any = None,
+  params: Params | None = None,
   *,
-  mesh: jax.sharding.Mesh | str | None = None,
+  mesh: Mesh | str | None = None,
 ) -> TrainState:
-  """Parameters and optimizer before the first update.
+  """Initializes parameters and optimizer.
 
   Args:
-    config: the model.
-    train_cfg: the optimizer.
-    rng: seeds the parameters.
-    params: used instead of fresh ones; copied, because training steps donate their buffers.
-    mesh: where all of it is born, already cut up by the rules of `sharding`, or a text for
-      `sharding.make_mesh`; None: one device.
+    config: configuration of the model.
+    train_cfg: configuration of the optimizer.
+    rng: key for the initial parameters.
+    params: initial parameters instead of random ones. They are copied, because training steps
+      donate their buffers.
+    mesh: devices on which the state is created, sharded by the rules of `parallel.sharding`, or a
+      text for `sharding.make_mesh`; None: one device.
+
+  Returns:
+    The state before the first update.
+
+  Raises:
+    ValueError: `params` are not parameters of `config`, or there is no such mesh.
   """
   optimizer = optimizers.make_optimizer(train_cfg)
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
   if params is not None:
     transformer.check_params(params, config)
 
-  def initial(rng: Array, params: Any) -> TrainState:
+  def initialize(rng: Array, params: Params | None) -> TrainState:
     if params is None:
       params = transformer.make_transformer(config).init(
         rng, jnp.zeros((1, 1), jnp.int32), transformer.initial_state(config, 1)
@@ -62,93 +83,129 @@ def init_train_state(
 
   if mesh is not None:
     shardings = sharding.train_state_shardings(train_state_shapes(config, train_cfg), mesh)
-    return jax.jit(initial, out_shardings=shardings)(rng, params)
+    return jax.jit(initialize, out_shardings=shardings)(rng, params)
   if params is None:
-    return jax.jit(initial)(rng, None)
-  return initial(rng, jax.tree.map(lambda x: jnp.array(x, copy=True), params))
+    return jax.jit(initialize)(rng, None)
+  return initialize(rng, jax.tree.map(lambda x: jnp.array(x, copy=True), params))
 
 
 @functools.cache
 def train_state_shapes(config: TransformerConfig, train_cfg: TrainConfig) -> TrainState:
-  """Shapes and types of a `TrainState`, without computing any."""
+  """Returns the shapes and dtypes of a `TrainState` without computing one."""
   return jax.eval_shape(lambda: init_train_state(config, train_cfg, jax.random.key(0)))
 
 
 def make_train_step(
   config: TransformerConfig,
   train_cfg: TrainConfig,
-  mesh: jax.sharding.Mesh | str | None = None,
+  mesh: Mesh | str | None = None,
   *,
   with_metrics: bool = False,
 ) -> TrainStep:
-  """A function `(train_state, batch, rng) -> (train_state, metrics)`, compiled once.
+  """Returns a compiled function `(train_state, batch, rng) -> (train_state, metrics)`.
 
-  It cuts the batch [B, T] into T/update_len windows and makes one update on each; the model's
-  state is carried from window to window, and gradients stop in between. An update whose loss or
-  gradients are not finite is skipped: parameters, optimizer and state stay what they were.
+  It splits the sequences of a batch [B, T] into T/update_len windows and makes one update per
+  window. The model's state is carried from window to window; gradients are not. An update whose
+  loss or gradients are not finite is skipped: parameters, optimizer and the model's state keep
+  their values.
 
   Args:
-    config: the model.
-    train_cfg: optimizer and sizes; the batch must have them.
-    mesh: devices to share the work, or a text for `sharding.make_mesh`. The result is that of one
-      device but for rounding; the batch is global, as numpy arrays or by `sharding.put_batch`, and
-      `train_state` is from `init_train_state` with the same mesh.
-    with_metrics: report the quantizer's metrics too.
+    config: configuration of the model.
+    train_cfg: configuration of the optimizer, and the size of the batch.
+    mesh: devices that share the work, or a text for `sharding.make_mesh`; None: one device. The
+      result is that of one device, except for rounding.
+    with_metrics: also return the metrics of the quantizers.
 
   Returns:
-    The step. It donates `train_state`: keep the one it returns. `rng` may be the same key every
-    time, for the number of the update is folded in. `metrics` maps names to [T/update_len] f32:
-    `loss` (what is minimised), `loss_lm` (nats per unmasked token), `loss_commit`, `grad_norm`
-    (before clipping, without the codebook), `learning_rate`, `skipped` (1 for an update that was),
-    `code_perplexity` and `code_use` (see `metrics.codebook_use`), and the quantizer's.
+    A `TrainStep`.
 
   Raises:
-    ValueError: sizes do not go together; the message names them.
+    ValueError: the sizes of model, batch and mesh are incompatible: see `size_checks`.
   """
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
-  check_sizes(config, train_cfg, mesh)
-  n_updates = train_cfg.updates_per_step
+  size_checks.check_sizes(config, train_cfg, mesh)
+  return TrainStep(config, train_cfg, mesh, with_metrics=with_metrics)
 
-  def train_step(train_state: TrainState, batch: Batch, rng: Array):
-    with sharding.use_mesh(mesh):
-      return all_windows(train_state, batch, rng)
 
-  def all_windows(train_state: TrainState, batch: Batch, rng: Array):
-    rng, sequence_rng = jax.random.split(jax.random.fold_in(rng, train_state.step))
-    windows = jax.tree.map(
-      lambda x: sharding.constrain(x, None, sharding.BATCH_AXES, "sequence"),
-      _windows(batch, n_updates),
-    )
-    state = transformer.initial_state(config, train_cfg.global_batch_size)
+class TrainStep:
+  """One training step on a batch of sequences; `make_train_step` makes it."""
+
+  def __init__(
+    self,
+    config: TransformerConfig,
+    train_cfg: TrainConfig,
+    mesh: Mesh | None,
+    *,
+    with_metrics: bool,
+  ):
+    self._config, self._train_cfg, self._mesh = config, train_cfg, mesh
+    self._with_metrics = with_metrics
+    shardings = {}
     if mesh is not None:
-      state = jax.lax.with_sharding_constraint(
-        state, sharding.state_shardings(state, mesh, config.kv_heads)
+      replicated = sharding.replicated(mesh)
+      states = sharding.train_state_shardings(train_state_shapes(config, train_cfg), mesh)
+      tokens = sharding.batch_sharding(mesh, train_cfg.global_batch_size)
+      shardings = dict(
+        in_shardings=(states, tokens, replicated), out_shardings=(states, replicated)
       )
-    (train_state, _), metrics = jax.lax.scan(
-      lambda carry, window: _update(
-        config, train_cfg, carry, window, rng, sequence_rng, with_metrics
-      ),
-      (train_state, state),
-      windows,
-      unroll=n_updates == 1,
-    )
-    return train_state, metrics
+    self._compiled = jax.jit(self._step, donate_argnums=0, **shardings)
 
-  placed = {}
-  if mesh is not None:
-    everywhere = sharding.replicated(mesh)
-    states = sharding.train_state_shardings(train_state_shapes(config, train_cfg), mesh)
-    rows = sharding.batch_sharding(mesh, train_cfg.global_batch_size)
-    placed = dict(in_shardings=(states, rows, everywhere), out_shardings=(states, everywhere))
-  compiled = jax.jit(train_step, donate_argnums=0, **placed)
+  def __call__(
+    self, train_state: TrainState, batch: Batch, rng: Array
+  ) -> tuple[TrainState, Metrics]:
+    """Makes T/update_len updates.
 
-  def checked(train_state: TrainState, batch: Batch, rng: Array):
-    checks.check_batch(batch, (train_cfg.global_batch_size, train_cfg.sequence_len), config.n_vocab)
-    return compiled(train_state, batch, rng)
+    Args:
+      train_state: from `init_train_state` with the same mesh, or from the previous step. It is
+        donated: use the returned one afterwards.
+      batch: name -> [B, T] array of the global batch, with B = global_batch_size and
+        T = sequence_len; with a mesh, numpy arrays or the result of `sharding.put_batch`.
+      rng: key for dropout. The index of the update is folded in, so every step may get the same.
 
-  checked.lower = compiled.lower  # for those who want the program: benchmarks, cost analysis
-  checked.n_compiled = compiled._cache_size  # how many programs it was, which should stay 1
-  return checked
+    Returns:
+      The new train state, and metrics of shape [T/update_len] float32, one value per update:
+      `loss` (the objective), `loss_lm` (nats per unmasked token), `loss_commit`, `grad_norm`
+      (before clipping, without the codebooks), `learning_rate`, `skipped` (1 for a skipped update),
+      `code_perplexity` and `code_use` (see `codebook_metrics.codebook_usage`), and those of the
+      quantizers.
+
+    Raises:
+      ValueError, TypeError: the batch has wrong names, shapes or dtypes.
+    """
+    shape = (self._train_cfg.global_batch_size, self._train_cfg.sequence_len)
+    checks.check_batch(batch, shape, self._config.n_vocab)
+    return self._compiled(train_state, batch, rng)
+
+  def lower(self, train_state: TrainState, batch: Batch, rng: Array) -> jax.stages.Lowered:
+    """Lowers the step for these arguments, or their shapes, without running it."""
+    return self._compiled.lower(train_state, batch, rng)
+
+  def n_compiled(self) -> int:
+    """Returns how often the step was compiled: more than once is a bug, since shapes are fixed."""
+    return self._compiled._cache_size()
+
+  def _step(self, train_state: TrainState, batch: Batch, rng: Array) -> tuple[TrainState, Metrics]:
+    config, train_cfg, mesh = self._config, self._train_cfg, self._mesh
+    with sharding.use_mesh(mesh):
+      rngs = _step_rngs(rng, train_state)
+      windows = jax.tree.map(
+        lambda x: sharding.constrain(x, None, sharding.BATCH_AXES, "sequence"),
+        _split_windows(batch, train_cfg.updates_per_step),
+      )
+      state = transformer.initial_state(config, train_cfg.global_batch_size)
+      if mesh is not None:
+        state = jax.lax.with_sharding_constraint(
+          state, sharding.state_shardings(state, mesh, config.kv_heads)
+        )
+      carry, metrics = jax.lax.scan(
+        lambda carry, window: _update(
+          config, train_cfg, carry, window, rngs, with_metrics=self._with_metrics
+        ),
+        _Carry(train_state, state),
+        windows,
+        unroll=train_cfg.updates_per_step == 1,
+      )
+    return carry.train_state, metrics
 
 
 def replay_to_skipped(
@@ -158,73 +215,76 @@ def replay_to_skipped(
   batch: Batch,
   rng: Array,
 ) -> dict[str, Any] | None:
-  """What the first update of a step that is skipped is given; None if there is no such update.
+  """Repeats a step up to its first skipped update and returns the inputs of that update.
 
   Args:
-    config: the model.
-    train_cfg: as the step's.
-    train_state: before the step; it is not donated.
-    batch: of the step.
-    rng: of the step.
+    config: configuration of the model.
+    train_cfg: configuration of the step.
+    train_state: state before the step; it is not donated.
+    batch: batch of the step.
+    rng: key of the step.
 
   Returns:
-    The arguments of `gradients.loss_gradients` and of `numerics.first_non_finite`.
+    Keyword arguments of `gradients.loss_gradients` and `nan_debug.first_non_finite`; None if no
+    update is skipped.
   """
-  rng, sequence_rng = jax.random.split(jax.random.fold_in(rng, train_state.step))
+  rngs = _step_rngs(rng, train_state)
   update = jax.jit(_update, static_argnums=(0, 1))
-  carry = (train_state, transformer.initial_state(config, train_cfg.global_batch_size))
-  windows = _windows(batch, train_cfg.updates_per_step)
+  carry = _Carry(train_state, transformer.initial_state(config, train_cfg.global_batch_size))
+  windows = _split_windows(batch, train_cfg.updates_per_step)
   for i in range(train_cfg.updates_per_step):
     window = {name: x[i] for name, x in windows.items()}
-    before, state = carry
-    carry, metrics = update(config, train_cfg, carry, window, rng, sequence_rng)
+    before = carry
+    carry, metrics = update(config, train_cfg, before, window, rngs)
     if metrics["skipped"]:
       return dict(
-        params=before.params,
-        rng=jax.random.fold_in(rng, before.step),
+        params=before.train_state.params,
+        rng=jax.random.fold_in(rngs.update, before.train_state.step),
         batch=window,
-        state=state,
-        sequence_rng=sequence_rng,
+        state=before.state,
+        sequence_rng=rngs.sequence,
       )
   return None
 
 
-def _windows(batch: Batch, n: int) -> dict[str, Array]:
-  """[B, T] -> [n, B, T/n]."""
+def _step_rngs(rng: Array, train_state: TrainState) -> _Rngs:
+  return _Rngs(*jax.random.split(jax.random.fold_in(rng, train_state.step)))
+
+
+def _split_windows(batch: Batch, n: int) -> dict[str, Array]:
+  """Splits sequences into n windows: [B, T] -> [n, B, T/n]."""
+  chex.assert_rank(list(batch.values()), 2)
   return jax.tree.map(lambda x: x.reshape(x.shape[0], n, -1).swapaxes(0, 1), dict(batch))
 
 
 def _update(
   config: TransformerConfig,
   train_cfg: TrainConfig,
-  carry: Any,
+  carry: _Carry,
   window: Batch,
-  rng: Array,
-  sequence_rng: Array,
+  rngs: _Rngs,
+  *,
   with_metrics: bool = False,
-) -> tuple[Any, dict[str, Array]]:
-  """One update of carry = (train state, the model's state) on one window."""
-  before, state = carry
-  params, _, step = before
+) -> tuple[_Carry, Metrics]:
+  """Makes one update on a window [B, T/n]."""
+  params, opt_state, step = carry.train_state
   loss, aux, gradients = gradients_lib.loss_gradients(
     config,
     params,
-    jax.random.fold_in(rng, step),
+    jax.random.fold_in(rngs.update, step),
     window,
-    state,
-    n_part=train_cfg.n_accumulate,
-    sequence_rng=sequence_rng,
+    carry.state,
+    n_microbatch=train_cfg.n_accumulate,
+    sequence_rng=rngs.sequence,
     with_metrics=with_metrics,
   )
-  updates, opt_state = optimizers.make_optimizer(train_cfg).update(
-    gradients, before.opt_state, params
-  )
+  updates, new_opt_state = optimizers.make_optimizer(train_cfg).update(gradients, opt_state, params)
   norm = optimizers.weight_gradient_norm(gradients)
-  is_good = jnp.isfinite(loss) & jnp.isfinite(norm) & optimizers.codebook_is_finite(gradients)
-  (params, opt_state), state = jax.tree.map(
-    lambda new, old: jnp.where(is_good, new, old),
-    ((optax.apply_updates(params, updates), opt_state), aux.state),
-    (before[:2], state),
+  is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & optimizers.codebook_is_finite(gradients)
+  params, opt_state, state = jax.tree.map(
+    lambda new, old: jnp.where(is_finite, new, old),
+    (optax.apply_updates(params, updates), new_opt_state, aux.state),
+    (params, opt_state, carry.state),
   )
   metrics = dict(
     loss=loss,
@@ -232,44 +292,7 @@ def _update(
     loss_commit=aux.loss_commit,
     grad_norm=norm,
     learning_rate=optimizers.learning_rate_schedule(train_cfg)(step),
-    skipped=1.0 - is_good.astype(jnp.float32),
+    skipped=1.0 - is_finite.astype(jnp.float32),
   )
   metrics |= codebook_metrics.codebook_usage(params) | aux.metrics
-  return (TrainState(params, opt_state, step + 1), state), metrics
-
-
-def check_sizes(
-  config: TransformerConfig,
-  train_cfg: TrainConfig,
-  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None,
-) -> None:
-  """Raises a ValueError that names them if sizes of model, batch and mesh do not go together."""
-  if config.c_revive and train_cfg.n_accumulate > 1:
-    raise ValueError(
-      f"c_revive={config.c_revive} and n_accumulate={train_cfg.n_accumulate}: codes cannot "
-      "be revived from parts of a batch. Use more devices, or leave one of them out."
-    )
-  sizes = {} if mesh is None else dict(mesh.shape)
-  rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
-  if train_cfg.global_batch_size % (rows * train_cfg.n_accumulate):
-    raise ValueError(
-      f"mesh={sizes}: {rows} devices cannot share the rows of global_batch_size="
-      f"{train_cfg.global_batch_size} with n_accumulate={train_cfg.n_accumulate} evenly."
-    )
-  heads, model = config.kv_heads, sizes.get("model", 1)
-  if heads % model and config.d_v % model:
-    raise ValueError(
-      f"mesh={sizes}: {model} devices can share neither {heads} key/value heads nor "
-      f"d_v={config.d_v} evenly."
-    )
-  pieces, span = sizes.get("sequence", 1), train_cfg.update_len
-  if pieces > 1 and (
-    config.attn_type != "vq"
-    or span % (pieces * config.block_len)
-    or span // pieces < config.mem_len
-  ):
-    raise ValueError(
-      f"mesh={sizes}: update_len={span} in {pieces} pieces: each must be a multiple of block_len="
-      f"{config.block_len} and at least mem_len={config.mem_len}, and attn_type={config.attn_type!r} must "
-      "be 'vq'."
-    )
+  return _Carry(TrainState(params, opt_state, step + 1), state), metrics
