@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 
@@ -118,7 +119,7 @@ def generate(
     show_progress=show_progress,
   )
   state = decoder.finish_decoding(generation.decode_state)
-  return GenerateOutput(*sampled, state=state, logits=generation.logits)
+  return GenerateOutput(**sampled._asdict(), state=state, logits=generation.logits)
 
 
 def _check_arguments(
@@ -148,8 +149,7 @@ def _check_arguments(
     )
   if state is not None:
     checks.check_state(state, transformer.initial_state, config, B)
-  if logits is not None and jnp.shape(logits) != (B, X):
-    raise ValueError(f"generate: logits must have shape [B={B}, X={X}], got {jnp.shape(logits)}.")
+  checks.check_arrays("generate", chex.Dimensions(B=B, X=X), logits=(logits, "BX", jnp.floating))
 
 
 def continue_text(
