@@ -103,10 +103,11 @@ class Conversation:
     """
     if max_new_tokens < 1:
       raise ValueError(f"Conversation: max_new_tokens={max_new_tokens} must be at least 1.")
-    sequences = tuple(tuple(ByteVocabulary.encode(text).tolist()) for text in stop)
-    if not all(sequences):
-      raise ValueError(f"Conversation: stop={list(stop)!r}: a stop text must not be empty.")
-    conditions = stopping.StopConditions(ByteVocabulary.EOS, sequences)
+    stop_texts = list(stop)
+    if not all(stop_texts):
+      raise ValueError(f"Conversation: stop={stop_texts!r}: a stop text must not be empty.")
+    sequences = [ByteVocabulary.encode(text) for text in stop_texts]
+    conditions = stopping.make_stop_conditions(ByteVocabulary.EOS, sequences)
     return self._write(ByteVocabulary.encode(prompt), max_new_tokens, conditions)
 
   def _write(

@@ -95,16 +95,12 @@ def generate(
   sampling_params = sampling.make_sampling_params(
     temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, caller="generate"
   )
-  stop_conditions = stopping.StopConditions(
-    eos_id=None if eos_id is None else int(eos_id),
-    sequences=tuple(tuple(int(token) for token in sequence) for sequence in stop),
-  )
+  stop_conditions = stopping.make_stop_conditions(eos_id, stop)
   prompt_list = prefill.unpad_prompts(prompts, lengths, config.n_vocab)
   B = len(prompt_list)
   _check_arguments(params, config, B, max_new_tokens, stop_conditions, state, logits)
   rngs = sampling.example_rngs(rng, prompt_list)
-  if state is None:
-    state = transformer.initial_state(config, B)
+  state = transformer.initial_state(config, B) if state is None else state
   if logits is None:
     prompt_list = prefill.fill_empty_prompts(prompt_list, state, eos_id)
   state, logits = prefill.prefill(params, config, prompt_list, state, logits)

@@ -5,7 +5,7 @@ Letters: B batch, n number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import chex
@@ -24,6 +24,14 @@ class StopConditions(NamedTuple):
   def max_len(self) -> int:
     """Number of recent tokens that `ends_text` needs."""
     return max([1, *map(len, self.sequences)])
+
+
+def make_stop_conditions(eos_id: int | None, sequences: Iterable[Iterable[int]]) -> StopConditions:
+  """Converts tokens as a user passes them (lists, arrays) to hashable stop conditions."""
+  return StopConditions(
+    eos_id=None if eos_id is None else int(eos_id),
+    sequences=tuple(tuple(int(token) for token in sequence) for sequence in sequences),
+  )
 
 
 def ends_text(recent_tokens: Array, stop: StopConditions) -> Array:
