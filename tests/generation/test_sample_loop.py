@@ -71,28 +71,30 @@ def test_a_stop_sequence_may_span_two_calls():
   assert state.ended[0] and sampled.lengths[0] == 2
 
 
-def test_several_chunks_are_the_same_as_one(monkeypatch):
+@pytest.mark.parametrize("ends", [False, True])
+def test_several_chunks_are_the_same_as_one(monkeypatch, ends):
   unstopped, _ = sample(start(StopConditions()), 8, StopConditions())
-  stop = StopConditions(eos_id=int(unstopped.tokens[0, 2]))
+  stop = StopConditions(eos_id=int(unstopped.tokens[0, 2]) if ends else None)
 
-  def sample_in_chunks(max_new_tokens):
-    weights = decoder_weights.prepare_weights(CONFIG, PARAMS)
+  def sample_in_chunks():
     return sample_loop.sample_in_chunks(
       CONFIG,
-      weights,
+      decoder_weights.prepare_weights(CONFIG, PARAMS),
       start(stop),
       RNGS,
       sampling.make_sampling_params(),
-      max_new_tokens=max_new_tokens,
+      max_new_tokens=13,
       stop=stop,
       show_progress=False,
     )
 
-  one = sample_in_chunks(13)
+  one = sample_in_chunks()
   monkeypatch.setattr(sample_loop, "_MAX_CHUNK_LEN", 4)
-  several = sample_in_chunks(13)
-  assert several[0].tokens.shape == several[0].logprobs.shape == (2, 13)
-  assert_same(several, one)
+  sampled, state = sample_in_chunks()
+  assert_same((sampled, state), one)
+  assert sampled.tokens.shape == sampled.logprobs.shape == (2, 13)
+  assert_same(sampled.lengths, state.decode_state.n_read)
+  assert sampled.lengths[0] <= 3 if ends else sampled.lengths.tolist() == [13, 13]
 
 
 @pytest.fixture
