@@ -120,3 +120,11 @@ def test_violations_are_found(tmp_path):
 
 def test_few_modules_lie_directly_in_the_package():
   assert len(list((ROOT / "tvq_haiku").glob("*.py"))) <= MAX_TOP_LEVEL_MODULES
+
+
+def test_contributing_lists_every_folder():
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  names = [
+    f"{name}.py" if (ROOT / f"tvq_haiku/{name}.py").exists() else name for name in ORDER[:-1]
+  ]
+  assert [name for name in names if f"`{name}" not in text] == []

@@ -155,7 +155,13 @@ def _bytes_per_device(shapes: ArrayTree, shardings: ArrayTree) -> int:
 def describe_plan(
   config: TransformerConfig, train_cfg: TrainConfig, mesh_sizes: Mapping[str, int]
 ) -> str:
-  """Formats the plan for a mesh in a few lines of text; arguments as in `plan_memory`."""
+  """Formats the plan for a mesh in a few lines of text.
+
+  Args:
+    config: the model.
+    train_cfg: the optimizer and the batch.
+    mesh_sizes: axis of the mesh -> number of devices.
+  """
   plan = plan_memory(config, train_cfg, mesh_sizes)
 
   def total(parts: Mapping[str, int]) -> str:

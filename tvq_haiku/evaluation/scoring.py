@@ -32,7 +32,7 @@ class Scores(NamedTuple):
 
   @property
   def bits_per_byte(self) -> np.ndarray:
-    """[n] f64 bits per byte; infinite for an empty text, because its eos has a cost too."""
+    """Bits per byte [n] f64; infinite for an empty text, because its eos has a cost too."""
     with np.errstate(divide="ignore"):
       return -self.logprobs / math.log(2) / self.n_byte
 
