@@ -12,11 +12,11 @@ import numpy as np
 import optax
 
 Array = jax.Array  # an array on a device, or a tracer under jit
-ArrayTree = chex.ArrayTree  # any nesting of containers with arrays as leaves
+ArrayTree = chex.ArrayTree  # arrays in nested containers
 Batch = Mapping[str, Array]  # "inputs", "targets", "doc_ids", "loss_mask": [B, T] int32
-HostBatch = dict[str, np.ndarray]  # the same in host memory, before it is put on devices
-OptState = optax.OptState  # what the optimizer remembers, in its own containers
-Params = hk.Params  # module path -> parameter name -> array; shapes may stand in for arrays
+HostBatch = dict[str, np.ndarray]  # the same in host memory, before it is copied to devices
+OptState = optax.OptState  # state of the optimizer, in the containers of optax
+Params = hk.Params  # module path -> parameter name -> array, or `jax.ShapeDtypeStruct`
 
 
 class StopRequest(Protocol):

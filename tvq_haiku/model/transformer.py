@@ -83,6 +83,7 @@ class Transformer(hk.Module):
     """
     c = self._config
     self._check_arguments(tokens, state, doc_ids, loss_mask)
+    # An encoder reads every call from the start.
     start = state if c.causal else initial_state(c, tokens.shape[0])
     batch = padding.compact(tokens, start.document, doc_ids, loss_mask)
     index, document, position = padding.document_positions(
@@ -118,6 +119,7 @@ class Transformer(hk.Module):
     doc_ids: Array | None,
     loss_mask: Array | None,
   ) -> None:
+    """Raises a ValueError or a TypeError that names the first wrong argument."""
     checks.check_tokens(tokens, self._config.n_vocab)
     checks.check_mask("doc_ids", doc_ids, tokens)
     checks.check_mask("loss_mask", loss_mask, tokens)
