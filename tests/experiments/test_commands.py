@@ -133,9 +133,9 @@ def test_vocabulary_is_not_overwritten(books, workspace):
 
 def test_trained_vocabulary_is_used_by_other_commands(workspace):
   text = "python -m experiments.text --smoke --workdir=words --cache_dir=cache"
-  text += " --vocab=words.model --config.n_vocab=300"
+  text += " --vocab=words.model --config.n_vocab=400"
   status, out, err = run(text + " --command=train_vocab", workspace)
-  assert status == 0 and not out and "300 tokens: words.model" in err, err
+  assert status == 0 and not out and "400 tokens: words.model" in err, err
   status, out, err = run(text + " --command=info", workspace)
   assert status == 0, err
   n_token = int(re.search(r"train +([\d,]+) tokens", out)[1].replace(",", ""))
