@@ -10,6 +10,8 @@ from launching import assert_fails_in_one_line, run, workspace
 
 assert workspace  # a fixture
 
+pytestmark = pytest.mark.slow
+
 
 def test_compile_time_is_printed_relative_to_the_first_depth(workspace):
   command = "python -m experiments.benchmarks.compile_time --smoke --depths=1,2"

@@ -102,7 +102,7 @@ def test_help_lists_all_flags_with_the_defaults_of_each_size(workspace):
     (
       "imagenet64 --smoke --config.sequence_len=96 --workdir=v",
       1,
-      "must be a multiple of the 192 tokens",
+      "must be a multiple of 192",
     ),
     ("text --data_dir=nowhere", 1, "--data_dir=nowhere does not exist. Expected: a text file"),
   ],

@@ -15,6 +15,8 @@ from launching import assert_fails_in_one_line, run, start, workspace
 
 assert workspace  # a fixture
 
+pytestmark = pytest.mark.slow
+
 BOOKS = "python -m experiments.pg19 --smoke --workdir=books --cache_dir=cache"
 IMAGES = "python -m experiments.imagenet64 --smoke --workdir=images --cache_dir=cache"
 TEXT = "python -m experiments.enwik8 --smoke --workdir=text --cache_dir=cache"

@@ -6,6 +6,8 @@ from launching import assert_fails_in_one_line, run, workspace
 
 assert workspace  # a fixture
 
+pytestmark = pytest.mark.slow
+
 
 def test_decompression_restores_the_file_and_evaluation_agrees_on_its_size(quickstart, workspace):
   text = (workspace / "README.md").read_bytes()[:2000]

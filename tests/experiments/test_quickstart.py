@@ -10,6 +10,8 @@ from launching import assert_fails_in_one_line, run, start, workspace
 
 assert workspace  # a fixture
 
+pytestmark = pytest.mark.slow
+
 COMMAND = "python -m experiments.quickstart --smoke --workdir=runs/quickstart"
 
 

@@ -3,9 +3,13 @@
 import os
 import re
 
+import pytest
+
 from launching import ROOT, run, workspace
 
 assert workspace  # a fixture
+
+pytestmark = pytest.mark.slow
 
 
 def readme_blocks(language):

@@ -14,6 +14,8 @@ from launching import assert_fails_in_one_line, run, start, workspace
 
 assert workspace  # a fixture
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = "python -m experiments.sample --checkpoint=runs/quickstart"
 # The untrained model may sample the end of a document at any byte, but never finds it most likely.
 ENDLESS = SAMPLE + " --temperature=0 --length=1000000"
