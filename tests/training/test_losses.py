@@ -47,7 +47,7 @@ def test_nll_is_float32_for_bfloat16_logits():
   "logits, targets",
   [((2, 3), (2,)), ((1, 2, 3), (2, 1)), ((1, 2, 3), (1, 2, 1))],
 )
-def test_shapes_that_do_not_match_are_rejected(logits, targets):
+def test_nll_rejects_shapes_that_do_not_match(logits, targets):
   with pytest.raises(AssertionError):
     losses.token_nll(jnp.zeros(logits), jnp.zeros(targets, jnp.int32))
 
@@ -87,12 +87,29 @@ def test_a_target_outside_of_the_vocabulary_makes_the_loss_nan(loss, batch, targ
   assert np.isnan(loss({**batch, "targets": batch["targets"].at[0, 0].set(target)})[0])
 
 
-def test_the_state_gets_no_gradient(batch):
-  params, state = helpers.random_params(CONFIG), tvq.initial_state(CONFIG, 2)
+def test_the_state_gets_no_gradient(loss, batch):
+  params, state = helpers.random_params(CONFIG), loss(batch)[1].state
+  assert (state.attention_1.cache_counts > 0.0).any()
 
-  def objective(means):
-    attention = state.attention_1._replace(cache_means=means)
+  def objective(means, values):
+    attention = state.attention_1._replace(cache_means=means, memory_values=values)
     return tvq.training_loss(CONFIG, params, None, batch, state._replace(attention_1=attention))[0]
 
-  gradient = jax.jit(jax.grad(objective))(state.attention_1.cache_means)
-  assert (gradient == 0.0).all()
+  gradients = jax.jit(jax.grad(objective, argnums=(0, 1)))(
+    state.attention_1.cache_means, state.attention_1.memory_values
+  )
+  assert all((gradient == 0.0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+  "change, error, message",
+  [
+    (lambda x: x[:, 1:], ValueError, r"targets must have shape \[B=2, T=32\], got \(2, 31\)"),
+    (lambda x: x[0], ValueError, "targets must have shape"),
+    (lambda x: x * 1.0, TypeError, "targets must be integer"),
+  ],
+)
+def test_wrong_targets_are_named(batch, change, error, message):
+  params, state = helpers.random_params(CONFIG), tvq.initial_state(CONFIG, 2)
+  with pytest.raises(error, match=f"training_loss: {message}"):
+    tvq.training_loss(CONFIG, params, None, {**batch, "targets": change(batch["targets"])}, state)

@@ -20,9 +20,9 @@ _HEARTBEAT_SECONDS = 20  # a process that is silent for this long counts as dead
 _START_SECONDS = 300  # timeout for the processes to find each other
 _PROCESS_AXIS = "process"  # the mesh axis over which votes are reduced
 
-# JAX has no exception type for the failure of another process: only the text of the error tells.
-# Such an error begins with an XLA status and names the layer that talks to other processes. Paths
-# of files must not match, so single words such as "gloo" are not enough.
+# JAX has no exception type for the failure of another process, so the message decides. It begins
+# with an XLA status and names the layer that communicates with other processes. Paths of files must
+# not match, so a single word such as "gloo" is not enough.
 _PEER_FAILURE = re.compile(
   r"[A-Z_]+: .*(?:"
   r"\bGloo [\w -]+ failed"  # collectives on CPUs
@@ -110,8 +110,9 @@ def is_main_process() -> bool:
 def is_peer_failure(error: BaseException) -> bool:
   """Returns whether `error` reports that another process failed or cannot be reached.
 
-  The errors that caused `error` count, too: orbax wraps a failed barrier in a TimeoutError. If one
-  of them is a failure of this process itself, such as running out of memory, the answer is False.
+  The errors that caused `error` are examined, too, because orbax wraps a failed barrier in a
+  TimeoutError. Returns False if one of them is a failure of this process itself, such as running
+  out of memory.
 
   >>> is_peer_failure(ValueError("UNKNOWN: Gloo AllGather failed"))  # only one process
   False

@@ -30,7 +30,7 @@ AxisNames = str | tuple[str, ...] | None  # the mesh axes that split one dimensi
 
 MESH_AXES = ("data", "fsdp", "model", "sequence")
 BATCH_AXES = ("data", "fsdp")  # split the batch
-HEADS, WIDTH = "heads", "width"  # stand for "model" or None: `head_axes` says which of them
+HEADS, WIDTH = "heads", "width"  # placeholders, which `head_axes` replaces by "model" or None
 
 # The table: for each dimension of an array, the mesh axes that split it.
 

@@ -1,8 +1,8 @@
 """One training update: losses, gradients, optimizers.
 
-Precision. `TransformerConfig.precision` sets the dtype of matrix products and activations. These
-values are float32 whatever it says, because bfloat16 would lose small updates and cannot count past
-256:
+Precision: `TransformerConfig.precision` sets the dtype of matrix products and activations. These
+values are float32 with every policy, because bfloat16 would lose small updates and cannot count
+past 256:
   - parameters, among them the codebooks' moving averages, and gradients
   - optimizer state; only the momentum of Lion is bfloat16
   - codebooks, distances between keys and codes, and quantized keys

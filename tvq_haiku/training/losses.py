@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import transformer
 from tvq_haiku.types import Array, Batch, Params
+from tvq_haiku.utils import checks
 
 
 class LossAux(NamedTuple):
-  """What `training_loss` returns in addition to the loss."""
+  """The second result of `training_loss`."""
 
   state: transformer.TransformerState  # after the window
   loss_lm: Array  # [] f32: nats per unmasked token
@@ -62,7 +63,7 @@ def weighted_nll(logits: Array, targets: Array, weights: Array) -> Array:
     [] float32.
   """
   chex.assert_equal_shape([targets, weights])
-  # Targets are replaced before the logarithm: 0 · NaN would be NaN, in the gradient, too.
+  # Ignored targets may be invalid. They are replaced, so that no NaN is computed at all.
   nll = token_nll(logits, jnp.where(weights != 0.0, targets, 0))
   return jnp.sum(jnp.where(weights != 0.0, weights * nll, 0.0))
 
@@ -94,7 +95,17 @@ def training_loss(
 
   Returns:
     The loss, [] float32, and a `LossAux`.
+
+  Raises:
+    ValueError: `inputs`, `targets`, a mask or the state have a wrong shape.
+    TypeError: they have a wrong dtype.
   """
+  checks.check_arrays(
+    "training_loss",
+    chex.Dimensions(),
+    inputs=(batch["inputs"], "BT", jnp.integer),
+    targets=(batch["targets"], "BT", jnp.integer),
+  )
   out = transformer.make_transformer(config).apply(
     params,
     rng,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
 from tvq_haiku.config import TrainConfig, TransformerConfig
@@ -18,12 +19,11 @@ from tvq_haiku.training import optimizers, size_checks
 from tvq_haiku.types import Array, Batch, OptState, Params
 from tvq_haiku.utils import checks
 
-Mesh = jax.sharding.Mesh
 Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-  """Everything that training changes."""
+  """Parameters, optimizer state and update count: everything that training changes."""
 
   params: Params  # float32
   opt_state: OptState
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
 
 class _Carry(NamedTuple):
-  """What one update passes on to the next update of the same batch."""
+  """State carried from one update to the next update of the same batch."""
 
   train_state: TrainState
   state: transformer.TransformerState  # the model's state after the windows so far
@@ -52,14 +52,14 @@ def init_train_state(
   *,
   mesh: Mesh | str | None = None,
 ) -> TrainState:
-  """Initializes parameters and optimizer.
+  """Initializes the parameters and the optimizer.
 
   Args:
     config: configuration of the model.
     train_cfg: configuration of the optimizer.
     rng: key for the initial parameters.
-    params: initial parameters instead of random ones. They are copied, because training steps
-      donate their buffers.
+    params: initial parameters; None: random ones. They are copied, because training steps donate
+      their buffers.
     mesh: devices on which the state is created, sharded by the rules of `parallel.sharding`, or a
       text for `sharding.make_mesh`; None: one device.
 
