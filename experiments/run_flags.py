@@ -169,7 +169,7 @@ flags.DEFINE_float(
 
 @dataclasses.dataclass(frozen=True)
 class TrainFlags:
-  """How to train."""
+  """Flags of training."""
 
   log_every: int  # updates
   validate_every: int  # updates
@@ -185,7 +185,7 @@ class TrainFlags:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFlags:
-  """Which devices and processes train together."""
+  """Flags that choose the devices and processes that train together."""
 
   mesh: str | None  # such as "data:4,model:2"
   multihost: bool
@@ -196,7 +196,7 @@ class DeviceFlags:
 
 @dataclasses.dataclass(frozen=True)
 class EvalFlags:
-  """How to read a split, and with which checkpoint."""
+  """Flags that choose a checkpoint, and how to read a split."""
 
   eval_rows: int  # batch size
   eval_window: int  # tokens
@@ -205,7 +205,7 @@ class EvalFlags:
 
 @dataclasses.dataclass(frozen=True)
 class SampleFlags:
-  """What to sample, and how."""
+  """Flags of sampling."""
 
   prompt: Sequence[str]
   length: int  # tokens

@@ -23,7 +23,7 @@ class SizePreset(NamedTuple):
 
 
 class ExperimentSpec(NamedTuple):
-  """What distinguishes one experiment from the others."""
+  """The settings that distinguish one experiment from the others."""
 
   name: str  # of the command; the default working directory is runs/NAME
   source: Callable[[str | None], base.Source]  # opens the data set in --data_dir

@@ -203,7 +203,7 @@ class TransformerConfig(Settings):
 
   @property
   def gated(self) -> bool:
-    """Whether a layer consists of two gated attentions, not of one attention and an MLP."""
+    """True if a layer is two gated attentions; False if it is one attention and an MLP."""
     return self.head_type == "shga"
 
   @property

@@ -61,7 +61,7 @@ _SMOKE_LENGTH = 32
 
 
 class Size(NamedTuple):
-  """What all cases share."""
+  """Settings that all cases share."""
 
   config: tvq.TransformerConfig
   batch_size: int

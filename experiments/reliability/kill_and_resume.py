@@ -49,7 +49,7 @@ IsTime = Callable[[], bool]  # returns whether the run is to be killed now
 
 
 class Kill(NamedTuple):
-  """What one kill did."""
+  """The effect of one kill."""
 
   kind: str  # a key of _KINDS
   step: int  # updates in the newest checkpoint afterwards

@@ -109,7 +109,7 @@ def _stacked_state(
 
 
 class _TokenContext(NamedTuple):
-  """What the attentions of all layers need to know about the current token."""
+  """Facts about the current token that the attentions of all layers share."""
 
   n_written: Array  # [] int32: number of tokens written before it to each active ring buffer
   doc_id: Array  # [B] int32: its document

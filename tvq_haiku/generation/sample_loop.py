@@ -125,7 +125,7 @@ def sample_in_chunks(
 
 
 class _LoopCarry(NamedTuple):
-  """What one iteration of the loop passes to the next."""
+  """The carry of the sampling loop."""
 
   n_sampled: Array  # [] int32: number of iterations so far
   state: GenerationState

@@ -15,7 +15,7 @@ from tvq_haiku.types import Array
 
 
 class StopConditions(NamedTuple):
-  """What ends a text. Static under jit: each value compiles a program of its own."""
+  """Conditions that end a text. Static under jit: each value compiles its own program."""
 
   eos_id: int | None = None  # a token in [0, X) that ends a text; None: there is no such token
   sequences: tuple[tuple[int, ...], ...] = ()  # stop sequences of at least one token each

@@ -1,4 +1,4 @@
-"""How arrays are sharded over a mesh of devices: all rules are here.
+"""All rules for sharding arrays over a mesh of devices.
 
 A mesh has some of these axes, for example `data:4,model:2`:
   data      splits the batch; parameters are replicated

@@ -1,4 +1,4 @@
-"""What one can do with an experiment: train it, evaluate it on a split, and generate samples."""
+"""The commands of an experiment: train it, evaluate it on a split, and generate samples."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numbers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
-  """How a run is saved, logged and validated; the trained parameters don't depend on it.
+  """Options for saving, logging and validating; the trained parameters don't depend on them.
 
   >>> TrainerOptions(log_every=0)
   Traceback (most recent call last):
