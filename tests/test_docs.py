@@ -1,38 +1,110 @@
-"""Every example in a docstring runs, and the public names are documented."""
+"""Documentation: every public name has a docstring in the common form, and every example runs."""
 
+import ast
 import doctest
 import importlib
+import importlib.metadata
 import inspect
+import pathlib
 import pkgutil
+import re
 
 import pytest
 
 import tvq_haiku as tvq
 
-MODULES = sorted(module.name for module in pkgutil.walk_packages(tvq.__path__, "tvq_haiku."))
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = ["tvq_haiku", *sorted(m.name for m in pkgutil.walk_packages(tvq.__path__, "tvq_haiku."))]
+FILES = sorted(
+  str(path.relative_to(ROOT))
+  for folder in ("tvq_haiku", "experiments")
+  for path in (ROOT / folder).rglob("*.py")
+)
+# A docstring begins with a verb in the third person or with a noun phrase, not with one of these.
+FORBIDDEN = set(
+  "What Of Where Whether How Which So That Those When Who Why If To From "
+  "Compute Create Get Give Make Read Return Run Set Take Write".split()
+)
+MANY = 3  # parameters from which on each must be described
+
+
+def public_definitions(tree, prefix=""):
+  """Yields the qualified name and the node of public classes, functions and methods."""
+  for node in tree.body:
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+      is_public = not node.name.startswith("_") or node.name == "__call__"
+      if is_public:
+        yield prefix + node.name, node
+      if is_public and isinstance(node, ast.ClassDef):
+        yield from public_definitions(node, f"{node.name}.")
+
+
+def parameters(node):
+  """Returns the names of the parameters of a function, without `self` and `cls`."""
+  a = node.args
+  names = [x.arg for x in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if x]
+  return [name for name in names if name not in ("self", "cls")]
+
+
+def args_section(docstring):
+  """Returns the names of the parameters that the `Args` section of a docstring describes."""
+  section = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
+  lines = [] if section is None else section[1].splitlines()
+  matches = (re.match(r"  \*{0,2}(\w+)( \(.*\))?: \S", line) for line in lines)
+  return [match[1] for match in matches if match]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
+def test_examples_run(name):
   module = importlib.import_module(name)
-  assert module.__doc__
   results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
   assert results.failed == 0
 
 
-def test_public_names_are_documented():
-  for name in vars(tvq):
-    value = getattr(tvq, name)
-    if not name.startswith("_") and not inspect.ismodule(value):
-      assert inspect.getdoc(value), name
+@pytest.mark.parametrize("file", FILES)
+def test_docstrings_have_the_common_form(file):
+  tree = ast.parse((ROOT / file).read_text())
+  problems = []
+  for name, node in [("module", tree), *public_definitions(tree)]:
+    docstring = ast.get_docstring(node)
+    if not docstring:
+      problems.append(f"{name} has no docstring")
+      continue
+    first = docstring.split()[0]
+    if not re.match("[A-Z`]", first) or first in FORBIDDEN:
+      problems.append(f"{name} begins with {first!r}")
+    if isinstance(node, ast.FunctionDef) and len(parameters(node)) >= MANY:
+      if missing := set(parameters(node)) - set(args_section(docstring)):
+        problems.append(f"{name} does not describe {sorted(missing)}")
+  assert problems == []
 
 
-def test_public_functions_show_how_they_are_called():
-  for name in (
-    "vq_attention",
-    "make_transformer",
-    "initial_state",
-    "TransformerConfig",
-    "TrainConfig",
-  ):
-    assert ">>>" in inspect.getdoc(getattr(tvq, name)), name
+@pytest.mark.parametrize("package", ["tvq_haiku", "tvq_haiku.data"])
+def test_public_names_are_documented(package):
+  namespace = vars(importlib.import_module(package))
+  names = [name for name in namespace if not name.startswith("_")]
+  assert len(names) > 15
+  for name in names:
+    if not isinstance(namespace[name], (int, str, type(...))):
+      assert inspect.getdoc(namespace[name]), name
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["vq_attention", "make_transformer", "initial_state", "TransformerConfig", "TrainConfig"],
+)
+def test_main_entry_points_have_examples(name):
+  assert ">>>" in inspect.getdoc(getattr(tvq, name))
+
+
+def test_version_is_the_same_everywhere():
+  assert f"version: {tvq.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+  assert f"\n## {tvq.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+  assert importlib.metadata.version("tvq_haiku") == tvq.__version__
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+def test_links_to_files_are_not_broken(name):
+  path = ROOT / name
+  for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+    assert (path.parent / target).exists(), target

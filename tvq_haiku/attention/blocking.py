@@ -27,7 +27,13 @@ def concatenate(*sequences: Any) -> Any:
 
 
 def slice_tokens(sequence: Any, start: int, stop: int) -> Any:
-  """Returns the tokens (or blocks) start, ..., stop-1."""
+  """Returns the tokens (or blocks) start, ..., stop-1.
+
+  Args:
+    sequence: tree of arrays [B, ?, n, ...].
+    start: index of the first token.
+    stop: index after the last token.
+  """
   return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, stop, axis=2), sequence)
 
 
@@ -49,7 +55,13 @@ def reverse(sequence: Any) -> Any:
 
 
 def pad_tokens(sequence: Any, n: int, filler: Any) -> Any:
-  """Appends n tokens; `filler` is a tree with a constant for each array of the sequence."""
+  """Appends n tokens to a sequence.
+
+  Args:
+    sequence: tree of arrays [B, ?, n_token, ...].
+    n: number of tokens to append.
+    filler: tree of constants, one for each array of the sequence.
+  """
 
   def append(x: Array, value: int) -> Array:
     widths = [(0, n) if axis == 2 else (0, 0) for axis in range(x.ndim)]
@@ -143,7 +155,6 @@ def scan_blocks(
   Returns:
     The last carry, and the outputs [B, ?, R, ...].
   """
-
   chex.assert_equal_shape_prefix(jax.tree.leaves(blocks), 1)
 
   def body(carry: ArrayTree, block: ArrayTree) -> tuple[ArrayTree, Array]:

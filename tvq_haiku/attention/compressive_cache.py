@@ -70,7 +70,13 @@ def summarize(codes: Array, values: Array, doc_ids: Array, n_code: int) -> Cache
 
 
 def plain_sum_by_code(n_code: int, codes: Array, values: Array) -> Array:
-  """Computes what `sum_by_code` does, with automatic differentiation."""
+  """Computes what `sum_by_code` does, with automatic differentiation.
+
+  Args:
+    n_code: S.
+    codes: [B, G, R, n] int32; EMPTY for no token.
+    values: [B, G, R, n, V].
+  """
   chex.assert_shape(values, (*codes.shape, None))
   is_code = jax.nn.one_hot(codes, n_code, dtype=values.dtype)
   # bgrns,bgrnv->bgrsv; TF32 would make the means inexact.

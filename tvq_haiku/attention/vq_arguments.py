@@ -29,6 +29,17 @@ def check_arrays(
 ) -> chex.Dimensions:
   """Checks the array arguments against each other.
 
+  Args:
+    q: [B, T, H, K] floating.
+    k: [B, T, G, K] floating.
+    v: [B, T, G, V] floating.
+    codebook: [G, S, K] floating.
+    segment_ids: [B, T] integer, or None.
+    mask: [B, T] bool, or None.
+    lengths: [B] integer, or None; not together with `mask`.
+    content_bias: [H, K] floating, or None.
+    position_bias: [H, K] floating, or None.
+
   Returns:
     The sizes B, T, H, K, G, V and S.
 
@@ -58,7 +69,17 @@ def check_arrays(
 def check_settings(
   dims: chex.Dimensions, mem_len: int | None, block_len: int, reduction: str
 ) -> None:
-  """Raises a ValueError if a size or setting is out of range."""
+  """Checks the settings.
+
+  Args:
+    dims: sizes of the arrays.
+    mem_len: at least 1, or None.
+    block_len: at least 1.
+    reduction: one of `config.REDUCTIONS`.
+
+  Raises:
+    ValueError: a size or setting is out of range.
+  """
   for name, n in (("T", dims.T), ("block_len", block_len), ("mem_len", mem_len)):
     if n is not None and (not isinstance(n, (int, np.integer)) or n < 1):
       raise ValueError(f"vq_attention: {name}={n!r} must be an integer, at least 1.")
@@ -69,7 +90,18 @@ def check_settings(
 def check_state(
   state: AttentionState, dims: chex.Dimensions, mem_len: int | None, is_causal: bool
 ) -> None:
-  """Raises unless the state fits the arrays and settings."""
+  """Checks that the state fits the arrays and settings; adds M to `dims`.
+
+  Args:
+    state: the state that the caller passed.
+    dims: sizes of the arrays.
+    mem_len: M, or None.
+    is_causal: must be True, because an encoder has no state.
+
+  Raises:
+    ValueError: the attention is an encoder, or a size does not fit.
+    TypeError: `state` is not an AttentionState, or a dtype does not fit.
+  """
   if not is_causal:
     raise ValueError("vq_attention: an encoder (is_causal=False) takes no state.")
   if not isinstance(state, AttentionState):
@@ -90,7 +122,17 @@ def check_state(
 def check_relative_keys(
   relative_keys: Array | None, dims: chex.Dimensions, state: AttentionState, is_causal: bool
 ) -> None:
-  """Raises unless there is one relative key for each distance in reach."""
+  """Checks that there is one relative key for each distance.
+
+  Args:
+    relative_keys: [M+1, G, K], or [2M+1, G, K] for an encoder, or None.
+    dims: sizes of the arrays.
+    state: determines M.
+    is_causal: False for an encoder.
+
+  Raises:
+    ValueError, TypeError: `relative_keys` does not fit.
+  """
   M = state.memory_docs.shape[1]
   n_distance = M + 1 if is_causal else 2 * M + 1
   axes = (n_distance, "G", "K")

@@ -72,7 +72,13 @@ def step_directory(directory: pathlib.Path, step: int) -> pathlib.Path:
 def write_config(
   directory: pathlib.Path, config: TransformerConfig, train_cfg: TrainConfig
 ) -> None:
-  """Writes the configurations of a run to `config.json`."""
+  """Writes the configurations of a run to `config.json`.
+
+  Args:
+    directory: the directory of the run.
+    config: the model.
+    train_cfg: the training.
+  """
   content = {
     "format": _FORMAT_VERSION,
     "model": json.loads(config.to_json()),

@@ -1,4 +1,4 @@
-"""From documents to batches: datasets, vocabularies, packing, and the embedded novels."""
+"""Documents to batches: datasets, vocabularies, packing, and the embedded novels."""
 
 from tvq_haiku.data.austen_novels import austen
 from tvq_haiku.data.packing import PackedBatches, count_windows, windows

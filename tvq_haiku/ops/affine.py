@@ -13,7 +13,13 @@ from tvq_haiku.types import Array
 
 
 def plain_scale_and_shift(x: Array, gain: Array, offset: Array) -> Array:
-  """Computes what `scale_and_shift` does, with automatic differentiation."""
+  """Computes what `scale_and_shift` does, with automatic differentiation.
+
+  Args:
+    x: [..., D].
+    gain: [D].
+    offset: [D].
+  """
   chex.assert_equal_shape((gain, offset))
   return x * gain + offset
 

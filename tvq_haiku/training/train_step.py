@@ -177,7 +177,13 @@ class TrainStep:
     return self._compiled(train_state, batch, rng)
 
   def lower(self, train_state: TrainState, batch: Batch, rng: Array) -> jax.stages.Lowered:
-    """Lowers the step for these arguments, or their shapes, without running it."""
+    """Lowers the step for arguments, or their shapes, without running it.
+
+    Args:
+      train_state: see `__call__`.
+      batch: see `__call__`.
+      rng: see `__call__`.
+    """
     return self._compiled.lower(train_state, batch, rng)
 
   def n_compiled(self) -> int:

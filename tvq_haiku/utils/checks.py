@@ -70,7 +70,16 @@ def check_arrays(
 
 
 def check_heads(caller: str, n_head: int, n_kv_head: int) -> None:
-  """Raises a ValueError unless H query heads can share G key/value heads evenly."""
+  """Checks that query heads can share key/value heads evenly.
+
+  Args:
+    caller: name of the function, for the message.
+    n_head: H.
+    n_kv_head: G.
+
+  Raises:
+    ValueError: G does not divide H.
+  """
   if n_head % n_kv_head:
     raise ValueError(
       f"{caller}: {n_head} query heads cannot share {n_kv_head} key/value heads evenly."
@@ -116,7 +125,17 @@ def _is_on_host(x: Array) -> bool:
 
 
 def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
-  """Raises unless a mask (`doc_ids` or `loss_mask`) is None or has the shape of `tokens`."""
+  """Checks a mask that belongs to tokens.
+
+  Args:
+    name: name of the argument, `doc_ids` or `loss_mask`.
+    mask: [B, T], or None.
+    tokens: [B, T].
+
+  Raises:
+    ValueError: the mask has another shape.
+    TypeError: `doc_ids` is not of signed integers.
+  """
   if mask is None:
     return
   if jnp.shape(mask) != tokens.shape:
