@@ -119,7 +119,7 @@ def assert_same_run(workdir, want):
 def test_several_processes_train_as_one_does(n, mesh, single_process_run, workspace, tmp_path):
   results = wait_for(start_run(n, workspace, tmp_path / "run", mesh))
   assert [status for *_, status in results] == [0] * n, results
-  assert "Trained: 20 updates" in results[0][0]
+  assert "Trained for 20 updates" in results[0][0]
   for out, err, _ in results[1:]:  # only process 0 logs
     assert out == "" and "training" not in err
   assert_same_run(tmp_path / "run", single_process_run)
@@ -147,7 +147,7 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes(
   saved = run_directory.saved_steps(workdir)[-1]
   assert 0 < saved < 20
   status, out, err = run(f"{COMMAND} --workdir={workdir}", workspace)  # with a single process
-  assert status == 0 and "Trained: 20 updates" in out, err
+  assert status == 0 and "Trained for 20 updates" in out, err
   assert f"resuming after {saved} of 20 updates" in err, err
   assert_same_run(workdir, single_process_run)
 

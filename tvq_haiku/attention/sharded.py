@@ -204,7 +204,7 @@ def _attend_shard(
   # Quantized here and in `vq_attention`: the compiler does it once.
   _, tokens = key_values.quantized(k, v, codebook, segment_ids, n_here)
   memory, cache = _context_of_shard(tokens, state, codebook.shape[1], n_shard)
-  before = key_values.next_state(state, device * T, memory, cache)
+  before = key_values.next_state(state, jnp.full((B,), device * T), memory, cache)
   out = vq_attention(
     q, k, v, codebook, segment_ids=segment_ids, lengths=n_here, state=before, **settings
   )
