@@ -198,7 +198,7 @@ def sample_texts(
   Args:
     experiment: the experiment of the checkpoint.
     checkpoint: the checkpoint.
-    prompts: texts to continue, in UTF-8.
+    prompts: texts to continue; they must be UTF-8 unless tokens are bytes.
     max_new_tokens: maximum length of a continuation, in tokens.
     **sampling: sampling parameters of `generate.continue_text`, such as `temperature`.
 

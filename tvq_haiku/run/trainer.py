@@ -204,7 +204,7 @@ class Trainer:
     self._train_state, metrics = self.train_step(self._train_state, batch, self.checkpoint.rng)
     update = n * self.train_cfg.updates_per_step
     self.reporter.report_step(update, metrics, record=self._is_due(n, self.options.log_every))
-    self._check_skipped(self._last_batch)
+    self._check_skipped(self._last_batch)  # `batch` itself is not reported yet
     self._last_batch = batch
     if debug_nans:
       self.reporter.flush()

@@ -20,7 +20,7 @@ class TrainerOptions:
   log_every: int = 10  # updates between two records of metrics
   validate_every: int = 1000  # updates between two validations; the last update is validated, too
   max_skipped: int = 20  # consecutive skipped updates that end the run
-  debug_nans: bool = False  # end the run at the first skipped update; copies the state every step
+  debug_nans: bool = False  # end the run at the first skipped update; keeps a copy of the state
   token_name: str = "token"  # unit of the loss in the progress line, such as "byte"
   peak_flops: float | None = None  # FLOP/s of all devices; None: don't record the share used
 

@@ -1,0 +1,201 @@
+"""The commands of an experiment: training, evaluation and sampling."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+import tvq_haiku as tvq
+from tvq_haiku import data
+from tvq_haiku.data import toy_datasets
+from tvq_haiku.run import commands, metric_writers
+from tvq_haiku.run import experiment as experiment_lib
+from tvq_haiku.utils import files
+
+import small_experiments
+from small_experiments import CONFIG, KINDS, OPTIONS
+
+
+def read_likelihood(experiment, checkpoint, split):
+  """Returns nats, tokens, bytes and words of a split, one document at a time."""
+  apply = jax.jit(tvq.make_transformer(checkpoint.config).apply)
+  nats, n_token, content = 0.0, 0, b""
+  for document in experiment.source.read(split):
+    tokens = experiment.vocabulary.encode(document.content)
+    targets = np.append(tokens, 1) if experiment.source.has_eos else tokens
+    inputs, state = np.append(1, targets[:-1]), tvq.initial_state(checkpoint.config, 1)
+    out = apply(checkpoint.train_state.params, None, inputs[None], state)
+    logprobs = np.asarray(jax.nn.log_softmax(out.logits[0]))
+    nats -= float(np.take_along_axis(logprobs, targets[:, None], axis=1).sum())
+    n_token += len(targets)
+    content += document.content
+  return nats, n_token, len(content), len(content.split())
+
+
+class TestEvaluate:
+  @pytest.mark.parametrize("kind", KINDS)
+  def test_metrics_count_every_token_once(self, runs, kind):
+    experiment, checkpoint = runs[kind]
+    nats, n_token, n_byte, n_word = read_likelihood(experiment, checkpoint, "test")
+    # Only images fit into the rows of a batch; a text loses context where it is split into rows.
+    for n_row in (1, 3) if kind == "images" else (1,):
+      e = dataclasses.replace(experiment, eval_rows=n_row)
+      metrics = commands.evaluate(e, checkpoint, "test")
+      np.testing.assert_allclose(metrics["loss_lm"], nats / n_token, rtol=1e-5)
+      measure, value = {
+        "text": ("bits_per_byte", nats / math.log(2) / n_byte),
+        "images": ("bits_per_dim", nats / math.log(2) / n_byte),
+        "books": ("word_perplexity", math.exp(nats / n_word)),
+      }[kind]
+      np.testing.assert_allclose(metrics[measure], value, rtol=2e-4)
+      assert metrics | {"loss_lm": None, measure: None} == {
+        "loss_lm": None,
+        measure: None,
+        "step": 8,
+        "tokens": n_token,
+        "bytes": n_byte,
+        "rows": n_row,
+      }
+
+  def test_metrics_are_written(self, runs):
+    experiment, checkpoint = runs["text"]
+    metrics = commands.evaluate(experiment, checkpoint, "test")
+    assert json.loads((experiment.workdir / "test.figures.json").read_text()) == metrics
+
+  def test_damaged_tokens_are_rejected(self, runs, tmp_path):
+    experiment = dataclasses.replace(runs["text"][0], cache_dir=tmp_path)
+    experiment.open_split("test")
+    (file,) = tmp_path.glob("enwik8-test-*/tokens.bin")
+    content = file.read_bytes()
+    file.write_bytes(content[:9] + bytes([content[9] ^ 1]) + content[10:])
+    with pytest.raises(ValueError, match=r"tokens\.bin is damaged"):
+      commands.evaluate(experiment, runs["text"][1], "test")
+
+
+class TestTrain:
+  def test_metrics_of_training_and_validation_are_recorded(self, runs):
+    experiment, checkpoint = runs["text"]
+    records = metric_writers.read_records(experiment.workdir)
+    training = [record for record in records if "loss_lm" in record]
+    assert [record["step"] for record in training] == [2, 4, 6, 8]
+    assert {"loss", "loss_commit", "grad_norm", "learning_rate", "code_use"} <= training[-1].keys()
+    assert 1 <= training[-1]["code_perplexity"] <= CONFIG.n_code
+    assert training[-1]["tokens_per_second"] > 0 and training[-1]["of_peak"] > 0
+    validation = [record for record in records if "validation_loss_lm" in record]
+    assert [record["step"] for record in validation] == [4, 8]
+    assert validation[-1].keys() == {"step", "validation_loss_lm", "validation_bits_per_byte"}
+    assert int(checkpoint.train_state.step) == 8
+
+  def test_killed_and_resumed_run_equals_an_uninterrupted_one(self, runs, tmp_path, monkeypatch):
+    """A process dies after a checkpoint and before its validation is done."""
+    uninterrupted, checkpoint = runs["text"]
+    experiment = dataclasses.replace(uninterrupted, workdir=tmp_path)
+
+    class Killed(BaseException):
+      pass
+
+    def die(*args, **kwargs):
+      raise Killed
+
+    with monkeypatch.context() as patch:
+      patch.setattr(experiment_lib.Experiment, "measure_split", die)
+      with pytest.raises(Killed):
+        commands.train(experiment, options=OPTIONS, tensorboard=False)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+      file.write('{"step": 6, "loss_lm": 9.9}\n')  # of updates after the checkpoint
+    resumed = commands.train(experiment, options=OPTIONS, tensorboard=False)
+    jax.tree.map(np.testing.assert_array_equal, resumed.train_state, checkpoint.train_state)
+
+    def records_without_speed(workdir):
+      return [
+        {name: x for name, x in record.items() if name not in ("tokens_per_second", "of_peak")}
+        for record in metric_writers.read_records(workdir)
+      ]
+
+    assert records_without_speed(tmp_path) == records_without_speed(uninterrupted.workdir)
+
+  def test_validation_reads_at_most_the_given_tokens(self, tmp_path):
+    experiment = small_experiments.make_experiment(tmp_path, "text")
+    commands.train(experiment, options=OPTIONS, tensorboard=False, validate_tokens=40)
+    (first, last) = (
+      record
+      for record in metric_writers.read_records(experiment.workdir)
+      if "validation_loss_lm" in record
+    )
+    assert first.keys() == last.keys() == {"step", "validation_loss_lm"}
+    checkpoint = experiment_lib.load_run(experiment.workdir, weights="last")
+    metrics = experiment.measure_split(
+      CONFIG, checkpoint.train_state.params, experiment.open_split("validation"), max_tokens=40
+    )
+    np.testing.assert_allclose(last["validation_loss_lm"], metrics["loss_lm"], rtol=1e-6)
+
+  def test_vocabulary_is_saved_with_the_run(self, runs):
+    experiment, _ = runs["books"]
+    saved = data.PieceVocabulary(experiment.workdir / "vocab.model")
+    assert saved.fingerprint == experiment.vocabulary.fingerprint
+
+  def test_directory_in_use_is_rejected(self, runs):
+    experiment, _ = runs["text"]
+    with (
+      files.lock(experiment.workdir / ".lock"),
+      pytest.raises(tvq.CheckpointError, match=r"another process trains in .*/text"),
+    ):
+      commands.train(experiment, tensorboard=False)
+
+  def test_other_data_is_rejected(self, runs, tmp_path):
+    source = data.Enwik8(toy_datasets.write_text(tmp_path, n_byte=4000), n_byte=4000)
+    experiment = dataclasses.replace(runs["text"][0], source=source)
+    message = r"data mismatch .*: train n_byte is 2700 in the run, 3600 here"
+    with pytest.raises(tvq.CheckpointError, match=message):
+      commands.train(experiment, tensorboard=False)
+
+  def test_another_configuration_is_rejected(self, runs):
+    experiment = dataclasses.replace(runs["text"][0], config=CONFIG.replace(n_code=7))
+    with pytest.raises(tvq.CheckpointError, match="n_code is 6 in the run, 7 here"):
+      commands.train(experiment, tensorboard=False)
+
+
+def test_another_vocabulary_is_rejected(runs, tmp_path):
+  experiment, checkpoint = runs["books"]
+  lines = experiment.source.sample(1500, seed=1)
+  other = data.train_pieces(lines, tmp_path / "other.model", size=330)
+  changed = dataclasses.replace(experiment, vocabulary=other)
+  message = rf"is {experiment.vocabulary.fingerprint} in the run, {other.fingerprint} here"
+  with pytest.raises(tvq.CheckpointError, match=message):
+    commands.evaluate(changed, checkpoint, "test")
+  with pytest.raises(tvq.CheckpointError, match=message):
+    commands.sample_texts(changed, checkpoint, [b""], max_new_tokens=3)
+  with pytest.raises(tvq.CheckpointError, match=r"data mismatch .*: train vocabulary is"):
+    commands.train(changed, tensorboard=False)
+  saved = data.PieceVocabulary(experiment.workdir / "vocab.model")
+  assert saved.fingerprint == experiment.vocabulary.fingerprint  # not overwritten
+
+
+class TestSample:
+  def test_texts_continue_their_prompts(self, runs):
+    experiment, checkpoint = runs["books"]
+    sample = lambda: commands.sample_texts(
+      experiment, checkpoint, [b"Anne ", b""], max_new_tokens=12, temperature=0.8
+    )
+    texts, file = sample()
+    assert len(texts) == 2 and texts[0].startswith("Anne ")
+    assert file.parent == experiment.workdir / "samples"
+    assert file.name == "step-8-seed-0.txt"
+    assert file.read_text() == f"--- 0 ---\n{texts[0]}\n\n--- 1 ---\n{texts[1]}\n"
+    repeated_texts, other_file = sample()
+    assert repeated_texts == texts and other_file != file  # files are not overwritten
+
+  def test_prompt_of_bytes_need_not_be_utf8(self, runs):
+    texts, _ = commands.sample_texts(*runs["text"], [b"\xff"], max_new_tokens=3)
+    assert texts[0].startswith("\N{REPLACEMENT CHARACTER}")
+
+  def test_images_are_written_as_a_grid(self, runs):
+    experiment, checkpoint = runs["images"]
+    file = commands.sample_images(experiment, checkpoint, 3)
+    assert file.parent == experiment.workdir / "samples" and file.suffix == ".png"
+    with Image.open(file) as grid:
+      assert grid.size == (2 * (4 + 2) + 2, 2 * (4 + 2) + 2)  # 2 x 2 images with margins of 2
