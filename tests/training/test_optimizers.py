@@ -1,4 +1,4 @@
-"""Schedules and the three update rules, one layer's parameter at a time."""
+"""Learning rate schedules, the three optimizers, and the separate treatment of codebooks."""
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +9,24 @@ import pytest
 import tvq_haiku as tvq
 from tvq_haiku.training import optimizers
 
+QUANTIZER = "transformer/layers/attention_1/quantizer"
+
 
 def make_params(n_layer=3):
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-  layer = "transformer/layers/attention_1"
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  layer = "transformer/layers/attention_1"  # its parameters are stacked over the layers
   return {
-    "transformer/unembedding": {"kernel": draw(130, 140), "bias": draw(140)},
-    "transformer/position": {"scale": draw()},
-    f"{layer}/q": {"kernel": draw(n_layer, 130, 140)},
-    f"{layer}/norm": {"gain": draw(n_layer, 130)},
-    f"{layer}/quantizer": {"c_sum": draw(n_layer, 1, 4, 8), "c_count": draw(n_layer, 1, 4)},
+    "transformer/unembedding": {"kernel": normal(130, 140), "bias": normal(140)},
+    "transformer/position": {"scale": normal()},
+    f"{layer}/q": {"kernel": normal(n_layer, 130, 140)},
+    f"{layer}/norm": {"gain": normal(n_layer, 130)},
+    QUANTIZER: {"c_sum": normal(n_layer, 1, 4, 8), "c_count": normal(n_layer, 1, 4)},
   }
 
 
 def three_updates(train_cfg, params):
+  """Returns the parameters after three updates with gradients that depend on the parameters."""
   optimizer = optimizers.make_optimizer(train_cfg)
 
   @jax.jit
@@ -39,18 +42,18 @@ def three_updates(train_cfg, params):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
-def test_stacked_layers_learn_as_if_they_were_apart(optimizer):
+def test_stacked_layers_are_optimized_as_separate_parameters(optimizer):
   train_cfg = tvq.TrainConfig(optimizer=optimizer, grad_clip=None, wd_lam=0.01, n_warmup_step=0)
   params = make_params()
-  together = three_updates(train_cfg, params)
+  stacked = three_updates(train_cfg, params)
   for i in range(3):
-    one = {
+    single = {
       m: {n: x[i : i + 1] if "layers" in m else x for n, x in leaves.items()}
       for m, leaves in params.items()
     }
-    for module, leaves in three_updates(train_cfg, one).items():
+    for module, leaves in three_updates(train_cfg, single).items():
       for name, x in leaves.items():
-        want = together[module][name]
+        want = stacked[module][name]
         want = want[i : i + 1] if "layers" in module else want
         np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-6, err_msg=f"{module} {name}")
 
@@ -67,28 +70,48 @@ def test_vectors_do_not_decay_and_decay_ignores_the_learning_rate():
       np.testing.assert_allclose(after[module][name], kept * before, rtol=1e-5, err_msg=name)
 
 
-def test_codebook_takes_plain_steps_whatever_the_optimizer():
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+def test_codebooks_are_updated_by_sgd_with_every_optimizer(optimizer):
+  """Without clipping, weight decay, or a learning rate other than 1."""
   params = make_params()
-  for optimizer in ("adamw", "adafactor"):
-    train_cfg = tvq.TrainConfig(optimizer=optimizer, grad_clip=1e-9, wd_lam=0.5)
-    after = three_updates(train_cfg, params)["transformer/layers/attention_1/quantizer"]["c_sum"]
-    want = params["transformer/layers/attention_1/quantizer"]["c_sum"]
+  train_cfg = tvq.TrainConfig(optimizer=optimizer, grad_clip=1e-9, wd_lam=0.5)
+  after = three_updates(train_cfg, params)[QUANTIZER]
+  for name, want in params[QUANTIZER].items():
     for i in range(3):
       want -= jnp.sin(7.0 * want + i)
-    np.testing.assert_allclose(after, want, atol=1e-5)
+    np.testing.assert_allclose(after[name], want, atol=1e-5, err_msg=name)
 
 
-def test_clipping_sees_all_but_the_codebook():
+def test_the_clipped_norm_excludes_codebooks():
+  gradients = make_params()
+  large = jax.tree.map(lambda x: 1e6 * x, gradients[QUANTIZER])
+  norm = optimizers.weight_gradient_norm(gradients)
+  np.testing.assert_allclose(optimizers.weight_gradient_norm({**gradients, QUANTIZER: large}), norm)
+  others = [x for m, leaves in gradients.items() if m != QUANTIZER for x in leaves.values()]
+  np.testing.assert_allclose(norm, optax.tree.norm(others), rtol=1e-6)
+
+
+def test_only_gradients_of_codebooks_are_mapped():
   params = make_params()
-  huge = jax.tree.map(lambda x: 1e6 * x, params["transformer/layers/attention_1/quantizer"])
-  loud = {**params, "transformer/layers/attention_1/quantizer": huge}
-  np.testing.assert_allclose(
-    optimizers.weight_gradient_norm(loud), optimizers.weight_gradient_norm(params)
-  )
-  rest = [x for m, leaves in params.items() if "quantizer" not in m for x in leaves.values()]
-  np.testing.assert_allclose(
-    optimizers.weight_gradient_norm(params), optax.tree.norm(rest), rtol=1e-6
-  )
+  gradients = jax.tree.map(jnp.ones_like, params)
+  mapped = optimizers.map_codebook(lambda gradient, p: 2.0 * gradient + p, gradients, params)
+  for module, leaves in gradients.items():
+    for name, gradient in leaves.items():
+      want = 2.0 + params[module][name] if module == QUANTIZER else gradient
+      np.testing.assert_array_equal(mapped[module][name], want, err_msg=f"{module}/{name}")
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_non_finite_gradients_of_codebooks_are_found(value):
+  gradients = make_params()
+  assert optimizers.codebook_is_finite(gradients)
+  kernel = {"kernel": gradients["transformer/unembedding"]["kernel"].at[0, 0].set(value)}
+  assert optimizers.codebook_is_finite({**gradients, "transformer/unembedding": kernel})
+  counts = gradients[QUANTIZER]["c_count"].at[1, 0, 2].set(value)
+  spoiled = {**gradients[QUANTIZER], "c_count": counts}
+  assert not optimizers.codebook_is_finite({**gradients, QUANTIZER: spoiled})
+  del gradients[QUANTIZER]
+  assert optimizers.codebook_is_finite(gradients)  # full attention has no codebook
 
 
 def test_moment_dtypes():
@@ -106,7 +129,7 @@ def test_moment_dtypes():
 @pytest.mark.parametrize(
   "name, middle", [("cosine", 0.55), ("linear", 0.55), ("inv_sqrt", (10 / 55) ** 0.5)]
 )
-def test_schedules_rise_from_zero_and_fall_to_a_tenth(name, middle):
+def test_schedules_warm_up_from_zero_and_decay_to_a_tenth(name, middle):
   train_cfg = tvq.TrainConfig(lr_max=2.0, lr_schedule=name, n_warmup_step=10, n_max_step=100)
   schedule = optimizers.learning_rate_schedule(train_cfg)
   rates = np.array([schedule(i) for i in range(3000)])
