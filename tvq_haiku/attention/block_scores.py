@@ -1,7 +1,7 @@
-"""Scores of a block: of its window token by token, and of all else through caches.
+"""Attention of blocks: one softmax over the tokens of a window and the codes of caches.
 
 Letters: B batch, G key/value heads, R blocks, P query heads for each key/value head, L block
-length, n keys, M memory length, W = M+L window length, S codes, K key width, V value width.
+length, n keys, M memory length, D relative keys, S codes, K key width, V value width.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _F32 = dict(preferred_element_type=jnp.float32)
 class Queries(NamedTuple):
   """Queries of R blocks, scaled, with their biases added."""
 
-  content: Array  # [B, G, R, P, L, K] q + u
-  position: Array  # [B, G, R, P, L, K] q + position_bias
+  content: Array  # [B, G, R, P, L, K] scale · (q + u)
+  position: Array  # [B, G, R, P, L, K] scale · (q + w)
 
 
 class SharedKeys(NamedTuple):
@@ -46,16 +46,16 @@ def attend_blocks(
   is_causal: bool,
   agg_cache: bool,
 ) -> Array:
-  """Mixes the values of windows and caches by one softmax.
+  """Computes the attention of R blocks, each over its window and its caches.
 
   Args:
     queries: of R blocks.
     doc_ids: [B, 1, R, L] int32: document of each query.
     window: the tokens that a block attends one by one, in reading order: the M tokens before it,
       its own L tokens and, for an encoder, the M tokens after it.
-    caches: for each block, what precedes its window; for an encoder also what follows it.
+    caches: R caches of what precedes each window; for an encoder, also R of what follows it.
     shared: codebook and relative keys.
-    is_causal: mask tokens after the query.
+    is_causal: True masks tokens after the query.
     agg_cache: False masks the caches, and tokens farther than M from the query.
 
   Returns:
@@ -64,12 +64,13 @@ def attend_blocks(
   M, L = window[0].doc_ids.shape[-1], doc_ids.shape[-1]
   chex.assert_rank((queries.content, doc_ids), (6, 4))
   bias = None if shared.relative is None else relative_bias(queries.position, shared.relative)
-  scores, values, start = [], [], -M  # `start` counts from the first token of the block
+  scores, values = [], []
+  start = -M  # index of the first key of a part; the first token of the block has index 0
   for part in window:
     n = part.doc_ids.shape[-1]
     visible = _is_visible(doc_ids, part, start, M, is_causal=is_causal, agg_cache=agg_cache)
-    bias_of_part = None if bias is None else bias[..., start + M : start + M + n]
-    scores.append(window_scores(queries.content, part.keys, bias_of_part, visible))
+    part_bias = None if bias is None else bias[..., start + M : start + M + n]
+    scores.append(window_scores(queries.content, part.keys, part_bias, visible))
     values.append(part.values)
     start += n
   if agg_cache:
@@ -84,10 +85,10 @@ def attend_blocks(
 
 
 def relative_bias(queries: Array, relative_keys: Array) -> Array:
-  """Computes (q_i + position_bias)·r_d for each key of the window: zero where d is out of range.
+  """Computes scale · (q_i + w)·r_{i-j} for each key j of the window; zero where it has no r_{i-j}.
 
   Args:
-    queries: [B, G, R, P, L, K].
+    queries: [B, G, R, P, L, K] scale · (q + w).
     relative_keys: [G, D, K] in the order of the keys: r_M first.
 
   Returns:
@@ -99,10 +100,10 @@ def relative_bias(queries: Array, relative_keys: Array) -> Array:
 
 
 def window_scores(queries: Array, keys: Array, bias: Array | None, visible: Array) -> Array:
-  """Computes (q_i + u)·k̂_j plus the relative bias, masked.
+  """Computes scale · (q_i + u)·k̂_j plus the relative bias, masked.
 
   Args:
-    queries: [B, G, R, P, L, K] q + u.
+    queries: [B, G, R, P, L, K] scale · (q + u).
     keys: [B, G, R, n, K].
     bias: [B, G, R, P, L, n] f32, or None.
     visible: [B, 1, R, 1, L, n] bool.
@@ -117,10 +118,10 @@ def window_scores(queries: Array, keys: Array, bias: Array | None, visible: Arra
 
 
 def cache_scores(code_scores: Array, cache: Cache, doc_ids: Array) -> Array:
-  """Computes (q_i + u)·C_s + log n_s, masked where n_s = 0 or the document differs.
+  """Computes scale · (q_i + u)·C_s + log n_s, masked where n_s = 0 or the document differs.
 
   Args:
-    code_scores: [B, G, R, P, L, S] f32 (q + u)·C.
+    code_scores: [B, G, R, P, L, S] f32 scale · (q_i + u)·C_s.
     cache: R caches.
     doc_ids: [B, 1, R, L] int32: document of each query.
 
@@ -145,12 +146,12 @@ def _is_visible(
     keys: of R blocks, n for each.
     start: index of the first key, counted from the first token of the block.
     mem_len: M.
-    is_causal: keys after the query are not visible.
-    agg_cache: False: keys farther than M are not visible.
+    is_causal: True: keys after the query are not visible.
+    agg_cache: False: keys farther than M from the query are not visible.
   """
   L, n = doc_ids.shape[-1], keys.doc_ids.shape[-1]
   query, key = jnp.arange(L)[:, None], start + jnp.arange(n)
-  # All heads of a batch element have a token in the same slots: look at the first head.
+  # A slot without a token is EMPTY in all heads, so the first head tells.
   has_token = (keys.codes[:, :1] != EMPTY)[..., None, :]
   visible = (doc_ids[..., None] == keys.doc_ids[..., None, :]) & has_token
   if is_causal:

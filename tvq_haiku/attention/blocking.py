@@ -1,6 +1,6 @@
-"""Cuts sequences into blocks, and loops over blocks.
+"""Splits sequences into blocks, and loops over blocks.
 
-A sequence is a tree of arrays [B, ?, n, ...] whose axis 2 counts tokens, or blocks.
+A sequence is a tree of arrays [B, ?, n, ...] whose axis 2 is that of the tokens, or of the blocks.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, P = H/G, R blocks, L block length,
 M memory length, K key width, V value width.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from tvq_haiku.ops import scan as scan_lib
 from tvq_haiku.types import Array, ArrayTree
 
-_MANY_SLICES = 32
+_MAX_SLICES = 32  # `preceding_windows` gathers instead of concatenating more slices
 
 
 def concatenate(*sequences: Any) -> Any:
@@ -27,7 +27,7 @@ def concatenate(*sequences: Any) -> Any:
 
 
 def slice_tokens(sequence: Any, start: int, stop: int) -> Any:
-  """Returns the tokens (or blocks) start, ..., stop-1.
+  """Returns tokens (or blocks) start, ..., stop-1.
 
   Args:
     sequence: tree of arrays [B, ?, n, ...].
@@ -73,12 +73,12 @@ def pad_tokens(sequence: Any, n: int, filler: Any) -> Any:
 def lay_out_queries(
   q: Array, bias: Array | None, scale: float, n_kv_head: int, block_len: int
 ) -> Array:
-  """Computes scale · (q + bias), by key/value head and block; the last block is padded with zeros.
+  """Computes scale · (q + bias), laid out by head and block; zeros pad the last block.
 
   Args:
     q: [B, T, H, K].
     bias: [H, K], or None: zero.
-    scale: factor.
+    scale: factor of the scores.
     n_kv_head: G.
     block_len: L.
 
@@ -89,23 +89,24 @@ def lay_out_queries(
   if bias is not None:
     chex.assert_shape(bias, (H, K))
   q = q if bias is None else q + bias.astype(q.dtype)
-  q = (q * scale).astype(q.dtype).reshape(B, T, n_kv_head, H // n_kv_head, K).swapaxes(1, 2)
-  q = pad_tokens(q, -T % block_len, 0)
+  q = (q * scale).astype(q.dtype).reshape(B, T, n_kv_head, H // n_kv_head, K)
+  q = pad_tokens(q.swapaxes(1, 2), -T % block_len, 0)  # [B, G, R·L, P, K]
   return split_blocks(q, q.shape[2] // block_len).swapaxes(3, 4)
 
 
 def restore_layout(values: Array, length: int) -> Array:
-  """Returns [B, T, H, V] from [B, G, R, P, L, V], without the padding of the last block."""
+  """Converts [B, G, R, P, L, V] to [B, T, H, V], without the padding of the last block."""
   chex.assert_rank(values, 6)
   B, G, R, P, L, V = values.shape
   return values.transpose(0, 2, 4, 1, 3, 5).reshape(B, R * L, G * P, V)[:, :length]
 
 
 def preceding_windows(sequence: Any, mem_len: int, n_block: int, block_len: int) -> Any:
-  """Returns the M tokens in front of each block.
+  """Returns the M tokens before each block: for block r, slots r·L, ..., r·L+M-1 of the sequence.
 
-  The windows are slices of the sequence, shifted by a block each and put side by side. A gather
-  is slower, its gradient most of all, unless it replaces very many slices.
+  The first L tokens of all windows are one slice of the sequence, split into blocks; the next L
+  tokens are the same slice, shifted by L; and so on. A gather is slower than these slices, above
+  all in the backward pass, unless there are very many of them.
 
   Args:
     sequence: [B, ?, M+R·L, ...]: M tokens of memory, then R blocks.
@@ -123,7 +124,7 @@ def preceding_windows(sequence: Any, mem_len: int, n_block: int, block_len: int)
   def windows(x: Array) -> Array:
     if n_block == 1:
       return x[:, :, None, :mem_len]
-    if mem_len > _MANY_SLICES * block_len:
+    if mem_len > _MAX_SLICES * block_len:
       starts = block_len * jnp.arange(n_block)[:, None]
       return x[:, :, starts + jnp.arange(mem_len)]
     slices = []
@@ -143,14 +144,14 @@ def scan_blocks(
   scan: scan_lib.Scan,
   remat: bool,
 ) -> tuple[ArrayTree, Array]:
-  """Calls (carry, block) -> (carry, output) for one block after the other.
+  """Scans over blocks.
 
   Args:
-    step: takes and returns blocks with R = 1.
+    step: (carry, block) -> (carry, output), where block and output have R = 1.
     carry: any tree.
     blocks: tree of [B, ?, R, ...].
     scan: runs the loop: `jax.lax.scan` or `hk.scan`.
-    remat: rematerialize the carries and blocks: see `ops.scan.checkpointed_scan`.
+    remat: rematerialize carries and steps: see `ops.scan.checkpointed_scan`.
 
   Returns:
     The last carry, and the outputs [B, ?, R, ...].

@@ -3,15 +3,15 @@
 Letters: B batch, G key/value heads, R chunks (one for each block), n tokens of a chunk, S codes,
 V value width.
 
-The query's score for a token that has left the window depends on the token's code alone. So all
-tokens of code s act together: with their count n_s and their mean value m_s, they are one key C_s
-with logit (q+u)·C_s + log n_s and value m_s. A chunk of tokens is summarized as (counts, means,
-document). Two neighbours merge by
+The score of a query for a token that has left the window depends only on the token's code. So the
+tokens of code s act like one token: with their count n_s and their mean value m_s, it has key C_s,
+score scale · (q+u)·C_s + log n_s and value m_s. A chunk of tokens is summarized as (counts, means,
+document). The summaries of two consecutive chunks merge by
 
   n = n_1 + n_2,    m = (n_1/n) m_1 + (n_2/n) m_2,
 
-where the left one counts only if both end in the same document. Merging is associative, so the
-caches before all blocks of a sequence are prefix merges, which can be computed in any grouping.
+with n_1 = 0 if the second chunk ends in another document. Merging is associative, so the caches
+before all blocks of a sequence are prefix sums, which can be computed in any grouping.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tvq_haiku.attention import blocking
 from tvq_haiku.ops import matmul
 from tvq_haiku.ops.scan import Scan
-from tvq_haiku.types import Array, ArrayTree
+from tvq_haiku.types import Array
 
 EMPTY = -1  # the code of a slot without a token
-NO_DOCUMENT = -1  # the document of a summary without tokens
+NO_DOCUMENT = -1  # the document of a slot or a summary without tokens
 PREFIX_REDUCTIONS = ("serial", "matmul", "assoc_scan")
 
 
@@ -37,14 +38,14 @@ class Cache(NamedTuple):
 
   counts: Array  # [B, G, R, S] f32: number of tokens of each code
   means: Array  # [B, G, R, S, V] f32: their mean value; 0 where the count is 0
-  doc_id: Array  # [B, 1, R] int32: the document that all of its tokens belong to
+  doc_id: Array  # [B, 1, R] int32: the document of all of these tokens; NO_DOCUMENT without tokens
 
 
 def summarize(codes: Array, values: Array, doc_ids: Array, n_code: int) -> Cache:
-  """Summarizes R chunks of n tokens; each keeps the tokens of its last document only.
+  """Summarizes R chunks of n tokens; each summary has only the tokens of its last document.
 
   Args:
-    codes: [B, G, R, n] int32; EMPTY where there is no token, in all heads of a batch element.
+    codes: [B, G, R, n] int32; EMPTY, in all heads of a batch element, where there is no token.
     values: [B, G, R, n, V].
     doc_ids: [B, 1, R, n] int32, not negative.
     n_code: S.
@@ -93,8 +94,8 @@ def sum_by_code(n_code: int, codes: Array, values: Array) -> Array:
     values: [B, G, R, n, V].
 
   Returns:
-    [B, G, R, S, V] f32. The gradient of a value is a row that is looked up by its code, in place
-    of a product with S columns.
+    [B, G, R, S, V] f32. The backward pass looks up the gradient of each value by its code, instead
+    of multiplying by one-hot codes.
   """
   return plain_sum_by_code(n_code, codes, values)
 
@@ -116,9 +117,9 @@ sum_by_code.defvjp(_sum_by_code_forward, _sum_by_code_backward)
 
 
 def merge(left: Cache, right: Cache) -> Cache:
-  """Merges the summaries of chunks that follow each other in the text."""
+  """Merges the summaries of consecutive chunks."""
   doc_id = jnp.where(right.doc_id == NO_DOCUMENT, left.doc_id, right.doc_id)
-  # Counts are of discrete codes: they have no gradient, and none is computed.
+  # Counts of discrete codes have no gradient; with the stop, none is computed either.
   continues = (left.doc_id == doc_id)[..., None]
   kept = jax.lax.stop_gradient(jnp.where(continues, left.counts, 0.0))
   added = jax.lax.stop_gradient(right.counts)
@@ -132,33 +133,29 @@ def prefixes(cache: Cache, chunks: Cache, reduction: str, *, scan: Scan = jax.la
   """Merges `cache` with the first 0, 1, ..., R of the chunks.
 
   Args:
-    cache: what precedes the chunks; one summary.
-    chunks: R summaries in the order of the text.
-    reduction: `serial` merges one by one; `assoc_scan` in log2(R) rounds of pairs; `matmul` by
-      one product with a triangular matrix [R+1, R+1].
+    cache: the summary of what precedes the chunks (R = 1).
+    chunks: summaries of R consecutive chunks.
+    reduction: `serial` merges one chunk after the other; `assoc_scan` merges pairs in about log2(R)
+      rounds; `matmul` multiplies by a triangular matrix [R+1, R+1].
     scan: runs the loop of `serial`: `jax.lax.scan` or `hk.scan`.
 
   Returns:
     R + 1 caches.
 
   Raises:
-    ValueError: `reduction` is none of these.
+    ValueError: `reduction` is not in `PREFIX_REDUCTIONS`.
   """
   if reduction not in PREFIX_REDUCTIONS:
     raise ValueError(f"prefixes: reduction={reduction!r} must be one of {PREFIX_REDUCTIONS}.")
   chex.assert_axis_dimension(cache.doc_id, 2, 1)
   if chunks.doc_id.shape[2] == 1:
-    return _concatenate(cache, merge(cache, chunks))
+    return blocking.concatenate(cache, merge(cache, chunks))
   if reduction == "serial":
-    return _concatenate(cache, _serial_prefixes(cache, chunks, scan))
-  summaries = _concatenate(cache, chunks)
+    return blocking.concatenate(cache, _serial_prefixes(cache, chunks, scan))
+  summaries = blocking.concatenate(cache, chunks)
   if reduction == "matmul":
     return _matmul_prefixes(summaries)
   return jax.lax.associative_scan(merge, summaries, axis=2)
-
-
-def _concatenate(left: Cache, right: Cache) -> Cache:
-  return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), left, right)
 
 
 def _serial_prefixes(cache: Cache, chunks: Cache, scan: Scan) -> Cache:
@@ -168,31 +165,33 @@ def _serial_prefixes(cache: Cache, chunks: Cache, scan: Scan) -> Cache:
     cache = merge(cache, jax.tree.map(lambda x: x[:, :, None], chunk))
     return cache, jax.tree.map(lambda x: x[:, :, 0], cache)
 
-  def blocks_first(tree: ArrayTree) -> ArrayTree:
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), tree)
-
-  _, merged = scan(step, cache, blocks_first(chunks))
+  chunks_first = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), chunks)
+  _, merged = scan(step, cache, chunks_first)
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), merged)
 
 
 def _matmul_prefixes(summaries: Cache) -> Cache:
-  """Returns all prefix merges by one product with a triangular matrix of zeros and ones."""
+  """Returns all prefix merges by products with one triangular matrix A of zeros and ones.
+
+  A_rj is 1 if prefix r contains summary j. The counts of prefix r are N_r = sum_j A_rj n_j, and its
+  means are sum_j A_rj n_j m_j / N_r.
+  """
   shape = (*summaries.counts.shape[:3], summaries.counts.shape[2])  # [B, G, R+1, R+1]
   index = jnp.arange(shape[-1])
   # The document of a prefix is that of its last summary with tokens.
   has_tokens = summaries.doc_id != NO_DOCUMENT
   last_nonempty = jax.lax.cummax(jnp.where(has_tokens, index, 0), axis=2)
   doc_id = jnp.take_along_axis(summaries.doc_id, last_nonempty, axis=2)
-  # Prefix r contains summary j iff j <= r and no other document begins in between.
+  # Prefix r contains summary j iff j <= r and no document begins after j, up to r.
   begins = jnp.concatenate(
     [jnp.zeros_like(doc_id[:, :, :1], bool), doc_id[:, :, 1:] != doc_id[:, :, :-1]], axis=2
   )
   n_begun = jnp.cumsum(begins, axis=2)
   contains = (n_begun[..., :, None] == n_begun[..., None, :]) & (index[:, None] >= index)
   contains = jnp.broadcast_to(contains.astype(jnp.float32), shape)
-  counts_of = jax.lax.stop_gradient(summaries.counts)
-  sums_of = (counts_of[..., None] * summaries.means).reshape(*shape[:3], -1)
-  counts = matmul.mix(contains, counts_of, precision=matmul.EXACT)  # bgrj,bgjs->bgrs
-  sums = matmul.mix(contains, sums_of, precision=matmul.EXACT)  # bgrj,bgj(sv)->bgr(sv)
+  counts = jax.lax.stop_gradient(summaries.counts)
+  sums = (counts[..., None] * summaries.means).reshape(*shape[:3], -1)  # [B, G, R+1, S·V]
+  counts = matmul.mix(contains, counts, precision=matmul.EXACT)  # bgrj,bgjs->bgrs
+  sums = matmul.mix(contains, sums, precision=matmul.EXACT)  # bgrj,bgj(sv)->bgr(sv)
   means = sums.reshape(summaries.means.shape) / jnp.maximum(counts, 1.0)[..., None]
   return Cache(counts, means, doc_id)

@@ -2,9 +2,9 @@
 
 Query i attends each token j of its document with 0 <= i-j <= M, with weight softmax_j of
 
-  (q_i + u)·k_j + (q_i + w)·r_{i-j}.
+  scale · [(q_i + u)·k_j + (q_i + w)·r_{i-j}].
 
-Letters: B batch, T tokens, R query blocks, L block length, C tile length, M context length, H query
+Letters: B batch, T tokens, R query blocks, L block length, C tile length, M memory length, H query
 heads, G key/value heads, K key width, V value width.
 """
 
@@ -52,24 +52,25 @@ def full_attention(
     q: [B, T, H, K] queries. Head h reads key/value head h // (H/G).
     k: [B, T, G, K] keys.
     v: [B, T, G, V] values.
-    state: the state that an earlier call returned, or `initial_key_value_state`; its length M is
-      the context. An encoder attends all T tokens of the call, and takes only M, the reach of the
-      relative bias, from the state.
+    state: the state that an earlier call returned, or `initial_key_value_state`. An encoder attends
+      all T tokens of the call, and no others; its state only gives M, the longest distance with a
+      relative bias.
     block_len: L; values do not depend on it.
-    is_causal: False is an encoder: each token attends those before and after it.
+    is_causal: False: an encoder, in which each token attends the tokens before and after it.
     scale: factor of all scores, relative bias included. None: K^(-1/2).
     relative_keys: [M+1, G, K], or [2M+1, G, K] for an encoder; as in `vq_attention`.
     content_bias: [H, K] u. None: zero.
     position_bias: [H, K] w. None: zero.
-    segment_ids: [B, T] int32, not negative: tokens attend only tokens of their own segment.
-    lengths: [B] int32: number of tokens before the padding at the end of each row.
+    segment_ids: [B, T] int32, not negative: tokens attend only tokens of their own segment. None:
+      all tokens continue the last segment of `state`.
+    lengths: [B] int32: number of tokens before the padding at the end of each row. None: T.
 
   Returns:
     values [B, T, H, V] in the dtype of `v`, and the state after the T tokens.
 
   Raises:
-    ValueError: a shape does not fit; the message names the argument.
-    TypeError: a dtype does not fit.
+    ValueError: a shape is not allowed; the message names the argument.
+    TypeError: a dtype is not allowed.
 
   >>> import jax
   >>> from tvq_haiku.attention.state import initial_key_value_state
@@ -81,8 +82,9 @@ def full_attention(
   True
   """
   # 1. Check the arguments.
-  biases = (relative_keys, content_bias, position_bias)
-  dims = _check_arrays(q, k, v, state, biases, segment_ids, lengths, is_causal)
+  dims = _check_arrays(
+    q, k, v, state, relative_keys, content_bias, position_bias, segment_ids, lengths, is_causal
+  )
   if segment_ids is None:
     segment_ids = key_values.continued_doc_ids(state, dims.T)
   n_read = jnp.full((dims.B,), dims.T, jnp.int32) if lengths is None else lengths
@@ -90,26 +92,26 @@ def full_attention(
 
   # 2. Lay out keys and values by head, and queries in R blocks of L.
   L = min(block_len, dims.T)
-  tokens = key_values.unquantized(k, v, segment_ids, n_read)
-  memory = key_values.memory(state, tokens)
-  content, position = (
+  tokens = key_values.lay_out(k, v, segment_ids, n_read)
+  memory = key_values.memory_of(state, tokens)
+  q_u, q_w = (  # scale · (q + u) and scale · (q + w) [R, B, G, P, L, K]
     jnp.moveaxis(blocking.lay_out_queries(q, bias, scale, dims.G, L), 2, 0)
     for bias in (content_bias, position_bias)
   )
-  R = content.shape[0]
-  query_docs = blocking.pad_tokens(tokens.doc_ids, R * L - dims.T, NO_DOCUMENT)
-  query_docs = jnp.moveaxis(blocking.split_blocks(query_docs, R)[:, 0], 1, 0)  # [R, B, L]
+  query_docs = blocking.pad_tokens(tokens.doc_ids, -dims.T % L, NO_DOCUMENT)
+  query_docs = query_docs.reshape(dims.B, -1, L).swapaxes(0, 1)  # [R, B, L]
+  queries = TileQueries(q_u, q_w, query_docs)
 
   # 3. Attend, tile by tile.
   C = max(2 * L, min(2 * block_len, dims.M))  # many keys in a tile even if there are few queries
   keys = blocking.concatenate(memory, tokens) if is_causal else tokens
-  layout, keys = _lay_out_keys(keys, relative_keys, q, L, C, dims.M if is_causal else None)
-  values = tiled.tiled_attention(layout, TileQueries(content, position, query_docs), keys)
+  layout, keys = _lay_out_keys(keys, relative_keys, q.dtype, L, C, dims.M if is_causal else None)
+  values = tiled.tiled_attention(layout, queries, keys)
   values = blocking.restore_layout(jnp.moveaxis(values, 0, 2), dims.T)
   if not is_causal:
     return FullOutput(values, None)
 
-  # 4. Remember the last M tokens.
+  # 4. Update the state: the last M tokens.
   memory = key_values.last_tokens(memory, tokens, lengths)
   return FullOutput(values, key_values.next_state(state, n_read, memory))
 
@@ -119,13 +121,14 @@ def _check_arrays(
   k: Array,
   v: Array,
   state: KeyValueState,
-  biases: tuple[Array | None, Array | None, Array | None],
+  relative_keys: Array | None,
+  content_bias: Array | None,
+  position_bias: Array | None,
   segment_ids: Array | None,
   lengths: Array | None,
   is_causal: bool,
 ) -> chex.Dimensions:
   """Returns the sizes B, T, H, K, G, V and M; raises if the arrays do not fit together."""
-  relative_keys, content_bias, position_bias = biases
   dims = chex.Dimensions(M=state.memory_docs.shape[1])
   n_distance = dims.M + 1 if is_causal else 2 * dims.M + 1
   real = jnp.floating
@@ -148,23 +151,23 @@ def _check_arrays(
 def _lay_out_keys(
   keys: KeyValues,
   relative_keys: Array | None,
-  q: Array,
+  dtype: jnp.dtype,
   block_len: int,
   tile_len: int,
   mem_len: int | None,
 ) -> tuple[TileLayout, TileKeys]:
-  """Pads keys to whole tiles, and relative keys with zeros on both sides.
+  """Pads keys to a multiple of C, and relative keys with zeros on both sides.
 
   Args:
     keys: of all tokens, the memory included.
     relative_keys: [M+1, G, K], or [2M+1, G, K] for an encoder, or None.
-    q: [B, T, H, K]: the dtype of the relative keys.
+    dtype: of the relative keys.
     block_len: L.
     tile_len: C.
     mem_len: M; None for an encoder.
 
   Returns:
-    The sizes of tiles, and the keys.
+    The layout of the tiles, and the padded keys.
   """
   G, K = keys.keys.shape[1], keys.keys.shape[-1]
   keys = blocking.pad_tokens(
@@ -172,9 +175,10 @@ def _lay_out_keys(
   )
   if relative_keys is None:
     relative_keys = jnp.zeros((1, G, K))
-  # The zeros are the bias of distances out of reach, wherever a tile lies.
+  # The zeros give distances without a relative key the bias zero. There are enough of them for any
+  # tile that overlaps the relative keys.
   n_zero = block_len + tile_len
-  relative = jnp.flip(relative_keys, axis=0).astype(q.dtype).swapaxes(0, 1)
+  relative = jnp.flip(relative_keys, axis=0).astype(dtype).swapaxes(0, 1)  # r_M first
   relative = jnp.pad(relative, ((0, 0), (n_zero, n_zero), (0, 0)))
   center = n_zero + (0 if mem_len is not None else relative_keys.shape[0] // 2)
   layout = TileLayout(block_len, tile_len, mem_len, center)

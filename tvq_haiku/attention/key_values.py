@@ -1,6 +1,7 @@
-"""Keys and values in reading order: made from tokens, read from a state, and stored in one.
+"""Keys and values of consecutive tokens: computed, read from a state, and written to a state.
 
-Every form of attention (blocks, one token, full, sharded) goes through these functions.
+Attention by blocks, full attention and sharded attention share these functions; decoding has a
+layout of its own.
 
 Letters: B batch, T tokens, G key/value heads, S codes, K key width, V value width, M memory length.
 """
@@ -20,7 +21,7 @@ from tvq_haiku.types import Array
 
 
 class KeyValues(NamedTuple):
-  """Keys and values of n tokens; or of R blocks of them, with n = R, L from axis 2 on."""
+  """Keys and values of n tokens, oldest first. In R blocks, the axis n is two axes R, L."""
 
   codes: Array | None  # [B, G, n] int32: EMPTY where there is no token. None: plain keys
   keys: Array  # [B, G, n, K]
@@ -28,7 +29,7 @@ class KeyValues(NamedTuple):
   doc_ids: Array  # [B, 1, n] int32
 
 
-def quantized(
+def quantize(
   k: Array, v: Array, codebook: Array, doc_ids: Array, n_read: Array
 ) -> tuple[Array, KeyValues]:
   """Quantizes keys, and lays keys and values out by head.
@@ -41,7 +42,7 @@ def quantized(
     n_read: [B] int32: number of tokens of each row; padding follows them.
 
   Returns:
-    The codes [B, T, G] of all keys, and the T tokens, EMPTY where there is padding.
+    The codes [B, T, G] of all keys, and the T tokens, with code EMPTY for padding.
   """
   B, T, _, _ = k.shape
   chex.assert_shape((doc_ids, n_read), [(B, T), (B,)])
@@ -55,7 +56,7 @@ def quantized(
   return codes, tokens
 
 
-def unquantized(k: Array, v: Array, doc_ids: Array, n_read: Array) -> KeyValues:
+def lay_out(k: Array, v: Array, doc_ids: Array, n_read: Array) -> KeyValues:
   """Lays plain keys and values out by head; padding belongs to NO_DOCUMENT.
 
   Args:
@@ -74,12 +75,12 @@ def unquantized(k: Array, v: Array, doc_ids: Array, n_read: Array) -> KeyValues:
 
 
 def continued_doc_ids(state: AttentionState | KeyValueState, length: int) -> Array:
-  """Returns doc_ids [B, T] of T tokens that continue the last document of the state."""
+  """Returns doc_ids [B, T] of tokens that continue the last document of the state, or else 0."""
   last = jnp.maximum(state.memory_docs[:, -1:], 0)
   return jnp.broadcast_to(last, (last.shape[0], length))
 
 
-def memory(state: AttentionState | KeyValueState, like: KeyValues) -> KeyValues:
+def memory_of(state: AttentionState | KeyValueState, like: KeyValues) -> KeyValues:
   """Returns the M tokens in memory, with the dtypes of `like`."""
   codes = state.memory_codes if isinstance(state, AttentionState) else None
   keys = state.memory_keys.astype(like.keys.dtype)
@@ -87,7 +88,7 @@ def memory(state: AttentionState | KeyValueState, like: KeyValues) -> KeyValues:
   return KeyValues(codes, keys, values, state.memory_docs[:, None])
 
 
-def cache(state: AttentionState) -> Cache:
+def cache_of(state: AttentionState) -> Cache:
   """Returns the cache of the state as one summary (R = 1)."""
   return Cache(
     state.cache_counts[:, :, None], state.cache_means[:, :, None], state.cache_doc[:, None, None]
@@ -103,10 +104,10 @@ def next_state(
   """Returns the state after some tokens, with the dtypes of the state before them.
 
   Args:
-    state: before the tokens.
-    n_read: [B] int32: number of tokens read.
+    state: the state before the tokens.
+    n_read: [B] int32: number of tokens read since `state`.
     memory: the last M tokens.
-    cache: one summary of all tokens before those; None: keys are not quantized.
+    cache: one summary (R = 1) of all tokens before those. None: keys are not quantized.
 
   Returns:
     A state of the same type.
@@ -129,24 +130,24 @@ def next_state(
   )
 
 
-def last_tokens(memory: KeyValues, tokens: KeyValues, lengths: Array | None) -> KeyValues:
-  """Returns the last M tokens of the memory followed by the tokens.
+def last_tokens(memory: KeyValues, tokens: KeyValues, n_read: Array | None) -> KeyValues:
+  """Returns the last M tokens of each row of (memory, tokens), padding excluded.
 
   Args:
     memory: M tokens.
     tokens: T tokens.
-    lengths: [B] int32: number of tokens of each row that count, from the first on. None: all T.
+    n_read: [B] int32: number of tokens of each row before its padding. None: T.
 
   Returns:
     M tokens.
   """
   M, T = (x.doc_ids.shape[2] for x in (memory, tokens))
-  if lengths is not None:
-    chex.assert_shape(lengths, tokens.doc_ids.shape[:1])
-  if lengths is None and T >= M:
+  if n_read is None and T >= M:
     return blocking.slice_tokens(tokens, T - M, T)
-  both = blocking.concatenate(memory, tokens)
-  if lengths is None:
-    return blocking.slice_tokens(both, T, T + M)
+  sequence = blocking.concatenate(memory, tokens)
+  if n_read is None:
+    return blocking.slice_tokens(sequence, T, T + M)
+  chex.assert_shape(n_read, tokens.doc_ids.shape[:1])
+  # A row ends at slot M + n_read of the sequence.
   take = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, M, axis=1))
-  return jax.tree.map(lambda x: take(x, lengths), both)
+  return jax.tree.map(lambda x: take(x, n_read), sequence)

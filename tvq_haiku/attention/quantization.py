@@ -44,10 +44,10 @@ def nearest_codes(k: Array, codebook: Array) -> Array:
   checks.check_arrays("nearest_codes", dims, k=(k, "BTGK", real), codebook=(codebook, "GSK", real))
   k = jax.lax.stop_gradient(k).astype(jnp.float32)
   codebook = jax.lax.stop_gradient(codebook).astype(jnp.float32)
-  # Exact products: TF32 moves keys across cell boundaries, so that a CPU and a GPU choose
-  # different codes. |k|^2 is the same for every code, so the argmin needs only the other terms.
+  # Full float32 precision: with TF32, a GPU would choose other codes than a CPU for keys that are
+  # almost as near to a second code. |k|^2 is the same for all codes, so the argmin can do without.
   dots = matmul.dots_per_head(k.swapaxes(1, 2), codebook, precision=matmul.EXACT)  # bgtk,gsk->bgts
-  distances = jnp.sum(codebook**2, axis=-1)[:, None] - 2.0 * dots  # [B, G, T, S]
+  distances = jnp.sum(codebook**2, axis=-1)[:, None] - 2.0 * dots  # |C|^2 - 2 k·C [B, G, T, S]
   return jnp.argmin(distances, axis=-1).astype(jnp.int32).swapaxes(1, 2)
 
 
@@ -74,8 +74,8 @@ def commit_loss(k: Array, quantized: Array, mask: Array) -> Array:
 
   Args:
     k: [B, T, G, K] keys.
-    quantized: [B, T, G, K] vectors of their codes.
-    mask: [B, T] weights. Masked tokens count in the denominator.
+    quantized: [B, T, G, K] nearest codes C_z.
+    mask: [B, T] weights. The denominator is B·T also if some are zero.
 
   Returns:
     [] f32.

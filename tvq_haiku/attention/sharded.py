@@ -3,16 +3,16 @@
 Letters: B batch, T tokens, H query heads, G key/value heads, S codes, M memory length, K key width,
 V value width.
 
-Each device attends for its batch elements, its heads, its width of the values, and its shard of the
-sequence. Only the last needs communication. Along the mesh axis `sequence`, device d holds the d-th
-of n consecutive shards of T/n tokens. It receives
+Batch elements, heads, the width of the values, and the sequence can be sharded. Only a sharded
+sequence needs communication. Along the mesh axis `sequence`, device d holds the d-th of n
+consecutive shards of T/n tokens. It receives
 
   - from its neighbour, the M tokens before its shard;
   - by an associative scan over the devices, the cache of all tokens before those: each device
-    summarizes the T/n tokens that leave the window during its shard, and merges what precedes it
-    in log2(n) rounds.
+    summarizes the T/n tokens that leave the window during its shard, and merges the summaries of
+    the devices before it in log2(n) rounds.
 
-Then it attends like one device that continues from this state.
+Then it attends like a single device that continues from this state.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SEQUENCE = "sequence"  # the mesh axis
 
 
 class _Operands(NamedTuple):
-  """Positional arguments of an attention function."""
+  """Positional arguments of an attention function; `_specs_for` goes by their names."""
 
   q: Array
   k: Array
@@ -61,7 +61,9 @@ def sharded_attention(
   relative_keys: Array | None = None,
   **settings: Any,
 ) -> Any:
-  """Computes `attention(q, k, v, *codebook, state=state, ...)` on the mesh in use, if there is one.
+  """Computes `attention(q, k, v, *codebook, state=state, ...)`, sharded over the mesh in use.
+
+  Without a mesh, it only calls `attention`.
 
   Args:
     attention: `vq_attention` or `full_attention`; only the former shards a sequence.
@@ -75,7 +77,7 @@ def sharded_attention(
     content_bias: [H, K].
     position_bias: [H, K].
     relative_keys: [M+1, G, K].
-    **settings: the same on every device.
+    **settings: other arguments of `attention`, which are not arrays.
 
   Returns:
     The output of `attention`.
@@ -92,13 +94,14 @@ def sharded_attention(
   )
   if not mesh_sizes:
     return attention(q, k, v, *codebook, **arrays, **settings)
-  is_causal, n_shard = settings.get("is_causal", True), mesh_sizes.get(SEQUENCE, 1)
+  is_causal = settings.get("is_causal", True)
+  n_shard = mesh_sizes.get(SEQUENCE, 1)
+  sequence_axis = None
   if attention is vq_attention:
     settings["scan"] = jax.lax.scan  # Haiku's scan cannot be used inside of shard_map
-  sequence_axis = None
-  if attention is vq_attention and is_causal and _fits_shards(q, state, n_shard):
-    sequence_axis = SEQUENCE
-    attention = functools.partial(_attend_shard, n_shard=n_shard)
+    if n_shard > 1 and is_causal and _fits_shards(q, state, n_shard):
+      sequence_axis = SEQUENCE
+      attention = functools.partial(_attend_shard, n_shard=n_shard)
   out_shapes = _output_shapes(q, k, v, state if is_causal else None, is_full=not codebook)
   spec_tree = _specs_for(k.shape[2], mesh_sizes, sequence_axis)
 
@@ -115,9 +118,10 @@ def sharded_attention(
 
 
 def _fits_shards(q: Array, state: AttentionState, n_shard: int) -> bool:
-  """Returns whether a sequence can be sharded: its windows must reach one neighbour at most.
+  """Returns whether a sequence can be sharded: a shard must have at least M tokens.
 
-  A shorter sequence, such as the last window of an evaluation, stays on every device.
+  Then the memory before each shard lies in one neighbour. A shorter sequence, such as the last
+  window of an evaluation, is replicated.
   """
   T, M = q.shape[1], state.memory_docs.shape[1]
   return T % n_shard == 0 and T // n_shard >= M
@@ -126,7 +130,7 @@ def _fits_shards(q: Array, state: AttentionState, n_shard: int) -> bool:
 def _output_shapes(
   q: Array, k: Array, v: Array, state: AttentionState | KeyValueState | None, *, is_full: bool
 ) -> FullOutput | AttentionOutput:
-  """Returns the output of an attention as shapes; the state after it has those of `state`."""
+  """Returns the shapes of the output of attention; the state after it has the shapes of `state`."""
   values = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype)
   if is_full:
     return FullOutput(values, state)
@@ -136,7 +140,7 @@ def _output_shapes(
 def _specs_for(
   n_kv_head: int, mesh_sizes: dict[str, int], sequence_axis: str | None
 ) -> Callable[[Any], Any]:
-  """Returns a function from a tree of named arrays to their partition specs."""
+  """Returns a function that maps a tree of named arrays to a tree of partition specs."""
   heads, width = sharding.HEADS, sharding.WIDTH
   tokens = (sharding.BATCH_AXES, sequence_axis)
   rules = sharding.STATE_RULES | {
@@ -175,15 +179,15 @@ def _attend_shard(
   lengths: Array | None,
   **settings: Any,
 ) -> AttentionOutput:
-  """Computes `vq_attention` of this device's shard of the sequence.
+  """Computes `vq_attention` for this device's shard of the sequence.
 
   Args:
     q: [B, T/n, H, K].
     k: [B, T/n, G, K].
     v: [B, T/n, G, V].
     codebook: [G, S, K].
-    n_shard: n, the number of devices along the sequence.
-    state: before the first shard.
+    n_shard: n, the number of devices along the sequence; at least 2.
+    state: the state before the first shard.
     segment_ids: [B, T/n] int32, or None.
     lengths: [B] int32: number of tokens of all shards together, or None: all T.
     **settings: of `vq_attention`.
@@ -191,24 +195,20 @@ def _attend_shard(
   Returns:
     Values and codes of the shard, and the state after the last shard.
   """
-  if n_shard == 1:
-    return vq_attention(
-      q, k, v, codebook, state=state, segment_ids=segment_ids, lengths=lengths, **settings
-    )
-  B, T = k.shape[:2]  # T: of one shard
+  B, T = k.shape[:2]  # T is that of one shard
   device = jax.lax.axis_index(SEQUENCE)
   n_total = jnp.full((B,), n_shard * T, jnp.int32) if lengths is None else lengths
   n_here = jnp.clip(n_total - device * T, 0, T)
   if segment_ids is None:
     segment_ids = key_values.continued_doc_ids(state, T)
-  # Quantized here and in `vq_attention`: the compiler does it once.
-  _, tokens = key_values.quantized(k, v, codebook, segment_ids, n_here)
+  # Keys are quantized here and in `vq_attention`; XLA merges the two computations.
+  _, tokens = key_values.quantize(k, v, codebook, segment_ids, n_here)
   memory, cache = _context_of_shard(tokens, state, codebook.shape[1], n_shard)
-  before = key_values.next_state(state, jnp.full((B,), device * T), memory, cache)
+  shard_state = key_values.next_state(state, jnp.full((B,), device * T), memory, cache)
   out = vq_attention(
-    q, k, v, codebook, segment_ids=segment_ids, lengths=n_here, state=before, **settings
+    q, k, v, codebook, segment_ids=segment_ids, lengths=n_here, state=shard_state, **settings
   )
-  # The state after the row is that of the device where the tokens of the row end.
+  # The state after a row is that of the device that holds the last token of the row.
   is_last = device == jnp.maximum(-(-n_total // T) - 1, 0)
   return out._replace(state=_select_by_sum(out.state, is_last))
 
@@ -216,11 +216,11 @@ def _attend_shard(
 def _context_of_shard(
   tokens: KeyValues, state: AttentionState, n_code: int, n_shard: int
 ) -> tuple[KeyValues, Cache]:
-  """Returns what precedes this device's shard: the M tokens before it, and the cache of all others.
+  """Returns the M tokens before this device's shard, and the cache of all tokens before those.
 
   Args:
-    tokens: of this shard.
-    state: before the first shard.
+    tokens: the tokens of this shard.
+    state: the state before the first shard.
     n_code: S.
     n_shard: number of devices along the sequence.
   """
@@ -228,15 +228,15 @@ def _context_of_shard(
   chex.assert_scalar_non_negative(T - M)
   device = jax.lax.axis_index(SEQUENCE)
   last = blocking.slice_tokens(tokens, T - M, T)
-  memory = _receive(last, 1, n_shard, otherwise=key_values.memory(state, tokens))
+  memory = _receive(last, 1, n_shard, otherwise=key_values.memory_of(state, tokens))
   sequence = blocking.concatenate(memory, tokens)
   evicted = blocking.split_blocks(blocking.slice_tokens(sequence, 0, T), 1)
   summary = compressive_cache.summarize(evicted.codes, evicted.values, evicted.doc_ids, n_code)
-  before_all = key_values.cache(state)
+  before_all = key_values.cache_of(state)
   merge = compressive_cache.merge
   summary = _where(device == 0, merge(before_all, summary), summary)
   distance = 1
-  while distance < n_shard:  # afterwards, `summary` is of this shard and all before it
+  while distance < n_shard:  # `summary` covers the last `distance` shards, up to this one
     before = _receive(summary, distance, n_shard, otherwise=summary)
     summary = _where(device >= distance, merge(before, summary), summary)
     distance *= 2
@@ -244,14 +244,14 @@ def _context_of_shard(
 
 
 def _receive(x: ArrayTree, distance: int, n_shard: int, *, otherwise: ArrayTree) -> ArrayTree:
-  """Returns `x` of the device `distance` places before this one; `otherwise` if there is none."""
+  """Returns `x` of the device whose index is less by `distance`; `otherwise` if there is none."""
   pairs = [(i, i + distance) for i in range(n_shard - distance)]
   received = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, SEQUENCE, pairs), x)
   return _where(jax.lax.axis_index(SEQUENCE) >= distance, received, otherwise)
 
 
 def _select_by_sum(x: ArrayTree, is_selected: Array) -> ArrayTree:
-  """Returns, on every device, `x` of the device where `is_selected` [B] is true."""
+  """Returns each batch element of `x` from the one device where its `is_selected` [B] is True."""
 
   def select(leaf: Array) -> Array:
     mask = is_selected.reshape(-1, *(1,) * (leaf.ndim - 1))

@@ -1,4 +1,7 @@
-"""The states that an attention carries from call to call."""
+"""The states that attention carries from call to call.
+
+Letters: B batch, G key/value heads, S codes, M memory length, K key width, V value width.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,20 @@ from tvq_haiku.types import Array
 
 
 class AttentionState(NamedTuple):
-  """Memory of an attention over quantized keys; its size does not depend on the tokens read."""
+  """State of attention over quantized keys; its size does not depend on the number of tokens."""
 
   position: Array  # [B] int32: number of tokens read so far, without padding
   memory_codes: Array  # [B, G, M] int32: EMPTY where the slot has no token
   memory_keys: Array  # [B, G, M, K] f32: quantized keys, oldest first
   memory_values: Array  # [B, G, M, V]
   memory_docs: Array  # [B, M] int32: document of each token; NO_DOCUMENT where there is none
-  cache_counts: Array  # [B, G, S] f32: tokens of each code that have left the memory
+  cache_counts: Array  # [B, G, S] f32: number of tokens of each code that have left the memory
   cache_means: Array  # [B, G, S, V] f32: their mean values
-  cache_doc: Array  # [B] int32: the document that the cache belongs to
+  cache_doc: Array  # [B] int32: the document that they belong to; NO_DOCUMENT for an empty cache
 
 
 class KeyValueState(NamedTuple):
-  """Memory of an attention over plain keys: the last M tokens (a key/value cache)."""
+  """State of attention over plain keys: the last M tokens (a key/value cache)."""
 
   position: Array  # [B] int32: number of tokens read so far, without padding
   memory_keys: Array  # [B, G, M, K] oldest first

@@ -2,11 +2,11 @@
 
 Scores exist for one tile at a time: the L queries of a block and C keys. The forward pass keeps a
 running maximum and normalizer for each query (the online softmax of Milakov & Gimelshein 2018, as
-in FlashAttention); the backward pass recomputes the scores of each tile from the logarithm of the
-normalizer. Tiles in which no query of the block sees a key are skipped.
+in FlashAttention); the backward pass recomputes the scores of each tile, and from their logsumexp
+the weights. Tiles in which no query of the block sees a key are skipped.
 
 Letters: B batch, R query blocks, G key/value heads, P query heads for each of them, L block length,
-C tile length, n keys, D relative keys, K key width, V value width, M context length.
+C tile length, n keys, D relative keys, K key width, V value width, M memory length.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class TileLayout(NamedTuple):
 
   block_len: int  # L
   tile_len: int  # C
-  mem_len: int | None  # M: query i is at index M + i of the keys. None: encoder, at index i
+  mem_len: int | None  # M: query i is at index M + i of the keys. None: an encoder, at index i
   center: int  # row of the padded relative keys that belongs to key 0 and query 0
 
 
 class TileQueries(NamedTuple):
   """Queries of R blocks."""
 
-  content: Array  # [R, B, G, P, L, K] q + u
-  position: Array  # [R, B, G, P, L, K] q + position_bias
+  content: Array  # [R, B, G, P, L, K] scale · (q + u)
+  position: Array  # [R, B, G, P, L, K] scale · (q + w)
   doc_ids: Array  # [R, B, L] int32
 
 
 class TileKeys(NamedTuple):
-  """All keys, padded to whole tiles."""
+  """All keys, padded to a multiple of C."""
 
   keys: Array  # [B, G, n, K]
   values: Array  # [B, G, n, V]
@@ -53,7 +53,7 @@ class TileKeys(NamedTuple):
 
 
 class _Tile(NamedTuple):
-  """The keys of one tile, and where they are."""
+  """The keys of one tile, and their indices."""
 
   keys: Array  # [B, G, C, K]
   values: Array  # [B, G, C, V]
@@ -68,7 +68,7 @@ def tiled_attention(layout: TileLayout, queries: TileQueries, keys: TileKeys) ->
   """Mixes the values of all visible keys by softmax, tile by tile.
 
   Args:
-    layout: sizes.
+    layout: sizes of tiles.
     queries: of R blocks.
     keys: all keys.
 
@@ -82,12 +82,12 @@ def visible_tiles(layout: TileLayout, doc_ids: Array, r: Array) -> tuple[Array, 
   """Returns the range of tiles that block r sees.
 
   Args:
-    layout: sizes.
+    layout: sizes of tiles.
     doc_ids: [B, n] int32: documents of the keys.
     r: [] int32: index of the block.
 
   Returns:
-    The index of the first tile, and that after the last.
+    The index of the first tile, and the index after the last.
   """
   chex.assert_rank((doc_ids, r), (2, 0))
   n_tile = doc_ids.shape[1] // layout.tile_len
@@ -101,10 +101,10 @@ def visible_tiles(layout: TileLayout, doc_ids: Array, r: Array) -> tuple[Array, 
 
 
 def _take_tile(layout: TileLayout, query_docs: Array, keys: TileKeys, r: Array, c: Array) -> _Tile:
-  """Returns tile c as block r sees it.
+  """Returns tile c of the keys, with the relative keys and the mask for block r.
 
   Args:
-    layout: sizes.
+    layout: sizes of tiles.
     query_docs: [B, L] int32: documents of the queries of the block.
     keys: all keys.
     r: [] int32: index of the block.
@@ -112,8 +112,10 @@ def _take_tile(layout: TileLayout, query_docs: Array, keys: TileKeys, r: Array, 
   """
   L, C = layout.block_len, layout.tile_len
   start, n_relative = c * C, L + C - 1
-  first = layout.center + start - (r + 1) * L + 1
-  # Far away, all relative keys are zero, so that any of them will do.
+  # Key j and query i use the relative key at center + j - i. The first one that the tile uses is
+  # that of its first key and the last query of the block, i = r·L + L-1.
+  first = layout.center + start - (r * L + L - 1)
+  # A slice that would begin or end outside of the array has only zeros, and so has the nearest one.
   first = jnp.clip(first, 0, keys.relative.shape[1] - n_relative)
   take = jax.lax.dynamic_slice_in_dim
   doc_ids = take(keys.doc_ids, start, C, 1)
@@ -137,7 +139,8 @@ def _tile_scores(content: Array, position: Array, keys: Array, relative: Array) 
   L, C = content.shape[-2], keys.shape[-2]
   chex.assert_axis_dimension(relative, 1, L + C - 1)
   by_distance = matmul.dots_per_head(position, relative, **_F32)  # bgplk,gdk->bgpld
-  # Row i uses distances that start L-1-i columns later.
+  # Row i of `by_distance` has the bias of the tile's first key in column L-1-i. After alignment,
+  # every row has it in column L-1.
   bias = positions.align_distances(by_distance, L)[..., L - 1 : L - 1 + C]
   return matmul.dots(content, keys, **_F32) + bias  # bgplk,bgck->bgplc
 
@@ -150,16 +153,17 @@ def _forward(layout: TileLayout, queries: TileQueries, keys: TileKeys):
     content, position, doc_ids = block_queries
 
     def attend_tile(c: Array, carry: tuple[Array, Array, Array]):
-      maximum, total, mixed = carry
+      maximum, normalizer, mixed = carry
       tile = _take_tile(layout, doc_ids, keys, r, c)
       scores = _tile_scores(content, position, tile.keys, tile.relative)
       scores = jnp.where(tile.visible, scores, MASKED)
       new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1, keepdims=True))
       weights = jnp.exp(scores - new_maximum)
       decay = jnp.exp(maximum - new_maximum)
-      total = decay * total + jnp.sum(weights, axis=-1, keepdims=True)
+      normalizer = decay * normalizer + jnp.sum(weights, axis=-1, keepdims=True)
+      # bgplc,bgcv->bgplv
       mixed = decay * mixed + matmul.mix(weights.astype(dtype), tile.values, **_F32)
-      return new_maximum, total, mixed
+      return new_maximum, normalizer, mixed
 
     rows = content.shape[:-1]  # [B, G, P, L]
     start = (
@@ -168,40 +172,44 @@ def _forward(layout: TileLayout, queries: TileQueries, keys: TileKeys):
       jnp.zeros((*rows, keys.values.shape[-1])),
     )
     tiles = visible_tiles(layout, keys.doc_ids, r)
-    maximum, total, mixed = jax.lax.fori_loop(*tiles, attend_tile, start)
-    # A query of padding may see no key: it gets no weights, here and in the backward pass.
+    maximum, normalizer, mixed = jax.lax.fori_loop(*tiles, attend_tile, start)
+    # A padding query may see no key. Its weights are zero, here and (exp(MASKED - 0)) in the
+    # backward pass.
     sees_keys = maximum > MASKED
-    mixed = jnp.where(sees_keys, mixed / jnp.where(sees_keys, total, 1.0), 0.0)
-    return None, (mixed.astype(dtype), jnp.where(sees_keys, maximum + jnp.log(total), 0.0))
+    mixed = jnp.where(sees_keys, mixed / jnp.where(sees_keys, normalizer, 1.0), 0.0)
+    logsumexp = jnp.where(sees_keys, maximum + jnp.log(normalizer), 0.0)
+    return None, (mixed.astype(dtype), logsumexp)
 
   n_block = queries.content.shape[0]
-  _, (mixed, log_total) = jax.lax.scan(attend_block, None, (jnp.arange(n_block), queries))
-  return mixed, (queries, keys, mixed, log_total)
+  _, (mixed, logsumexp) = jax.lax.scan(attend_block, None, (jnp.arange(n_block), queries))
+  return mixed, (queries, keys, mixed, logsumexp)
 
 
 def _backward(layout: TileLayout, residuals: Any, gradient: Array):
-  queries, keys, mixed, log_total = residuals
+  queries, keys, mixed, logsumexp = residuals
   f32 = jnp.float32
-  # As in `ops.softmax`: the sum of w_j g·v_j over all keys is g·(the output).
+  # As in `ops.softmax`, d s_j = w_j (g·v_j - sum_i w_i g·v_i), and the sum equals g·(the output).
   common = jnp.sum(gradient.astype(f32) * mixed.astype(f32), axis=-1, keepdims=True)
 
   def block_gradients(key_gradients, block):
-    r, (content, position, doc_ids), gradient, log_total, common = block
+    r, (content, position, doc_ids), gradient, logsumexp, common = block
 
     def tile_gradients(c: Array, carry):
       d_content, d_position, d_keys, d_values, d_relative = carry
       tile = _take_tile(layout, doc_ids, keys, r, c)
-      scores, score_gradients = jax.vjp(_tile_scores, content, position, tile.keys, tile.relative)
-      weights = jnp.exp(jnp.where(tile.visible, scores, MASKED) - log_total)
+      scores, scores_vjp = jax.vjp(_tile_scores, content, position, tile.keys, tile.relative)
+      weights = jnp.exp(jnp.where(tile.visible, scores, MASKED) - logsumexp)
+      # bgplv,bgcv->bgplc
       d_scores = weights * (matmul.dots(gradient, tile.values, **_F32) - common)
-      of_content, of_position, of_keys, of_relative = score_gradients(d_scores)
-      of_values = matmul.pool(weights.astype(tile.values.dtype), gradient, n_batch=2, **_F32)
+      tile_content, tile_position, tile_keys, tile_relative = scores_vjp(d_scores)
+      # bgplc,bgplv->bgcv
+      tile_values = matmul.pool(weights.astype(tile.values.dtype), gradient, n_batch=2, **_F32)
       return (
-        d_content + of_content.astype(f32),
-        d_position + of_position.astype(f32),
-        _add_slice(d_keys, of_keys, tile.key_start, axis=2),
-        _add_slice(d_values, of_values, tile.key_start, axis=2),
-        _add_slice(d_relative, of_relative, tile.relative_start, axis=1),
+        d_content + tile_content.astype(f32),
+        d_position + tile_position.astype(f32),
+        _add_slice(d_keys, tile_keys, tile.key_start, axis=2),
+        _add_slice(d_values, tile_values, tile.key_start, axis=2),
+        _add_slice(d_relative, tile_relative, tile.relative_start, axis=1),
       )
 
     zeros = jnp.zeros(content.shape)
@@ -215,14 +223,14 @@ def _backward(layout: TileLayout, residuals: Any, gradient: Array):
   key_gradients, query_gradients = jax.lax.scan(
     block_gradients,
     tuple(jnp.zeros(x.shape) for x in differentiable),
-    (jnp.arange(queries.content.shape[0]), queries, gradient, log_total, common),
+    (jnp.arange(queries.content.shape[0]), queries, gradient, logsumexp, common),
   )
   key_gradients = (d.astype(x.dtype) for d, x in zip(key_gradients, differentiable, strict=True))
   return TileQueries(*query_gradients, None), TileKeys(*key_gradients, None)
 
 
 def _add_slice(x: Array, y: Array, start: Array, *, axis: int) -> Array:
-  """Returns x with y added from index `start` of an axis on, in float32."""
+  """Adds y, in float32, to the slice of x that begins at index `start` of an axis."""
   old = jax.lax.dynamic_slice_in_dim(x, start, y.shape[axis], axis)
   new = old + y.astype(jnp.float32)
   return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis)

@@ -44,7 +44,7 @@ def check_arrays(
     The sizes B, T, H, K, G, V and S.
 
   Raises:
-    ValueError, TypeError: names the array that does not fit.
+    ValueError, TypeError: a shape or dtype is not allowed; the message names the array.
   """
   real, dims = jnp.floating, chex.Dimensions()
   checks.check_arrays(
@@ -105,12 +105,13 @@ def check_state(
   if not is_causal:
     raise ValueError("vq_attention: an encoder (is_causal=False) takes no state.")
   if not isinstance(state, AttentionState):
-    message = f"state must be an AttentionState, got {type(state).__name__}."
-    raise TypeError(f"vq_attention: {message}")
+    got = type(state).__name__
+    raise TypeError(f"vq_attention: state must be an AttentionState, got {got}.")
   M = state.memory_docs.shape[-1]
   if mem_len not in (None, M):
     raise ValueError(f"vq_attention: mem_len={mem_len}, but the state has M={M}.")
-  real, dims.M = jnp.floating, M
+  dims.M = M
+  real = jnp.floating
   fields = {
     "state.memory_keys": (state.memory_keys, "BGMK", real),
     "state.memory_values": (state.memory_values, "BGMV", real),
@@ -120,20 +121,19 @@ def check_state(
 
 
 def check_relative_keys(
-  relative_keys: Array | None, dims: chex.Dimensions, state: AttentionState, is_causal: bool
+  relative_keys: Array | None, dims: chex.Dimensions, mem_len: int, is_causal: bool
 ) -> None:
-  """Checks that there is one relative key for each distance.
+  """Checks that there is one relative key for each distance up to M.
 
   Args:
     relative_keys: [M+1, G, K], or [2M+1, G, K] for an encoder, or None.
     dims: sizes of the arrays.
-    state: determines M.
+    mem_len: M.
     is_causal: False for an encoder.
 
   Raises:
     ValueError, TypeError: `relative_keys` does not fit.
   """
-  M = state.memory_docs.shape[1]
-  n_distance = M + 1 if is_causal else 2 * M + 1
+  n_distance = mem_len + 1 if is_causal else 2 * mem_len + 1
   axes = (n_distance, "G", "K")
   checks.check_arrays("vq_attention", dims, relative_keys=(relative_keys, axes, jnp.floating))

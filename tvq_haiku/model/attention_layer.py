@@ -28,21 +28,21 @@ from tvq_haiku.types import Array
 
 
 class LayerContext(NamedTuple):
-  """Facts about the sequence that all attentions of the model share."""
+  """Documents, padding and flags, which all attention layers of the model share."""
 
   doc_ids: Array | None  # [B, T] int32. None: one document
   lengths: Array | None  # [B] int32: tokens before the padding. None: no padding
   is_token: Array  # [B, T] bool: False for padding
   loss_mask: Array  # [B, T] f32
-  is_training: bool
-  with_metrics: bool
+  is_training: bool  # enables dropout and the losses of the codebook
+  with_metrics: bool  # enables metrics
 
 
 State = AttentionState | KeyValueState
 
 
 class BranchOutput(NamedTuple):
-  """Output of a branch, in addition to its activations."""
+  """Outputs of an attention branch other than its activations."""
 
   state: State | None  # None for an encoder
   commit_loss: Array  # [] f32
@@ -66,7 +66,7 @@ _gated = jax.checkpoint(lambda values, gate: values * jax.nn.silu(gate))
 
 
 def initial_state(config: TransformerConfig, batch_size: int) -> State:
-  """Returns the state of one attention before the first token."""
+  """Returns the state of one attention layer before the first token."""
   sizes = dict(
     batch_size=batch_size,
     n_kv_head=config.kv_heads,
@@ -83,7 +83,8 @@ def initial_state(config: TransformerConfig, batch_size: int) -> State:
 class AttentionLayer(hk.Module):
   """Norm, projections, attention, gate and output projection, added to the input.
 
-  Gated (`shga`) or not (`mha`, `mqa`); over quantized keys or, for comparison, over plain ones.
+  The head type `shga` is gated, `mha` and `mqa` are not. Attention is over quantized keys or, for
+  comparison, over plain keys (`full`).
   """
 
   def __init__(self, config: TransformerConfig, *, name: str = "attention"):
@@ -97,9 +98,10 @@ class AttentionLayer(hk.Module):
 
     Args:
       x: [B, T, D] in the policy's output dtype.
-      state: of this attention.
-      context: documents, padding and masks, shared by all attentions.
-      sequence_rng: seeds the masks that all windows of a sequence share. None: no dropout.
+      state: the state of this layer.
+      context: documents, padding and flags.
+      sequence_rng: seed of the dropout masks that all windows of a sequence share. None: no
+        dropout.
 
     Returns:
       [B, T, D], and the state, losses and metrics of the branch.
@@ -109,7 +111,7 @@ class AttentionLayer(hk.Module):
     chex.assert_equal(D, c.d_model)
     # 1. Normalize and project: q, k, v, and the gate.
     q, k, v, gate = self._project(layers.RMSNorm(name="norm")(x))
-    # 2. Scale queries and keys by K^(-1/4) each, so that scores are scaled by K^(-1/2).
+    # 2. Normalize queries and keys, and scale each by K^(-1/4), so that scores have K^(-1/2).
     scale = c.d_k**-0.25
     q = (layers.rms_normalize(q) * scale).astype(c.compute_dtype)
     k = layers.rms_normalize(k) * scale
@@ -119,7 +121,7 @@ class AttentionLayer(hk.Module):
     biases = self._biases(scale, sin_rng, context.is_training)
     values, output = self._attend(q, k, v, biases, state, context)
     # 4. Gate, project, and add to the input.
-    branch = values.reshape(B, T, c.n_head * c.d_v)
+    branch = values.reshape(B, T, c.n_head * c.d_v)  # [B, T, H·V]
     if gate is not None:
       branch = _gated(branch, gate)
     branch = layers.Projection(c.d_model, rows="model", name="out")(branch)
@@ -135,7 +137,7 @@ class AttentionLayer(hk.Module):
 
   @hk.transparent
   def _project(self, x: Array) -> _Projected:
-    """Projects normalized activations [B, T, D]; the mesh axis `model` shards heads or widths."""
+    """Projects normalized activations [B, T, D]; the mesh axis `model` splits heads or widths."""
     c = self._config
     B, T, _ = x.shape
     H, G, K, V = c.n_head, c.kv_heads, c.d_k, c.d_v
@@ -154,14 +156,14 @@ class AttentionLayer(hk.Module):
   def _biases(self, scale: float, rng: Array | None, is_training: bool) -> dict[str, Array]:
     """Returns content_bias and position_bias [H, K], and relative_keys, all times `scale`.
 
-    The relative keys r_d are projected sinusoids of the distances d = 0, ..., M, [M+1, G, K]; of an
-    encoder d = -M, ..., M, [2M+1, G, K]. They are the same for all blocks.
+    The relative keys r_d [M+1, G, K] are projected sinusoids of the distances d = 0, ..., M. An
+    encoder has [2M+1, G, K], for d = -M, ..., M.
     """
     c = self._config
     H, G, K = c.n_head, c.kv_heads, c.d_k
     content_bias, position_bias = (
       scale * hk.get_parameter(name, (H * K,), jnp.float32, init=jnp.zeros).reshape(H, K)
-      for name in ("u", "v")  # names of the paper's code
+      for name in ("u", "v")  # the paper's names for the biases u and w
     )
     distances = jnp.arange(0 if c.causal else -c.mem_len, c.mem_len + 1)
     table = positions.sinusoids(distances, width=c.d_model, lam=c.pe_lam)
@@ -198,7 +200,7 @@ class AttentionLayer(hk.Module):
       k = k.astype(c.compute_dtype)
       out = sharded.sharded_attention(full.full_attention, q, k, v, state=state, **settings)
       return out.values, BranchOutput(out.state, jnp.zeros(()), jnp.zeros(()), {})
-    codebook = quantizer.VectorQuantizer(
+    vector_quantizer = quantizer.VectorQuantizer(
       n_head=c.kv_heads, n_code=c.n_code, d_k=c.d_k, gamma=c.c_gamma, name="quantizer"
     )
     out = sharded.sharded_attention(
@@ -206,7 +208,7 @@ class AttentionLayer(hk.Module):
       q,
       k,
       v,
-      codebook.codebook(),
+      vector_quantizer.codebook(),
       state=state if c.causal else None,
       mem_len=c.mem_len,
       reduction=c.reduction,
@@ -216,29 +218,31 @@ class AttentionLayer(hk.Module):
       scan=hk.scan,
       **settings,
     )
-    return out.values, self._branch_output(k, out, codebook, context)
+    return out.values, self._branch_output(k, out, vector_quantizer, context)
 
   @hk.transparent
   def _branch_output(
     self,
     k: Array,
     out: vq.AttentionOutput,
-    codebook: quantizer.VectorQuantizer,
+    vector_quantizer: quantizer.VectorQuantizer,
     context: LayerContext,
   ) -> BranchOutput:
     """Returns state, losses (in training) and metrics (if requested) of quantized attention."""
     commit_loss = codebook_loss = jnp.zeros(())
     metrics = {}
     if context.is_training or context.with_metrics:
-      quantized = quantization.look_up(out.codes, codebook.codebook())
+      nearest = quantization.look_up(out.codes, vector_quantizer.codebook())  # C_z [B, T, G, K]
     if context.is_training:
-      commit_loss = quantization.commit_loss(k, quantized, context.loss_mask)
-      codebook_loss = codebook.surrogate_loss(
+      commit_loss = quantization.commit_loss(k, nearest, context.loss_mask)
+      codebook_loss = vector_quantizer.surrogate_loss(
         k, out.codes, context.loss_mask, revive_below=self._config.c_revive
       )
     if context.with_metrics:
-      metrics = codebook_metrics.codebook_metrics(codebook.codebook(), codebook.counts())
+      metrics = codebook_metrics.codebook_metrics(
+        vector_quantizer.codebook(), vector_quantizer.counts()
+      )
       metrics |= codebook_metrics.quantization_metrics(
-        k, quantized, context.is_token, self._config.block_len
+        k, nearest, context.is_token, self._config.block_len
       )
     return BranchOutput(out.state, commit_loss, codebook_loss, metrics)

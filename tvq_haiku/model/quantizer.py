@@ -1,8 +1,11 @@
 """The codebook as Haiku parameters: two exponential moving averages.
 
-The update of the averages is written as the gradient of a surrogate loss: under plain SGD with
-learning rate 1, that gradient is the update. So the codebook needs no state besides the parameters,
-and is averaged over devices and accumulated over parts of a batch like any other gradient.
+The update of the averages is the gradient of a surrogate loss: a step of plain SGD with learning
+rate 1 subtracts the old average and adds the new one. So the codebook needs no state besides the
+parameters, and its update is averaged over devices and accumulated over microbatches like every
+gradient.
+
+Letters: B batch, T tokens, G key/value heads, S codes, K key width.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class VectorQuantizer(hk.Module):
   def _averages(self) -> tuple[Array, Array]:
     """Returns c_sum [G, S, K] and c_count [G, S]."""
     G, S, K = self._shape
-    # An untruncated normal of variance 1/(G·S), for every key width.
+    # A normal distribution without truncation, of variance 1/(G·S) for every key width.
     init = hk.initializers.RandomNormal((G * S) ** -0.5)
     c_sum = hk.get_parameter("c_sum", (G, S, K), jnp.float32, init=init)
     c_count = hk.get_parameter("c_count", (G, S), jnp.float32, init=jnp.ones)
@@ -59,8 +62,8 @@ class VectorQuantizer(hk.Module):
       k: [B, T, G, K] keys of the global batch.
       codes: [B, T, G] int32 codes of the keys.
       mask: [B, T] weights: zero excludes a token from the averages.
-      revive_below: a code whose average count is lower is replaced by a random key of the batch
-        (by `hk.next_rng_key()`), with a count of 1. 0: never.
+      revive_below: a code with a lower average count is replaced by a random key of the batch, with
+        a count of 1; `hk.next_rng_key()` is the seed. 0: never.
 
     Returns:
       [] f32.
@@ -81,7 +84,7 @@ class VectorQuantizer(hk.Module):
 
 
 def _with_gradient(parameter: Array, gradient: Array) -> Array:
-  """Returns a zero [] whose gradient with respect to `parameter` is `gradient`."""
+  """Returns a scalar zero whose gradient with respect to `parameter` is `gradient`."""
   stop = jax.lax.stop_gradient
   return jnp.sum(stop(gradient) * (parameter - stop(parameter)))
 
@@ -90,7 +93,7 @@ def _random_keys(rng: Array, k: Array, mask: Array, n_code: int) -> tuple[Array,
   """Samples one of the keys of the batch for each code.
 
   Args:
-    rng: a key.
+    rng: a random key of JAX.
     k: [B, T, G, K] keys.
     mask: [B, T] weights.
     n_code: S.

@@ -1,1 +1,1 @@
-"""Array functions that know nothing of attention or of the model."""
+"""Array functions that do not depend on attention or on the model."""

@@ -1,4 +1,7 @@
-"""Scaling and shifting rows, with a gradient that is a matrix product."""
+"""Scaling and shifting of rows, with gradients that are matrix products.
+
+Letters: D width, n rows.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def plain_scale_and_shift(x: Array, gain: Array, offset: Array) -> Array:
 def scale_and_shift(x: Array, gain: Array, offset: Array) -> Array:
   """Computes x * gain + offset.
 
-  The gradients of gain and offset are sums over all rows. As products with a vector of ones they
+  The gradients of gain and offset are sums over all rows. As products with a row of ones they
   take a third of the time that XLA's column sums take on a CPU.
 
   Args:

@@ -1,12 +1,13 @@
 """Batched matrix products with a single batch axis, whose gradients need no layout transposes.
 
-XLA differentiates an einsum over several batch axes into products that contract over several axes,
-and makes them fit by transposing whole operands, at a fraction of the speed of memory. The
+The gradients of an einsum with several batch or row axes are products that contract over several
+axes. XLA transposes complete operands to compute them, far below the bandwidth of memory. The
 functions here merge leading axes first. So every product, and both of its gradients, has at most
-one batch axis and contracts over one axis. The plain form of each is the einsum in its docstring.
+one batch axis and contracts over one axis. The docstring of each function has the einsum that it
+computes, in which z stands for all batch axes, and n for all row axes.
 
-The rows of the first operand may have several axes: of [*batch, *rows, K] and [*batch, m, K], the
-batch axes are those that both have.
+The rows of the first operand may have several axes. Of [*batch, *rows, K] and [*batch, m, K], the
+leading axes that both have are batch axes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from tvq_haiku.types import Array
 
-EXACT = jax.lax.Precision.HIGHEST  # float32 products that are not rounded to TF32
+EXACT = jax.lax.Precision.HIGHEST  # float32 products without rounding to TF32 or bfloat16
 
 
 def project(x: Array, kernel: Array, **settings: Any) -> Array:
@@ -60,7 +61,7 @@ def dots(x: Array, y: Array, **settings: Any) -> Array:
 
 
 def dots_per_head(x: Array, y: Array, **settings: Any) -> Array:
-  """As `dots`, with rows `y` that depend on the head alone: "bgnk,gmk->bgnm".
+  """Computes `dots` with rows `y` that are the same for the complete batch: "bgnk,gmk->bgnm".
 
   Args:
     x: [B, G, *rows, K].
@@ -94,9 +95,9 @@ def mix(weights: Array, values: Array, **settings: Any) -> Array:
 
 
 def pool(weights: Array, values: Array, *, n_batch: int | None = None, **settings: Any) -> Array:
-  """Computes a weighted sum over all rows for each column of `weights`: "znm,znv->zmv".
+  """Computes, for each column of `weights`, a weighted sum of all rows: "znm,znv->zmv".
 
-  It is the gradient of `mix` with respect to its values.
+  This is the gradient of `mix` with respect to its values.
 
   Args:
     weights: [*batch, *rows, m].
@@ -114,5 +115,5 @@ def pool(weights: Array, values: Array, *, n_batch: int | None = None, **setting
 
 
 def _merged(x: Array, n_batch: int) -> Array:
-  """Returns [batch, rows, K]: the first `n_batch` axes as one, and all rows as one."""
+  """Reshapes [*batch, *rows, K], with `n_batch` batch axes, to three axes."""
   return x.reshape(math.prod(x.shape[:n_batch]), -1, x.shape[-1])

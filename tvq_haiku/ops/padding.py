@@ -1,6 +1,6 @@
 """Moves padding to the end of each row, and back.
 
-Everything behind this module sees rows whose padding follows their tokens, so the index of a token
+Between `compact` and `restore`, the padding of each row follows its tokens. So the index of a token
 in its row is also its index in the text, wherever the caller's padding was.
 
 Letters: B batch, T tokens, D width.
@@ -25,7 +25,7 @@ class CompactBatch(NamedTuple):
   loss_mask: Array  # [B, T] f32; 0 for padding
   is_token: Array  # [B, T] bool
   lengths: Array | None  # [B] int32: tokens before the padding. None: there is no padding
-  order: Array | None  # [B, T] int32: original index of each token. None: nothing has moved
+  order: Array | None  # [B, T] int32: original index of each token. None: no token has moved
 
 
 def compact(
@@ -59,7 +59,7 @@ def compact(
   tokens, doc_ids, weights, is_token = (
     reorder(x, order) for x in (tokens, doc_ids, weights, is_token)
   )
-  # The id of a padding token is never used; 0 keeps one that is out of range from becoming NaN.
+  # The ids of padding have no effect, unless one is out of range: its embedding would be NaN.
   tokens = jnp.where(is_token, tokens, 0)
   lengths = jnp.sum(is_token, axis=1, dtype=jnp.int32)
   return CompactBatch(tokens, doc_ids, weights, is_token, lengths, order)
@@ -80,7 +80,7 @@ def reorder(x: Array, order: Array) -> Array:
 
 
 def restore(x: Array, batch: CompactBatch) -> Array:
-  """Returns [B, T, D] in the order of tokens that the caller of `compact` had."""
+  """Returns `x` [B, T, D] in the order that the tokens had before `compact`."""
   chex.assert_equal_shape_prefix((x, batch.tokens), 2)
   if batch.order is None:
     return x
@@ -88,26 +88,26 @@ def restore(x: Array, batch: CompactBatch) -> Array:
 
 
 def document_positions(
-  batch: CompactBatch, last_doc: Array, n_read: Array, *, restart: bool
+  batch: CompactBatch, last_doc: Array, n_before: Array, *, restart: bool
 ) -> tuple[Array, Array, Array]:
   """Computes the index of each token in its document.
 
   Args:
     batch: the compacted batch.
     last_doc: [B] int32: document of the last token before the batch; -1 before the first token.
-    n_read: [B] int32: number of tokens of that document that were read before.
-    restart: False counts on through all documents.
+    n_before: [B] int32: number of tokens of that document before the batch.
+    restart: False: documents do not restart the index; it counts all tokens.
 
   Returns:
-    index [B, T] int32; and `last_doc` and `n_read`, [B] int32 each, after the batch.
+    index [B, T] int32; and `last_doc` and `n_before`, [B] int32 each, for the next batch.
   """
   B, T = batch.doc_ids.shape
-  chex.assert_shape((last_doc, n_read), (B,))
+  chex.assert_shape((last_doc, n_before), (B,))
   before = jnp.concatenate([last_doc[:, None], batch.doc_ids[:, :-1]], axis=1)
   starts = (batch.doc_ids != before) & (restart | (before < 0))
   here = jnp.arange(T, dtype=jnp.int32)
-  # The document that continues from the state began `n_read` tokens before this row.
-  start = jax.lax.cummax(jnp.where(starts, here, -n_read[:, None]), axis=1)
+  # A document that continues from the state began `n_before` tokens before this row.
+  start = jax.lax.cummax(jnp.where(starts, here, -n_before[:, None]), axis=1)
   index = here - start
   lengths = jnp.full((B,), T, jnp.int32) if batch.lengths is None else batch.lengths
   last = jnp.maximum(lengths - 1, 0)[:, None]
@@ -117,5 +117,5 @@ def document_positions(
   return (
     index,
     jnp.where(has_tokens, last_of_row, last_doc),
-    jnp.where(has_tokens, n_of_row, n_read),
+    jnp.where(has_tokens, n_of_row, n_before),
   )

@@ -12,10 +12,10 @@ from tvq_haiku.types import Array
 def sinusoids(positions: Array, *, width: int, lam: float) -> Array:
   """Computes sinusoids of positions: width/2 sines, then width/2 cosines.
 
-  Component i has the wavelength 2 pi lam^(2i/width). The angle is exact to about 1e-4 for
-  positions up to 2^24. One float32 product of position and frequency would be off by a radian
-  there; so each base-256 digit of the position contributes an angle that is reduced modulo 2 pi
-  in float64 beforehand.
+  Sine i and cosine i have the wavelength 2 pi lam^(2i/width). Angles are exact to about 1e-4 for
+  positions up to 2^24, where the float32 product of position and frequency would be off by up to a
+  radian. For this, the angle is a sum over the base-256 digits of the position: the angle of
+  256^digit is reduced modulo 2 pi in float64 beforehand.
 
   Args:
     positions: [...] integers of any sign.
@@ -41,14 +41,14 @@ def sinusoids(positions: Array, *, width: int, lam: float) -> Array:
 
 
 def align_distances(scores: Array, block_len: int) -> Array:
-  """Moves scores by distance to the columns of the keys at that distance.
+  """Moves each score for a distance to the column of the key at that distance (relative shift).
 
   Query i of a block follows M tokens of memory and i tokens of its own block. So its score for
   distance d belongs in column M + i - d of the window. Padding each row to W + 1 columns, and
-  cutting the flattened array into rows of W, moves row i right by i columns without a gather.
+  reshaping the flattened array to rows of W, moves row i right by i columns without a gather.
 
   Args:
-    scores: [..., L, M+1] scores of distances M, M-1, ..., 0.
+    scores: [..., L, M+1] scores for the distances M, M-1, ..., 0.
     block_len: L.
 
   Returns:

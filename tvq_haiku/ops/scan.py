@@ -1,6 +1,6 @@
-"""Scans whose backward pass keeps little, and whose operands XLA does not copy.
+"""Scans that keep little for the backward pass, and whose operands XLA does not copy.
 
-Each function takes and returns what `jax.lax.scan` does, and runs the loop by `scan`: that is
+The scans take and return what `jax.lax.scan` does. Their argument `scan` runs the loop: it is
 `jax.lax.scan`, or `hk.scan` inside a function that `hk.transform` transforms.
 """
 
@@ -24,16 +24,16 @@ def checkpointed_scan(
 ) -> tuple[ArrayTree, ArrayTree]:
   """Scans n steps, keeping about 2 sqrt(n) carries for the backward pass instead of n.
 
-  Two nested levels of rematerialization: the backward pass keeps the carry before each group of
-  steps, recomputes the carries inside of one group at a time, and from each of them its step. This
-  is the square-root schedule of Chen et al. 2016, "Training deep nets with sublinear memory cost"
-  (arXiv 1604.06174). The price is that every step is computed three times.
+  Steps are rematerialized on two levels. The forward pass keeps the carry before each group of
+  steps. The backward pass recomputes the carries of one group at a time, and then each step from
+  its carry. So every step is computed three times. This is the square-root schedule of Chen et al.
+  2016, "Training deep nets with sublinear memory cost" (arXiv 1604.06174).
 
   Args:
     body: (carry, x) -> (carry, y); without side effects.
     carry: any tree.
     xs: tree of [n, ...].
-    scan: runs the outer loop. The inner one is inside of `jax.checkpoint`, where `hk.scan` must
+    scan: runs the outer loop. The inner loop is inside of `jax.checkpoint`, where `hk.scan` must
       not be used.
 
   Returns:
@@ -54,7 +54,10 @@ def checkpointed_scan(
 
 
 def group_size(n: int) -> int:
-  """Returns the greatest divisor of n up to sqrt(n), or the root if that is over twice as large.
+  """Returns the number of steps in a group.
+
+  It is the greatest divisor of n up to the root floor(sqrt(n)); or the root itself, with a last
+  group that is smaller, if that divisor is less than half of it.
 
   >>> group_size(12), group_size(13)
   (3, 3)
@@ -72,10 +75,10 @@ def scan_flat_rows(
   scan: Scan = jax.lax.scan,
   remat: bool = False,
 ) -> tuple[ArrayTree, ArrayTree]:
-  """Scans over xs and ys that are stored as one flat row for each step.
+  """Scans with each leaf of xs and ys stored as one flat row for each step.
 
-  Around axes of length 1, XLA copies all operands and results of a loop into layouts that differ
-  in name only. A flat row has one layout; without this, the copies took a seventh of a training
+  If arrays have axes of length 1, XLA copies all operands and results of a loop to layouts that are
+  equivalent. A flat row has only one layout. Without it, the copies took a seventh of a training
   step on 2 CPU cores.
 
   Args:
@@ -83,7 +86,7 @@ def scan_flat_rows(
     carry: any tree.
     xs: tree of [n, ...].
     scan: runs the loop.
-    remat: rematerialize: see `checkpointed_scan`.
+    remat: use `checkpointed_scan`.
 
   Returns:
     The carry after n steps, and a tree of [n, ...].

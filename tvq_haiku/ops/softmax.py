@@ -1,8 +1,8 @@
-"""One softmax over several sets of keys, with a derivative that keeps little.
+"""One softmax over several sets of keys, which keeps little for the backward pass.
 
-Keys of the window and codes of the cache are attended in one softmax. Concatenating their scores,
-and slicing the gradient apart again, would copy the largest arrays of the model; so the sets stay
-apart, and share one maximum and one normaliser.
+Tokens of the window and codes of the cache are attended in one softmax. Concatenating their scores,
+and splitting the gradient again, would copy the largest arrays of the model. So the sets stay
+separate, and share one maximum and one normalizer.
 
 Letters: n keys of a set, V value width. The rows are queries, on any number of axes.
 """
@@ -34,10 +34,10 @@ def softmax_weights(scores: Sequence[Array]) -> list[Array]:
     For each set, [..., n] float32; the weights of all sets together sum to 1.
   """
   chex.assert_equal_shape_prefix(scores, scores[0].ndim - 1)
-  greatest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
-  weights = [jnp.exp(x - greatest) for x in scores]
-  total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
-  return [x / total for x in weights]
+  maximum = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
+  weights = [jnp.exp(x - maximum) for x in scores]
+  normalizer = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+  return [x / normalizer for x in weights]
 
 
 def plain_softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
@@ -75,8 +75,8 @@ def _forward(scores: Sequence[Array], values: Sequence[Array]):
 
 
 def _backward(residuals: tuple[list[Array], list[Array], Array], gradient: Array):
-  # d s_j = w_j (g·v_j - sum_i w_i g·v_i). The sum over all keys equals g·(the output): V products
-  # instead of n, and no second pass over the weights.
+  # d s_j = w_j (g·v_j - sum_i w_i g·v_i). The sum over all keys equals g·(the output), which needs
+  # V products instead of n, and no second pass over the weights.
   weights, values, mixed = residuals
   f32 = jnp.float32
   common = jnp.sum(gradient.astype(f32) * mixed.astype(f32), axis=-1, keepdims=True)
