@@ -29,7 +29,7 @@ def test_batches_are_a_function_of_seed_and_step():
   assert any((next(make(seed=4, step=i))["inputs"] != batches[i]["inputs"]).any() for i in range(3))
 
 
-def test_an_epoch_reads_each_sequence_once():
+def test_an_epoch_reads_each_sequence_once_in_random_order():
   stream = data.TokenStream(np.arange(1001, dtype=np.int32), np.array([1001]))
   batches = data.PackedBatches(stream, batch_size=3, sequence_len=10)
   orders = set()
@@ -37,6 +37,7 @@ def test_an_epoch_reads_each_sequence_once():
     targets = np.concatenate([next(batches)["targets"] for _ in range(batches.steps_per_epoch)])
     assert len(np.unique(targets)) == targets.size >= 960
     assert (np.diff(targets) == 1).all()
+    assert (np.diff(targets[:, 0]) < 0).any()
     orders.add(tuple(targets[:, 0]))
   assert len(orders) == 3
 

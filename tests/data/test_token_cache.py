@@ -40,12 +40,12 @@ def decode_documents(split, vocabulary):
 def sources_and_vocabularies(root):
   books = toy_books(root / "books")
   text = data.TextFiles(toy_datasets.write_text(root / "text", name="some.txt"))
-  pieces = train_vocabulary(root, books)
+  subwords = train_vocabulary(root, books)
   images = toy_datasets.write_images(root / "images")
   yield books, BYTES
-  yield books, pieces
+  yield books, subwords
   yield text, BYTES
-  yield text, pieces
+  yield text, subwords
   yield data.Enwik8(toy_datasets.write_text(root / "enwik8"), n_byte=60_000), BYTES
   yield data.DownsampledImages(images, n_train=40, size=8), BYTES
 
@@ -75,7 +75,8 @@ def test_tokens_decode_to_the_documents_and_statistics_match_them(tmp_path):
 
 def test_a_document_of_several_chunks_is_one_document(tmp_path):
   source = toy_books(tmp_path / "books")
-  contents = [(b"", False), (b"It was ", False), (b"so.", True), (b"", True), (b"Bath", False)]
+  contents = [(b"", False), (b"It was ", False), (b"so.", False), (b"", True), (b"", True)]
+  contents += [(b"Bath", False)]
   source.read = lambda split: (base.Chunk(*content, tmp_path) for content in contents)
   split = token_cache.open_split(source, "test", BYTES, tmp_path / "cache")
   assert list(decode_documents(split, BYTES)) == [b"It was so.", b"Bath"]

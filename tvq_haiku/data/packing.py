@@ -67,12 +67,12 @@ class PackedBatches:
     Raises:
       ValueError: the stream is too short for one batch, or the hosts cannot share a batch.
     """
-    n_unused = 0 if aligned else sequence_len - 1  # at most, depending on the offset
-    n_sequence = (len(stream) - n_unused) // sequence_len
+    max_offset = 0 if aligned else sequence_len - 1  # of the first sequence of an epoch
+    n_sequence = (len(stream) - max_offset) // sequence_len
     if n_sequence < batch_size:
       raise ValueError(
         f"the stream has {len(stream)} tokens, but batches of batch_size={batch_size} sequences of "
-        f"sequence_len={sequence_len} tokens need {batch_size * sequence_len + n_unused}: reduce "
+        f"sequence_len={sequence_len} tokens need {batch_size * sequence_len + max_offset}: reduce "
         "global_batch_size or sequence_len, or use more data."
       )
     if batch_size % n_host or not 0 <= host < n_host:

@@ -42,7 +42,7 @@ def _split_bounds(n_byte: int) -> dict[str, tuple[int, int]]:
 
 
 class Enwik8:
-  """The first 100,000,000 bytes of a Wikipedia dump, plain or compressed; or a similar dump.
+  """The first 100,000,000 bytes of a Wikipedia dump, plain or compressed; or another single file.
 
   The first 90 % of the bytes are the training split, the next 5 % the validation split and the
   last 5 % the test split. Tokens are bytes, without special tokens: each split is one document.
@@ -224,9 +224,9 @@ def _next_line_start(file: pathlib.Path, position: int, size: int) -> int:
 
 
 def _last_character_start(text: bytes) -> int:
-  """Returns where the last UTF-8 character starts, which may be incomplete.
+  """Returns where the last UTF-8 character starts, or the end of a text of a single character.
 
-  A text of a single character has no earlier place to be divided: its length is returned.
+  The last character may be incomplete.
   """
   start = len(text) - 1
   while start > 0 and _continues_character(text[start]):
