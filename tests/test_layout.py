@@ -1,4 +1,4 @@
-"""The folder structure: imports point downwards, few modules at the top."""
+"""The folder structure: imports point downwards, every module has a test file."""
 
 import ast
 import graphlib
@@ -27,6 +27,27 @@ ORDER = (
 )
 DATA_IMPORTS = {"types", "utils", "data"}  # a dataset can be prepared without any model code
 MAX_TOP_LEVEL_MODULES = 8
+MAX_LINES = 400
+
+# Modules without a test file of their own -> the test file that covers them.
+TESTED_ELSEWHERE = {
+  # Steps of `vq_attention` and `full_attention`, whose results have a reference; theirs do not.
+  "attention/block_scores.py": "attention/test_vq.py",
+  "attention/blocking.py": "attention/test_vq.py",
+  "attention/blockwise.py": "attention/test_vq.py",
+  "attention/key_values.py": "attention/test_vq_state.py",
+  "attention/state.py": "attention/test_vq_state.py",
+  "attention/tiled.py": "attention/test_full.py",
+  "attention/vq_arguments.py": "attention/test_vq_state.py",
+  # One token through one attention: compared with the model that reads all tokens at once.
+  "attention/decode.py": "generation/test_decoder.py",
+  # The codebook changes only by an optimizer update.
+  "model/quantizer.py": "training/test_train_step.py",
+  # Padding must not change what the model computes for other tokens.
+  "ops/padding.py": "model/test_documents.py",
+  # Aliases have no behaviour; a type checker would test them.
+  "types.py": "test_layout.py",
+}
 
 
 def paths_of(root):
@@ -118,6 +139,20 @@ def test_violations_are_found(tmp_path):
     check_no_cycle(tmp_path)
 
 
+def test_every_module_has_a_test_file():
+  def mirror(path):
+    folder = (ROOT / "tests" / path.relative_to(ROOT / "tvq_haiku")).parent
+    return folder / f"test_{path.name}"
+
+  missing = {
+    str(path.relative_to(ROOT / "tvq_haiku"))
+    for path in paths_of(ROOT).values()
+    if path.name != "__init__.py" and not mirror(path).exists()
+  }
+  assert missing == set(TESTED_ELSEWHERE)
+  assert [name for name in TESTED_ELSEWHERE.values() if not (ROOT / "tests" / name).exists()] == []
+
+
 def test_few_modules_lie_directly_in_the_package():
   assert len(list((ROOT / "tvq_haiku").glob("*.py"))) <= MAX_TOP_LEVEL_MODULES
 
@@ -128,3 +163,13 @@ def test_contributing_lists_every_folder():
     f"{name}.py" if (ROOT / f"tvq_haiku/{name}.py").exists() else name for name in ORDER[:-1]
   ]
   assert [name for name in names if f"`{name}" not in text] == []
+
+
+def test_no_file_is_long():
+  paths = [
+    path
+    for folder in ("tvq_haiku", "experiments", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+  ]
+  lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
+  assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
