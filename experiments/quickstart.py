@@ -122,15 +122,7 @@ def main() -> None:
   # -- evaluation and samples ------------------------------------------------------------------
   params = run.train_state.params
   table = _bits_per_byte(config, params, novels)
-  passages = tvq.continue_text(
-    params,
-    config,
-    _PROMPTS,
-    max_new_tokens=_SAMPLE_BYTES,
-    rng=jax.random.key(seed),
-    temperature=0.8,
-    top_p=0.95,
-  )
+  passages = _sample(config, params, seed)
   n_param = sum(x.size for x in jax.tree.leaves(params))
   report = _describe(table, passages, novels, workdir, n_param=n_param, smoke=smoke)
   print(report, end="")
@@ -164,6 +156,19 @@ def _bits_per_byte(
   for name, compress in baseline_compressors.COMPRESSORS.items():
     table[name] = baseline_compressors.bits_per_byte(compress, training_text, novels.held_out)
   return table
+
+
+def _sample(config: tvq.TransformerConfig, params: Params, seed: int) -> list[str]:
+  """Returns the text that the model samples after each of the prompts."""
+  return tvq.continue_text(
+    params,
+    config,
+    _PROMPTS,
+    max_new_tokens=_SAMPLE_BYTES,
+    rng=jax.random.key(seed),
+    temperature=0.8,
+    top_p=0.95,
+  )
 
 
 def _describe(

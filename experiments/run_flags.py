@@ -63,10 +63,7 @@ flags.DEFINE_string(
   "otherwise pg19 trains it, and the other experiments use bytes.",
 )
 flags.DEFINE_integer(
-  "vocab_bytes",
-  200_000_000,
-  "Maximum number of bytes of the training split that a vocabulary is trained on.",
-  lower_bound=1,
+  "vocab_bytes", 200_000_000, "Maximum number of bytes to train a vocabulary on.", lower_bound=1
 )
 
 # -- training ------------------------------------------------------------------------------------
@@ -87,10 +84,7 @@ flags.DEFINE_boolean("tensorboard", True, "Whether to write event files for Tens
 flags.DEFINE_string("wandb", None, "Weights & Biases project to log to. Default: none.")
 flags.DEFINE_integer("keep", 2, "Number of most recent checkpoints to keep.", lower_bound=1)
 flags.DEFINE_string(
-  "init",
-  None,
-  "File written by --command=export, whose parameters the training starts from. Default: random "
-  "parameters.",
+  "init", None, "File written by --command=export: initial parameters. Default: random parameters."
 )
 flags.DEFINE_integer(
   "max_skipped",
@@ -153,10 +147,7 @@ flags.DEFINE_multi_string("prompt", [""], "Text to continue. Repeat the flag for
 flags.DEFINE_integer("length", 500, "Maximum number of tokens to sample.", lower_bound=1)
 flags.DEFINE_integer("images", 4, "Number of images to sample.", lower_bound=1)
 flags.DEFINE_float(
-  "temperature",
-  1.0,
-  "Sampling temperature. 0 always takes the most likely token.",
-  lower_bound=0.0,
+  "temperature", 1.0, "Sampling temperature; 0: always the most likely token.", lower_bound=0.0
 )
 flags.DEFINE_float(
   "top_p",
