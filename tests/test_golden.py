@@ -13,6 +13,8 @@ from tvq_haiku.training import losses
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 WINDOWS = ["enwik8_like", "imagenet_like", "heads_long_memory", "no_cache", "stop_grad_cache"]
 RUNS = ["train_adamw", "train_adafactor"]
 

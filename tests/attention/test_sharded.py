@@ -12,6 +12,8 @@ from tvq_haiku.parallel import sharding
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 BLOCK_LEN = 4
 
 

@@ -11,6 +11,8 @@ from tvq_haiku.generation import sample_loop
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tvq.TransformerConfig.tiny(n_layer=1)
 PARAMS = helpers.random_params(CONFIG)
 RNG = jax.random.key(0)

@@ -20,6 +20,8 @@ from helpers import (
   tiny,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def make_reader(config):

@@ -10,6 +10,8 @@ import tvq_haiku as tvq
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 40  # 5 blocks
 
 

@@ -12,6 +12,8 @@ from tvq_haiku.training import losses
 import helpers
 from helpers import VARIANTS, apply, tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
   "name", ["heads", "absolute", "long memory", "no cache", "matmul", "mha", "full"]

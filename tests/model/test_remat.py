@@ -12,6 +12,8 @@ from tvq_haiku.model import remat as remat_lib
 import helpers
 from helpers import tiny
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 2048
 
 

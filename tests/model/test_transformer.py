@@ -15,6 +15,8 @@ from tvq_haiku.model import layers, transformer
 import helpers
 from helpers import VARIANTS, apply, tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_call_equals_windows_equals_single_tokens(name):

@@ -14,6 +14,8 @@ from tvq_haiku.training import train_step as train_step_lib
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 CONFIG = helpers.tiny(n_layer=1, p_dropres=0.1, p_dropsin=0.1, p_droplyr=0.1, p_dropemb=0.1)
 TRAIN = tvq.TrainConfig(
   n_warmup_step=1, n_max_step=12, sequence_len=128, update_len=64, global_batch_size=8, lr_max=1e-2

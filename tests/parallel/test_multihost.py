@@ -19,6 +19,8 @@ from tvq_haiku.run import best_checkpoint, metric_writers
 import helpers
 from launching import run, start, workspace
 
+pytestmark = pytest.mark.slow
+
 assert workspace  # a fixture
 
 COMMAND = "python -m experiments.text --smoke --validate_every=10 --log_every=1"

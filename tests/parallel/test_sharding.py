@@ -14,6 +14,8 @@ from tvq_haiku.training import train_step as train_step_lib
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 CONFIG = helpers.tiny(n_layer=1)
 TRAIN = tvq.TrainConfig(sequence_len=128, update_len=64, global_batch_size=8)
 MHA = CONFIG.replace(head_type="mha", n_head=2, d_v=8)

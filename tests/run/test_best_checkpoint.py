@@ -11,6 +11,8 @@ from tvq_haiku.run import best_checkpoint
 import helpers
 from helpers import assert_same
 
+pytestmark = pytest.mark.slow
+
 
 def test_checkpoint_of_the_lowest_loss_is_kept(tmp_path):
   checkpoints = {step: helpers.make_checkpoint(step) for step in (2, 4, 6)}

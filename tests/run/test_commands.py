@@ -19,6 +19,8 @@ from tvq_haiku.utils import files
 import small_experiments
 from small_experiments import CONFIG, KINDS, OPTIONS
 
+pytestmark = pytest.mark.slow
+
 
 def read_likelihood(experiment, checkpoint, split):
   """Returns nats, tokens, bytes and words of a split, one document at a time."""

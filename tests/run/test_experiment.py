@@ -13,6 +13,8 @@ from damage import damage
 import helpers
 from small_experiments import CONFIG
 
+pytestmark = pytest.mark.slow
+
 
 def test_encoder_is_rejected(runs):
   with pytest.raises(ValueError, match="causal=False: an encoder attends to the tokens"):

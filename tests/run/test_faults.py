@@ -17,6 +17,8 @@ import helpers
 from helpers import assert_same
 import privileges
 
+pytestmark = pytest.mark.slow
+
 CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
 
 

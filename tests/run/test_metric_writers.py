@@ -10,6 +10,8 @@ from tensorboardX.proto import event_pb2
 
 from tvq_haiku.run import metric_writers
 
+pytestmark = pytest.mark.slow
+
 
 def write(workdir, steps, **kwargs):
   """Writes one set of metrics per step, as one process of a run."""

@@ -10,6 +10,8 @@ from tvq_haiku.run import summary
 
 from small_experiments import CONFIG, TRAIN_CONFIG
 
+pytestmark = pytest.mark.slow
+
 
 def test_parameters_are_counted():
   state = tvq.init_train_state(CONFIG, TRAIN_CONFIG, jax.random.key(0))

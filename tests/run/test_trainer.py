@@ -17,6 +17,8 @@ from tvq_haiku.training import train_step as train_step_lib
 import helpers
 from helpers import assert_same
 
+pytestmark = pytest.mark.slow
+
 CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
 make_batches = helpers.run_batches
 EVERY_4 = TrainerOptions(validate_every=4)

@@ -10,6 +10,8 @@ from tvq_haiku.training import gradients
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 CONFIG = helpers.tiny(n_layer=2)
 
 

@@ -10,6 +10,8 @@ from tvq_haiku.training import losses, nan_debug
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
 
 

@@ -13,6 +13,8 @@ from tvq_haiku.training import train_step as train_step_lib
 import helpers
 from helpers import assert_same
 
+pytestmark = pytest.mark.slow
+
 CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
 QUANTIZER = "transformer/layers/attention_1/quantizer"
 
