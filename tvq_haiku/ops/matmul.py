@@ -1,8 +1,9 @@
 """Batched matrix products with a single batch axis, whose gradients need no layout transposes.
 
 The gradients of an einsum with several batch or row axes are products that contract over several
-axes. XLA transposes complete operands to compute them, far below the bandwidth of memory. The
-functions here merge leading axes first. So every product, and both of its gradients, has at most
+axes. XLA transposes complete operands to compute them: with plain einsums, a training step took 1.2
+to 1.3 times as long (2 CPU cores, 2,048 tokens, D = 256). The functions here merge leading axes
+first. So every product, and both of its gradients, has at most
 one batch axis and contracts over one axis. The docstring of each function has the einsum that it
 computes, in which z stands for all batch axes, and n for all row axes.
 

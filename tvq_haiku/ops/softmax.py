@@ -51,7 +51,8 @@ def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   """Mixes values by one softmax over several sets of keys.
 
   The backward pass keeps the weights in the dtype of the values, and neither the scores nor their
-  float32 exponentials; on 2 CPU cores that saved a fifth of a training step.
+  float32 exponentials. That halves the temporary memory of both passes: 12.6 MB instead of 25.2 MB
+  for 8 blocks of 256 queries, 768 keys and V = 512.
 
   Args:
     scores: for each set, [*batch, *rows, n] float32.
