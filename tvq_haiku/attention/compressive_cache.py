@@ -94,8 +94,8 @@ def sum_by_code(n_code: int, codes: Array, values: Array) -> Array:
     values: [B, G, R, n, V].
 
   Returns:
-    [B, G, R, S, V] f32. The backward pass looks up the gradient of each value by its code. A product
-    with one-hot codes took 1.3 times as long (2 CPU cores, S = 256, V = 512).
+    [B, G, R, S, V] f32. The backward pass looks up the gradient of each value by its code. With a
+    product with one-hot codes it took 1.3 times as long (2 CPU cores, S = 256, V = 512).
   """
   return plain_sum_by_code(n_code, codes, values)
 
