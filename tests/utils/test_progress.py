@@ -50,7 +50,8 @@ def test_bar_on_a_terminal(monkeypatch):
   with progress.bar("training", 8, 2) as update:
     update(4, "loss 1.5")
     update(8, "loss 1.0")
-  last = terminal.getvalue().split("\r")[-1]
+  first, *_, last = [frame for frame in terminal.getvalue().split("\r") if frame.strip()]
+  assert first.startswith("training  25% |") and "| 2/8 [" in first
   assert last.startswith("training 100% |") and "| 8/8 [" in last and "loss 1.0" in last
 
 

@@ -14,6 +14,7 @@ from typing import Self
 from tvq_haiku.checkpoint import checkpoints, run_directory
 from tvq_haiku.checkpoint.run_directory import CheckpointError
 from tvq_haiku.config import TrainConfig, TransformerConfig
+from tvq_haiku.model import transformer
 from tvq_haiku.parallel import multihost
 from tvq_haiku.utils import files
 
@@ -160,8 +161,10 @@ def save_checkpoint(
   Raises:
     CheckpointError: the directory holds a run with a different configuration, or a checkpoint of
       the same or a later step.
+    ValueError: the parameters do not fit the model configuration.
     OSError: the checkpoint could not be written.
   """
+  transformer.check_params(checkpoint.train_state.params, checkpoint.config)
   with CheckpointWriter(
     directory, checkpoint.config, checkpoint.train_cfg, max_to_keep=max_to_keep
   ) as writer:
