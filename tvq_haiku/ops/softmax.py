@@ -46,7 +46,6 @@ def plain_softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array
   return matmul.mix(weights, jnp.concatenate(values, axis=-2), **_F32).astype(values[0].dtype)
 
 
-@jax.custom_vjp
 def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   """Mixes values by one softmax over several sets of keys.
 
@@ -64,13 +63,23 @@ def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   >>> softmax_mix([jnp.zeros((1, 2))], [jnp.array([[1.0], [2.0]])]).tolist()
   [[1.5]]
   """
+  n_batch = values[0].ndim - 2
+  # With all rows on one axis XLA keeps the weights in one layout. With several, it copied them: a
+  # training step of two layers and 2,048 tokens needed 281 MB of temporary memory, not 245 MB.
+  merged = [x.reshape(*x.shape[:n_batch], -1, x.shape[-1]) for x in scores]
+  return _softmax_mix(merged, values).reshape(*scores[0].shape[:-1], values[0].shape[-1])
+
+
+@jax.custom_vjp
+def _softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
+  """Computes `softmax_mix` for scores [*batch, A, n] with a single row axis."""
   return _forward(scores, values)[0]
 
 
 def _forward(scores: Sequence[Array], values: Sequence[Array]):
   dtype = values[0].dtype
   weights = [x.astype(dtype) for x in softmax_weights(scores)]
-  # bgrpln,bgrnv->bgrplv, summed over the sets
+  # bgran,bgrnv->bgrav, summed over the sets
   mixed = sum(matmul.mix(w, v, **_F32) for w, v in zip(weights, values, strict=True)).astype(dtype)
   return mixed, (weights, list(values), mixed)
 
@@ -83,10 +92,10 @@ def _backward(residuals: tuple[list[Array], list[Array], Array], gradient: Array
   common = jnp.sum(gradient.astype(f32) * mixed.astype(f32), axis=-1, keepdims=True)
   d_scores, d_values = [], []
   for w, v in zip(weights, values, strict=True):
-    d_scores.append(w * (matmul.dots(gradient, v, **_F32) - common))  # bgrplv,bgrnv->bgrpln
-    d_value = matmul.pool(w, gradient, n_batch=v.ndim - 2, **_F32)  # bgrpln,bgrplv->bgrnv
+    d_scores.append(w * (matmul.dots(gradient, v, **_F32) - common))  # bgrav,bgrnv->bgran
+    d_value = matmul.pool(w, gradient, **_F32)  # bgran,bgrav->bgrnv
     d_values.append(d_value.astype(v.dtype))
   return d_scores, d_values
 
 
-softmax_mix.defvjp(_forward, _backward)
+_softmax_mix.defvjp(_forward, _backward)
