@@ -204,16 +204,14 @@ def test_policy_sets_the_dtypes_of_activations_but_not_of_counts_codebook_and_lo
     jnp.zeros((2, 5), jnp.int32),
     state,
   )
-  dtypes = {
-    name: str(getattr(out.state.attention_1, name).dtype)
-    for name in ("memory_keys", "memory_values", "cache_counts", "cache_means")
-  }
-  assert dtypes == dict(
+  expected = dict(
     memory_keys="float32",
     memory_values="bfloat16",
     cache_counts="float32",
     cache_means="float32",
   )
+  for attention in (state.attention_1, out.state.attention_1):
+    assert {name: str(getattr(attention, name).dtype) for name in expected} == expected
   assert out.logits.dtype == jnp.float32
 
 
