@@ -9,6 +9,7 @@ import pytest
 
 import tvq_haiku as tvq
 from tvq_haiku import data
+from tvq_haiku.evaluation import likelihood as likelihood_lib
 
 import helpers
 
@@ -123,3 +124,12 @@ def test_sizes_below_one_are_rejected(name):
 def test_encoders_are_rejected():
   with pytest.raises(ValueError, match="evaluate: causal=False: an encoder sees"):
     tvq.evaluate(CONFIG.replace(causal=False), PARAMS, STREAM)
+
+
+def test_evaluations_of_the_same_shapes_are_compiled_once():
+  evaluate = lambda: tvq.evaluate(CONFIG, PARAMS, STREAM, batch_size=2, window_len=48)
+  evaluate()
+  n_compiled = likelihood_lib._eval_step._cache_size()
+  assert n_compiled > 0
+  evaluate()
+  assert likelihood_lib._eval_step._cache_size() == n_compiled
