@@ -11,8 +11,6 @@ from tvq_haiku import data
 from tvq_haiku.data.token_cache import Split, SplitStatistics
 from tvq_haiku.run import data_statistics
 
-pytestmark = pytest.mark.slow
-
 STATISTICS = SplitStatistics(
   n_document=1,
   n_byte=90,

@@ -10,8 +10,6 @@ from tensorboardX.proto import event_pb2
 
 from tvq_haiku.run import metric_writers
 
-pytestmark = pytest.mark.slow
-
 
 def write(workdir, steps, **kwargs):
   """Writes one set of metrics per step, as one process of a run."""
@@ -52,6 +50,11 @@ class TestJsonl:
     assert steps_of(tmp_path) == [1]
     write(tmp_path, [2], step=1, tensorboard=False)
     assert steps_of(tmp_path) == [1, 2]
+
+  def test_line_without_its_end_does_not_damage_the_next_one(self, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss_lm": 0.1}')
+    write(tmp_path, [2], step=1, tensorboard=False)
+    assert steps_of(tmp_path) == [2]
 
   def test_non_finite_values_are_null(self, tmp_path):
     with metric_writers.open_writers(tmp_path, tensorboard=False) as writers:

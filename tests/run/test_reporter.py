@@ -10,8 +10,6 @@ from tvq_haiku.run import reporter, trainer_options
 
 import helpers
 
-pytestmark = pytest.mark.slow
-
 CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
 TOKENS_PER_STEP = 64
 

@@ -8,8 +8,6 @@ import pytest
 
 from tvq_haiku.run import stop_signals
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_requests_a_stop(number):

@@ -7,8 +7,6 @@ import pytest
 
 from tvq_haiku.run.trainer_options import TrainerOptions
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("name", ["max_to_keep", "log_every", "validate_every", "max_skipped"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "3", None])

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import time
+from types import ModuleType
 from typing import Any, Protocol
 import uuid
 
@@ -27,8 +28,7 @@ _EVENT_OVERHEAD_BYTES = 16  # length and checksums that frame an event in its fi
 _TENSORBOARD_DIRECTORY = "tensorboard"
 _WANDB_ID = "wandb_id"
 
-# Takes the number of updates made and the metrics at that point: the form in which the trainer
-# and the reporter receive `MetricWriters.write`.
+# Called with the number of updates so far and the metrics; `MetricWriters.write` is one.
 RecordMetrics = Callable[[int, Mapping[str, float]], None]
 
 
@@ -271,7 +271,7 @@ def _line_step(line: str) -> float:
     return math.inf
 
 
-def _tensorboardx(module: str) -> Any:
+def _tensorboardx(module: str) -> ModuleType:
   return optional.require(
     f"tensorboardX.{module}", extra="train", purpose="TensorBoard's event files"
   )

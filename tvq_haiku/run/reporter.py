@@ -7,6 +7,7 @@ import math
 import time
 from typing import NamedTuple
 
+import chex
 import jax
 import numpy as np
 
@@ -62,6 +63,8 @@ class Reporter:
       metrics: [T/update_len] f32 each: one value per update of the step.
       record: whether to write these metrics; the progress line is shown in any case.
     """
+    chex.assert_rank(list(metrics.values()), 1)
+    chex.assert_equal_shape(list(metrics.values()))
     self.flush()
     self._pending = _StepMetrics(update, metrics, record)
     if self._average_loss is None:
