@@ -165,6 +165,22 @@ def test_interrupted_validation_is_repeated(tmp_path):
   assert n_left == [3, 2, 2, 1]
 
 
+def test_completed_validation_is_not_repeated(tmp_path, monkeypatch):
+  def die():
+    raise KeyboardInterrupt
+
+  fit = lambda validate: trainer.fit(
+    CONFIG, TRAIN, make_batches(), tmp_path, validate=validate, options=EVERY_4
+  )
+  with monkeypatch.context() as patch:
+    call_before_step(patch, 3, die)  # the first step after the validation at update 4
+    with pytest.raises(KeyboardInterrupt):
+      fit(losses_in_turn([3.0]))
+  assert best_checkpoint.read_validations(tmp_path) == (4, 4, 3.0)
+  fit(losses_in_turn([2.0, 1.0]))
+  assert best_checkpoint.read_validations(tmp_path) == (12, 12, 1.0)
+
+
 def test_interrupted_last_validation_is_repeated(uninterrupted, tmp_path):
   stop_at_once = lambda params, stop: None
   for validate, step in ((stop_at_once, -1), (losses_in_turn([2.0]), 12)):
