@@ -29,8 +29,10 @@ if "XLA_FLAGS" not in os.environ:
 import jax
 import pytest
 
-# Test files import helpers, launching and privileges by name; the package is the installed one.
+# Test files import helpers, launching and privileges by name. They import experiments from the
+# checkout, which comes last on the path: tvq_haiku is the installed one.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 # A shell that starts pytest in the background may make it ignore SIGINT, and with it the commands
 # that the tests start and interrupt.
