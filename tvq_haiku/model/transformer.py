@@ -321,13 +321,3 @@ def check_params(params: Params, config: TransformerConfig) -> None:
     else:
       problem = f"has shape {shapes[key]}, expected {expected[key]}"
     raise ValueError(f"params do not fit this config: {'/'.join(key)} {problem}.")
-
-
-@functools.cache
-def _params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-
-  def init(rng):
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return make_transformer(config).init(rng, tokens, initial_state(config, 1))
-
-  return jax.eval_shape(init, jax.random.key(0))
