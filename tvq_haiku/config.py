@@ -1,8 +1,9 @@
 """Frozen, validated configurations of the model and of its training.
 
-Field names are the paper code's own, so that its settings can be pasted in. Every field has a help
-text (`field_help`), from which the class docstrings and the flags of the launchers are made. The
-capital letters in it are the letters of array shapes that are used throughout the package.
+Fields have the names that the paper's code uses, so that its settings can be copied. Every field
+has a help text (`field_help`), from which the class docstrings and the flags of the launchers are
+made. A capital letter in a help text, such as D, denotes this size in array shapes throughout the
+package.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class TransformerConfig(Settings):
   )
   mem_len: int = setting(
     256,
-    "Memory length M in tokens: the tokens before each block that are attended one by one; older "
+    "Memory length M in tokens: each block attends individually to the M tokens before it; older "
     "tokens are compressed into the cache. With attn_type='full': the length of the context.",
   )
 
@@ -92,8 +93,8 @@ class TransformerConfig(Settings):
   )
   doc_mask: bool = setting(
     True,
-    "True: tokens attend only to their own document, and absolute positions restart with it. "
-    "False: attention crosses document boundaries, as in the paper.",
+    "True: tokens attend only to their own document, and absolute positions start at 0 in "
+    "each document. False: attention crosses document boundaries, as in the paper.",
   )
 
   # Positions.
@@ -136,7 +137,7 @@ class TransformerConfig(Settings):
   )
   remat: str = setting(
     "auto",
-    "Activations that the backward pass recomputes instead of keeping them. 'none': nothing. "
+    "Activations that the backward pass recomputes instead of keeping. 'none': nothing. "
     "'block': attention scores. 'dots': everything but matrix products without a batch axis, such "
     "as projections. 'layer': everything inside a layer. 'auto': 'none' if the activations fit "
     "into device memory, else 'layer'.",
@@ -236,7 +237,7 @@ class TransformerConfig(Settings):
 
   @classmethod
   def tiny(cls, **changes: Any) -> Self:
-    """Returns a model that trains in seconds on a laptop, for tests and first steps."""
+    """Returns a configuration that trains in seconds on a laptop, for tests and first steps."""
     settings = dict(
       n_vocab=259, d_model=32, d_k=16, d_v=64, n_code=16, n_layer=2, block_len=16, mem_len=16
     )
@@ -244,13 +245,13 @@ class TransformerConfig(Settings):
 
   @classmethod
   def enwik8(cls, **changes: Any) -> Self:
-    """Returns the paper's byte-level text model: 187,679,750 parameters."""
+    """Returns the configuration of the paper's byte-level text model: 187,679,750 parameters."""
     settings = dict(n_vocab=259, d_model=768, d_v=1536, p_dropsin=0.2, p_dropres=0.5, p_droplyr=0.3)
     return cls(**(_PAPER | settings | changes))
 
   @classmethod
   def pg19(cls, **changes: Any) -> Self:
-    """Returns the paper's open-vocabulary book model: 1,314,659,584 parameters."""
+    """Returns the configuration of the paper's model of PG-19: 1,314,659,584 parameters."""
     sizes = dict(n_vocab=32_000, d_model=2048, d_v=4096, doc_mask=False)
     dropout = dict(p_dropsin=0.1, p_dropres=0.1, p_droplyr=0.1)
     logits = dict(e_tie=True, e_preln=True, e_scale=0.005)
@@ -258,7 +259,10 @@ class TransformerConfig(Settings):
 
   @classmethod
   def imagenet64(cls, **changes: Any) -> Self:
-    """Returns the paper's model of 64x64 images as 12,288 bytes: 1,249,622,276 parameters."""
+    """Returns the configuration of the paper's image model: 1,249,622,276 parameters.
+
+    A sequence is an image of 64 x 64 pixels, as 12,288 bytes.
+    """
     sizes = dict(n_vocab=259, d_model=2048, d_v=4096, pe_abs=True, p_dropsin=0.1)
     logits = dict(e_tie=True, e_preln=True, e_scale=0.005)
     return cls(**(_PAPER | sizes | logits | changes))
@@ -283,10 +287,12 @@ class TrainConfig(Settings):
     "Decay after the warm-up: 'cosine' or 'linear' (to lr_max/10 at n_max_step), or 'inv_sqrt' "
     "(lr_max * sqrt(n_warmup_step / update), at least lr_max/10).",
   )
-  n_warmup_step: int = setting(100, "Updates of linear warm-up from 0; less than n_max_step.")
+  n_warmup_step: int = setting(
+    100, "Number of updates of linear warm-up from 0; must be less than n_max_step."
+  )
   n_max_step: int = setting(1000, "Number of updates of the training run.")
   grad_clip: float | None = setting(
-    0.1, "Global norm to which gradients are clipped, codebook excluded. None: no clipping."
+    0.1, "Maximum global norm of all gradients except the codebooks'. None: no clipping."
   )
   wd_lam: float = setting(
     0.0, "Decoupled weight decay per update; not multiplied by the learning rate."
@@ -336,14 +342,14 @@ class TrainConfig(Settings):
 
   @classmethod
   def enwik8(cls, **changes: Any) -> Self:
-    """Returns the paper's training on bytes of text."""
+    """Returns the paper's training configuration for enwik8."""
     schedule = dict(lr_max=4e-4, n_warmup_step=10_000, n_max_step=125_000, wd_lam=2e-4)
     sizes = dict(sequence_len=8192, update_len=2048, global_batch_size=128)
     return cls(**(schedule | sizes | changes))
 
   @classmethod
   def pg19(cls, **changes: Any) -> Self:
-    """Returns the paper's training on books."""
+    """Returns the paper's training configuration for PG-19."""
     rule = dict(optimizer="adafactor", lr_max=1e-2, lr_schedule="inv_sqrt")
     steps = dict(n_warmup_step=10_000, n_max_step=500_000)
     sizes = dict(sequence_len=8192, update_len=2048, global_batch_size=128)
@@ -351,7 +357,7 @@ class TrainConfig(Settings):
 
   @classmethod
   def imagenet64(cls, **changes: Any) -> Self:
-    """Returns the paper's training on images."""
+    """Returns the paper's training configuration for ImageNet64."""
     rule = dict(optimizer="adafactor", lr_max=1e-2)
     steps = dict(n_warmup_step=10_000, n_max_step=500_000)
     sizes = dict(sequence_len=12_288, update_len=2048, global_batch_size=16)

@@ -1,9 +1,9 @@
 """Checks of arguments: chex assertions whose errors name the argument.
 
-Code inside the package calls chex directly, because a failure there is a bug of the package.
-Public functions check their arguments with the functions of this module: a user gets a ValueError
-(wrong shape or value) or a TypeError (wrong dtype) that names the argument, what was expected and
-what was passed.
+Internal functions call chex directly, because a failure there is a bug of the package. Public
+functions check their arguments with the functions of this module: a user gets a ValueError (wrong
+shape or value) or a TypeError (wrong dtype) that names the argument, what was expected and what was
+passed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def check_arrays(
 
   Args:
     caller: name of the function, for the message.
-    dims: sizes of the letters that are known; the letters of `arrays` are added to it.
+    dims: letter -> size, as far as sizes are known; the letters of `arrays` are added to it.
     **arrays: name of the argument -> (array, axes, abstract dtype). The axes are one letter each,
       or a tuple of letters and sizes. An argument that is None is not checked.
 
   Raises:
-    ValueError: an array has another shape.
-    TypeError: an array has another dtype.
+    ValueError: an array has a wrong shape.
+    TypeError: an array has a wrong dtype.
 
   >>> dims = chex.Dimensions()
   >>> check_arrays("f", dims, q=(jnp.ones((2, 3)), "TK", jnp.floating))
@@ -47,7 +47,7 @@ def check_arrays(
   for name, (x, axes, dtype) in arrays.items():
     if x is None:
       continue
-    # A size that is not known yet is None, which chex takes for any size.
+    # A size that is not known yet is None, which chex matches with any size.
     sizes = [a if isinstance(a, int) else getattr(dims, a, None) for a in axes]
     shape = jnp.shape(x)
     try:
@@ -89,16 +89,16 @@ def check_heads(caller: str, n_head: int, n_kv_head: int) -> None:
 def check_tokens(tokens: Array, n_vocab: int) -> None:
   """Checks token ids [B, T].
 
-  Values are checked only where that is free: not under jit, and not on an accelerator. Token ids
-  that are out of range there become NaN in the embedding.
+  The values are checked only if they are in host memory, where this costs nothing. Under jit and on
+  accelerators they are not checked, and the embedding turns ids that are out of range into NaN.
 
   Args:
     tokens: [B, T] integers in [0, X).
     n_vocab: X.
 
   Raises:
-    ValueError: a wrong shape, or a value that is out of range.
-    TypeError: not an array of integers.
+    ValueError: `tokens` has a wrong shape, or a value that is out of range.
+    TypeError: `tokens` is not an array of integers.
   """
   if not hasattr(tokens, "shape"):
     raise TypeError(f"tokens must be an array, got {type(tokens).__name__}.")
@@ -108,8 +108,8 @@ def check_tokens(tokens: Array, n_vocab: int) -> None:
     raise TypeError(f"tokens must be integers, got {tokens.dtype}.")
   if isinstance(tokens, jax.core.Tracer) or not _is_on_host(tokens):
     return
-  # With numpy, since jnp would trace constants too inside of a transformation; shard by shard,
-  # since each of several processes has only some.
+  # NumPy computes the bounds, because jnp would trace even constants inside of a transformation.
+  # They are computed shard by shard, because a process can read only its own shards.
   shards = [tokens]
   if isinstance(tokens, jax.Array):
     shards = [shard.data for shard in tokens.addressable_shards]
@@ -125,7 +125,7 @@ def _is_on_host(x: Array) -> bool:
 
 
 def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
-  """Checks a mask that belongs to tokens.
+  """Checks an array that has one value per token.
 
   Args:
     name: name of the argument, `doc_ids` or `loss_mask`.
@@ -133,8 +133,8 @@ def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
     tokens: [B, T].
 
   Raises:
-    ValueError: the mask has another shape.
-    TypeError: `doc_ids` is not of signed integers.
+    ValueError: the mask has a wrong shape.
+    TypeError: `doc_ids` does not have a signed integer dtype.
   """
   if mask is None:
     return
@@ -149,16 +149,16 @@ def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
 def check_state(
   state: ArrayTree, initial_state: Callable[[Any, int], ArrayTree], config: Any, batch_size: int
 ) -> None:
-  """Checks that a state belongs to a configuration and a batch size.
+  """Checks that a state fits a configuration and a batch size.
 
   Args:
-    state: what the user passed.
-    initial_state: makes the state before the first token.
+    state: the state that the user passed.
+    initial_state: returns the state before the first token.
     config: argument of `initial_state`.
     batch_size: B.
 
   Raises:
-    ValueError: names the first field whose shape or dtype differs.
+    ValueError: a field has a wrong shape or dtype; the message names the first such field.
   """
   expected = jax.eval_shape(lambda: initial_state(config, batch_size))
   fields, structure = jax.tree_util.tree_flatten_with_path(expected)
@@ -182,7 +182,8 @@ def check_batch(batch: Mapping[str, Array], shape: tuple[int, int], n_vocab: int
     n_vocab: X.
 
   Raises:
-    ValueError, TypeError: names the key that is missing, unknown, or of another shape or dtype.
+    ValueError, TypeError: a key is missing or unknown, or its array has a wrong shape or dtype; the
+      message names the key.
   """
   for key in ("inputs", "targets"):
     if key not in batch:

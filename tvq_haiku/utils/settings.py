@@ -9,7 +9,7 @@ import textwrap
 import typing
 from typing import Any, Self
 
-REQUIRED = dataclasses.MISSING  # the `default` of a setting that has none
+REQUIRED = dataclasses.MISSING  # the `default` argument of a setting without a default
 
 
 def setting(default: Any, help_text: str) -> Any:
@@ -52,7 +52,7 @@ class Settings:
 
   @classmethod
   def from_json(cls, text: str) -> Self:
-    """Returns the configuration that `to_json` wrote.
+    """Returns the configuration whose `to_json` returned `text`.
 
     Raises:
       ValueError: `text` is not a JSON object, or contains unknown or invalid settings.
