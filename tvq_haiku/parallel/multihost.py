@@ -20,9 +20,9 @@ _HEARTBEAT_SECONDS = 20  # a process that is silent for this long counts as dead
 _START_SECONDS = 300  # timeout for the processes to find each other
 _PROCESS_AXIS = "process"  # the mesh axis over which votes are reduced
 
-# JAX has no exception type for the failure of another process, so the message decides. It begins
-# with an XLA status and names the layer that communicates with other processes. Paths of files must
-# not match, so a single word such as "gloo" is not enough.
+# JAX has no exception type for the failure of another process, so it is recognized by its message,
+# which begins with an XLA status and names the layer that communicates with other processes. The
+# patterns are longer than a single word such as "gloo", so that file paths do not match.
 _PEER_FAILURE = re.compile(
   r"[A-Z_]+: .*(?:"
   r"\bGloo [\w -]+ failed"  # collectives on CPUs
@@ -32,7 +32,7 @@ _PEER_FAILURE = re.compile(
   r")",
   re.DOTALL,
 )
-# Errors of this process alone, even where a collective operation reports them.
+# Errors of this process alone, even if a collective operation reports them.
 _OWN_FAILURE = re.compile(
   r"RESOURCE_EXHAUSTED"
   r"|[Oo]ut of memory"
@@ -144,11 +144,11 @@ def broadcast(value: int) -> int:
 
 
 class StopVote:
-  """Decides by vote: a call returns True for each request that any process has made.
+  """Combines the requests of all processes: a request is True if any process has made it.
 
   With several processes a call never waits for the others. It starts a reduction over the
   requests of all processes and returns the result of the previous call's reduction, so all
-  processes learn of a request in the same call. All must call equally often.
+  processes learn of a request in the same call. All processes must call it equally often.
 
   >>> StopVote()(True, False)  # a single process gets its own requests back at once
   (True, False)

@@ -5,7 +5,7 @@ A mesh has some of these axes, for example `data:4,model:2`:
   fsdp      splits the batch, and also parameters and optimizer state, which are gathered for use
   model     splits the key/value heads, or the value width if it does not divide the heads
   sequence  splits each sequence into consecutive shards: see `attention.sharded`
-An array dimension that a mesh axis does not divide is not split by it.
+A dimension is not split over a mesh axis whose size does not divide the dimension's size.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, S codes per codebook, M memory length,
 K key width, V value width, D model width, N layers, X vocabulary.
@@ -30,7 +30,7 @@ AxisNames = str | tuple[str, ...] | None  # the mesh axes that split one dimensi
 
 MESH_AXES = ("data", "fsdp", "model", "sequence")
 BATCH_AXES = ("data", "fsdp")  # split the batch
-HEADS, WIDTH = "heads", "width"  # placeholders, which `head_axes` replaces by "model" or None
+HEADS, WIDTH = "heads", "width"  # placeholders: `head_axes` gives "model" or None for each
 
 # The table: for each dimension of an array, the mesh axes that split it.
 
@@ -136,7 +136,7 @@ def axis_sizes() -> Mapping[str, int]:
 
 
 def per_device(n: int) -> int:
-  """Returns how many of n batch elements, or of their n tokens, one device holds, rounded up."""
+  """Returns how many of the n tokens of a batch one device holds, rounded up."""
   sizes = axis_sizes()
   return -(-n // math.prod(sizes.get(axis, 1) for axis in (*BATCH_AXES, "sequence")))
 
@@ -159,7 +159,7 @@ def head_axes(n_kv_head: int, sizes: Mapping[str, int] | None = None) -> dict[st
 def fit_spec(
   axes: Sequence[AxisNames], shape: Sequence[int], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-  """Returns the spec of an array, without axes that the mesh lacks or that don't divide.
+  """Returns the spec of an array, without mesh axes that are missing or do not divide a dimension.
 
   Args:
     axes: the mesh axes that should split each dimension; trailing dimensions may be omitted.
@@ -276,7 +276,7 @@ def process_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
     (i, n): the i-th of n equal shares, which holds batch elements i·B/n to (i+1)·B/n.
 
   Raises:
-    ValueError: the batch elements on this process's devices are not such a share.
+    ValueError: the batch elements on this process's devices are not one of n equal shares.
   """
   if mesh is None:
     return 0, 1
@@ -288,8 +288,8 @@ def process_share(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
   if batch_size % share or start % share:
     raise ValueError(
       f"mesh={dict(mesh.shape)} assigns batch elements {start} to {stop} of {batch_size} to this "
-      "process, which is not one of equal shares. Make data·fsdp a multiple of the number of "
-      "processes."
+      "process, but the batch must be divided into equal shares. Make data·fsdp a multiple of the "
+      "number of processes."
     )
   return start // share, batch_size // share
 
