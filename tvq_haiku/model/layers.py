@@ -129,11 +129,11 @@ class TokenEmbedding(hk.Module):
     return sharding.constrain(embeddings, "model"), bias
 
   def __call__(self, tokens: Array) -> Array:
-    """Embeds tokens: [B, T] int32 -> [B, T, D] float32. Tokens out of range become NaN."""
+    """Embeds tokens: [B, T] int32 -> [B, T, D] float32; NaN for tokens that are out of range."""
     chex.assert_rank(tokens, 2)
     chex.assert_type(tokens, int)
     embeddings, _ = self._parameters()
-    # jnp.take would count a negative index from the end of the table, so it is moved out of range.
+    # jnp.take would count a negative index from the end, so it is replaced by one past the table.
     tokens = jnp.where(tokens < 0, self._shape[0], tokens)
     return jnp.take(embeddings, tokens, axis=0, mode="fill", fill_value=jnp.nan)
 
@@ -146,7 +146,7 @@ class TokenEmbedding(hk.Module):
 
 
 class Unembedding(hk.Module):
-  """The untied output projection, with bias; accumulates in float32 whatever the policy."""
+  """The untied output projection, with bias; accumulates in float32 under every policy."""
 
   def __init__(self, n_vocab: int, *, name: str = "unembedding"):
     super().__init__(name=name)
@@ -174,12 +174,12 @@ class AbsolutePositions(hk.Module):
     self._width = width
     self._lam = lam
 
-  def __call__(self, index: Array) -> Array:
+  def __call__(self, position_ids: Array) -> Array:
     """Embeds positions: [B, T] int32 -> [B, T, D] float32."""
-    chex.assert_rank(index, 2)
-    chex.assert_type(index, int)
+    chex.assert_rank(position_ids, 2)
+    chex.assert_type(position_ids, int)
     scale = hk.get_parameter("scale", (), jnp.float32, init=jnp.zeros)
-    return scale * positions.sinusoids(index, width=self._width, lam=self._lam)
+    return scale * positions.sinusoids(position_ids, width=self._width, lam=self._lam)
 
 
 def add_branch(
@@ -199,7 +199,7 @@ def add_branch(
     p_dropres: rate at which single entries are dropped, with a mask from `hk.next_rng_key()`.
     p_droplyr: rate at which the branch is dropped for a batch element (LayerDrop).
     rng: key of the LayerDrop mask, equal for all windows of a sequence. None: p_droplyr is 0.
-    is_training: False adds the branch as it is.
+    is_training: whether to apply dropout.
 
   Returns:
     [B, T, D].

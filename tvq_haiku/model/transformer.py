@@ -22,8 +22,8 @@ from tvq_haiku.parallel import sharding
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import checks
 
-# Models of at most this many layers are unrolled: a loop copies all that each layer keeps for the
-# backward pass.
+# Models of at most this many layers are unrolled, because a loop copies the activations that each
+# layer keeps for the backward pass.
 _MAX_UNROLLED_LAYERS = 4
 
 # States of the two branches of one layer; None if the second branch is an MLP.
@@ -83,10 +83,10 @@ class Transformer(hk.Module):
     """
     c = self._config
     self._check_arguments(tokens, state, doc_ids, loss_mask)
-    # An encoder reads every call from the start.
+    # For an encoder, every call starts a new sequence.
     start = state if c.causal else initial_state(c, tokens.shape[0])
     batch = padding.compact(tokens, start.document, doc_ids, loss_mask)
-    index, document, position = padding.document_positions(
+    position_ids, document, position = padding.document_positions(
       batch, start.document, start.position, restart=c.doc_mask
     )
     context = attention_layer.LayerContext(
@@ -98,7 +98,7 @@ class Transformer(hk.Module):
       with_metrics=with_metrics,
     )
     embedding = layers.TokenEmbedding(n_vocab=c.n_vocab, d_model=c.d_model, name="embedding")
-    x = self._embed(embedding, batch.tokens, index, is_training)
+    x = self._embed(embedding, batch.tokens, position_ids, is_training)
     x, branches = self._apply_layers(x, state, context, sequence_rng)
     x = padding.restore(x, batch)
     if c.causal:
@@ -127,14 +127,14 @@ class Transformer(hk.Module):
 
   @hk.transparent
   def _embed(
-    self, embedding: layers.TokenEmbedding, tokens: Array, index: Array, is_training: bool
+    self, embedding: layers.TokenEmbedding, tokens: Array, position_ids: Array, is_training: bool
   ) -> Array:
-    """Returns the input of the first layer: tokens and index [B, T] -> [B, T, D]."""
+    """Returns the input of the first layer: tokens and position_ids [B, T] -> [B, T, D]."""
     c = self._config
-    chex.assert_equal_shape([tokens, index])
+    chex.assert_equal_shape([tokens, position_ids])
     x = embedding(tokens)
     if c.pe_abs:
-      x += layers.AbsolutePositions(width=c.d_model, lam=c.pe_lam, name="position")(index)
+      x += layers.AbsolutePositions(width=c.d_model, lam=c.pe_lam, name="position")(position_ids)
     if is_training and c.p_dropemb:
       x = layers.dropout(hk.next_rng_key(), c.p_dropemb, x)
     return sharding.constrain(x.astype(c.policy.output_dtype), sharding.BATCH_AXES, "sequence")
@@ -151,7 +151,7 @@ class Transformer(hk.Module):
 
     Args:
       x: [B, T, D] output of the embedding.
-      state: of the model.
+      state: state of the model.
       context: documents, padding and masks of the batch.
       sequence_rng: see `__call__`.
 
@@ -204,7 +204,7 @@ def _apply_layer(
   Args:
     config: configuration of the model; `remat` is not 'auto'.
     x: [B, T, D] residual stream.
-    states: of the layer's attentions; the second one is None if the second branch is an MLP.
+    states: states of the layer's attentions; the second one is None if the second branch is an MLP.
     context: documents, padding and masks of the batch.
     rngs: [2] keys of the masks that all windows of a sequence share; None without dropout.
 
@@ -272,7 +272,7 @@ def make_transformer(config: TransformerConfig) -> hk.Transformed:
 
 
 def params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-  """Returns shapes and dtypes of the parameters of `make_transformer(config)`; computes none.
+  """Returns the shapes and dtypes of the parameters of `make_transformer(config)`.
 
   >>> shapes = params_shapes(TransformerConfig.tiny())
   >>> shapes["transformer/embedding"]["embeddings"].shape
