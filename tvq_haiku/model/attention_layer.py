@@ -28,7 +28,7 @@ from tvq_haiku.types import Array
 
 
 class LayerContext(NamedTuple):
-  """Documents, padding and flags, which all attention layers of the model share."""
+  """Documents, padding and flags of a call, which all attention layers share."""
 
   doc_ids: Array | None  # [B, T] int32. None: one document
   lengths: Array | None  # [B] int32: tokens before the padding. None: no padding
@@ -163,7 +163,7 @@ class AttentionLayer(hk.Module):
     H, G, K = c.n_head, c.kv_heads, c.d_k
     content_bias, position_bias = (
       scale * hk.get_parameter(name, (H * K,), jnp.float32, init=jnp.zeros).reshape(H, K)
-      for name in ("u", "v")  # the paper's names for the biases u and w
+      for name in ("u", "v")  # the paper's names: v is w in `reference`
     )
     distances = jnp.arange(0 if c.causal else -c.mem_len, c.mem_len + 1)
     table = positions.sinusoids(distances, width=c.d_model, lam=c.pe_lam)

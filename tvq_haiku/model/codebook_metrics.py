@@ -30,7 +30,7 @@ def _usage_entropy(counts: Array) -> Array:
 
 
 def codebook_metrics(codebook: Array, counts: Array) -> dict[str, Array]:
-  """Measures the spread of the codes of an attention and the evenness of their use.
+  """Measures how far apart the codes of an attention are, and how evenly they are used.
 
   Args:
     codebook: [G, S, K] codes.
@@ -50,7 +50,7 @@ def codebook_metrics(codebook: Array, counts: Array) -> dict[str, Array]:
   dots = jnp.einsum("gsk,gtk->gst", codebook, codebook, precision=jax.lax.Precision.HIGHEST)
   squares = norms[:, :, None] ** 2 + norms[:, None] ** 2 - 2.0 * dots
   cosines = dots / jnp.maximum(norms[:, :, None] * norms[:, None], 1e-30)
-  # A single code has no pair, so it is paired with itself: a reduction over nothing is undefined.
+  # A single code has no pair, so it is paired with itself: an empty minimum is undefined.
   n_code = dims.S
   pairs = np.tril_indices(n_code, k=-1 if n_code > 1 else 0)
   n_rare = jnp.sum(counts < 1.0, axis=-1).astype(jnp.float32)
@@ -66,7 +66,9 @@ def codebook_metrics(codebook: Array, counts: Array) -> dict[str, Array]:
 
 @jax.jit
 def codebook_usage(params: Params) -> dict[str, Array]:
-  """Measures how evenly the codes are used, from parameters alone: cheap enough for every log line.
+  """Measures how evenly the codes are used.
+
+  It reads only parameters, and is therefore cheap enough for every log line.
 
   Args:
     params: parameters of the model.

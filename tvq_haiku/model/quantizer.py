@@ -1,9 +1,9 @@
 """The codebook as Haiku parameters: two exponential moving averages.
 
 The update of the averages is the gradient of a surrogate loss: a step of plain SGD with learning
-rate 1 subtracts the old average and adds the new one. So the codebook needs no state besides the
-parameters, and its update is averaged over devices and accumulated over microbatches like every
-gradient.
+rate 1 subtracts the old average and adds the new one. The codebook therefore needs no state besides
+the parameters, and its update is averaged over devices and accumulated over microbatches like every
+other gradient.
 
 Letters: B batch, T tokens, G key/value heads, S codes, K key width.
 """
@@ -30,7 +30,7 @@ class VectorQuantizer(hk.Module):
       n_code: S.
       d_k: K.
       gamma: decay of the moving averages, per update.
-      name: of the module.
+      name: name of the module.
     """
     super().__init__(name=name)
     self._shape = (n_head, n_code, d_k)
@@ -39,7 +39,7 @@ class VectorQuantizer(hk.Module):
   def _averages(self) -> tuple[Array, Array]:
     """Returns c_sum [G, S, K] and c_count [G, S]."""
     G, S, K = self._shape
-    # A normal distribution without truncation, of variance 1/(G·S) for every key width.
+    # Not truncated; the variance is 1/(G·S), whatever the key width K.
     init = hk.initializers.RandomNormal((G * S) ** -0.5)
     c_sum = hk.get_parameter("c_sum", (G, S, K), jnp.float32, init=init)
     c_count = hk.get_parameter("c_count", (G, S), jnp.float32, init=jnp.ones)
@@ -61,7 +61,7 @@ class VectorQuantizer(hk.Module):
     Args:
       k: [B, T, G, K] keys of the global batch.
       codes: [B, T, G] int32 codes of the keys.
-      mask: [B, T] weights: zero excludes a token from the averages.
+      mask: [B, T] weights; tokens of weight zero are excluded from the averages.
       revive_below: a code with a lower average count is replaced by a random key of the batch, with
         a count of 1; `hk.next_rng_key()` is the seed. 0: never.
 
@@ -93,13 +93,13 @@ def _random_keys(rng: Array, k: Array, mask: Array, n_code: int) -> tuple[Array,
   """Samples one of the keys of the batch for each code.
 
   Args:
-    rng: a random key of JAX.
+    rng: a JAX random key.
     k: [B, T, G, K] keys.
     mask: [B, T] weights.
     n_code: S.
 
   Returns:
-    Keys [G, S, K] f32, and whether each is of an unmasked token [G, S].
+    The keys [G, S, K] f32, and whether each is the key of an unmasked token [G, S].
   """
   B, T, G, K = k.shape
   index = jax.random.randint(rng, (G, n_code), 0, B * T)

@@ -23,8 +23,8 @@ import jax
 
 from tvq_haiku.config import TransformerConfig
 
-# `remat` -> which intermediate results of a layer are saved; None: none of them. The attention
-# layer itself acts on `block`.
+# `remat` -> the checkpoint policy of a layer; None saves no intermediate result. `block` is absent,
+# because the attention layer applies it.
 _SAVED_IN_LAYER = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 # Fraction of the device memory that activations may use. It is lower on accelerators, because
@@ -32,11 +32,11 @@ _SAVED_IN_LAYER = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_b
 _CPU_FRACTION = 0.65
 _ACCELERATOR_FRACTION = 0.4
 
-_DEFAULT_MEMORY_BYTES = 16 * 2**30  # of devices that do not report how much they have
+_DEFAULT_MEMORY_BYTES = 16 * 2**30  # for devices that do not report their memory
 
 
 def remat_layer(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
-  """Returns `layer`, a function that calls Haiku modules, rematerialized as `remat` demands."""
+  """Returns `layer`, a function that calls Haiku modules, rematerialized according to `remat`."""
   if remat in _SAVED_IN_LAYER:
     return hk.remat(layer, policy=_SAVED_IN_LAYER[remat])
   return layer
@@ -64,8 +64,8 @@ def resolve_remat(config: TransformerConfig, n_token: int) -> str:
 def activation_bytes(config: TransformerConfig, n_token: int) -> int:
   """Estimates the activation memory kept for the backward pass without remat, in bytes.
 
-  Logits are not included. The constants count the arrays of each shape that are kept, or their
-  bytes per entry.
+  Logits are not included. In the formula, `size` is multiplied by numbers of arrays in the compute
+  dtype; 24·K and 16·K are bytes.
 
   Args:
     config: configuration of the model.

@@ -1,4 +1,4 @@
-"""The state of the model between two calls: the states of all its attentions, stacked.
+"""The state of the model between two calls: the stacked states of all its attentions.
 
 Letters: B batch, N layers. The fields of one attention's state are in `attention.state`.
 """
@@ -63,12 +63,12 @@ def _initial_state(config: TransformerConfig, batch_size: int) -> TransformerSta
 def map_batch_axis(
   function: Callable[[Array, int], Array], state: TransformerState, *, first: int = 0
 ) -> TransformerState:
-  """Applies a function that needs to know the batch axis to every field of a state.
+  """Applies a function to every field of a state, and passes it the batch axis of the field.
 
   Args:
     function: called as `function(field, batch_axis)`.
     state: a `TransformerState`, whose fields may have additional leading axes.
-    first: number of the additional leading axes.
+    first: number of additional leading axes.
   """
 
   def map_fields(fields: ArrayTree, axis: int) -> ArrayTree:

@@ -1,4 +1,4 @@
-"""Gradients of the training loss, of a complete batch or accumulated over microbatches."""
+"""Gradients of the training loss: of the complete batch, or accumulated over microbatches."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _from_sums(
   loss_lm = sums.nll / jnp.where(sums.weight > 0.0, sums.weight, 1.0)
   # The gradient of a moving average p is (1-γ)(p - s), with s summed over all tokens of the batch.
   # Each microbatch computes it with its own part of s, so the mean over microbatches is
-  # (1-γ)(p - s/n). This turns the latter into the former.
+  # (1-γ)(p - s/n). The lambda computes the gradient from this mean.
   gradients = optimizers.map_codebook(
     lambda mean, p: n * mean - (n - 1) * (1.0 - gamma) * p, gradients, params
   )
@@ -134,6 +134,6 @@ def _split_batch(x: Array, axis: int, n: int) -> Array:
 
 
 def _merge_batch(x: Array, axis: int) -> Array:
-  """Inverts `_split_batch`; `axis` is that of the batch in `x`, where axis 0 is the microbatch."""
+  """Inverts `_split_batch`; axis 0 of `x` is the microbatch, and `axis` its batch axis."""
   x = jnp.moveaxis(x, 0, axis)
   return x.reshape(*x.shape[: axis - 1], -1, *x.shape[axis + 1 :])

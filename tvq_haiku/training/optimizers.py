@@ -1,8 +1,8 @@
 """The paper's optimizers as optax transformations, with a separate partition for the codebook.
 
 The parameters of the N layers are stacked along a leading layer axis, but optimizers treat them as
-N parameters: whether weights decay (vectors don't), and what Adafactor factors, clips and scales,
-depends on the parameter of a single layer.
+N separate parameters. Weight decay, which skips vectors, and Adafactor, which factors, clips and
+scales each parameter, see the shape of the parameter of a single layer.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def map_codebook(
 
 
 def _decay_mask(params: Params) -> Any:
-  """Returns True for each parameter with weight decay: all but vectors; scalars do decay."""
+  """Returns True for each parameter with weight decay: for all but vectors, so for scalars, too."""
 
   def decays(module: str, name: str, value: Any) -> bool:
     if isinstance(value, optax.MaskedNode):
@@ -169,7 +169,7 @@ def codebook_is_finite(gradients: Params) -> Array:
 
 
 def weight_gradient_norm(gradients: Params) -> Array:
-  """Returns the global norm that is clipped, [] f32: of all gradients except the codebooks'."""
+  """Returns the norm that `grad_clip` limits, [] f32: of all gradients except the codebooks'."""
   return optax.tree.norm(
     [
       value

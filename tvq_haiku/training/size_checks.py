@@ -20,7 +20,7 @@ def check_sizes(
     mesh: the devices; None: one device.
 
   Raises:
-    ValueError: they are not; the message names the sizes and what to change.
+    ValueError: sizes are incompatible; the message names them and what to change.
   """
   sizes = {} if mesh is None else dict(mesh.shape)
   _check_accumulation(config, train_cfg)

@@ -61,13 +61,13 @@ def init_train_state(
     params: initial parameters; None: random ones. They are copied, because training steps donate
       their buffers.
     mesh: devices on which the state is created, sharded by the rules of `parallel.sharding`, or a
-      text for `sharding.make_mesh`; None: one device.
+      text such as `data:8` (see `sharding.make_mesh`); None: one device.
 
   Returns:
     The state before the first update.
 
   Raises:
-    ValueError: `params` are not parameters of `config`, or there is no such mesh.
+    ValueError: `params` do not fit `config`, or `mesh` is an invalid text.
   """
   optimizer = optimizers.make_optimizer(train_cfg)
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
@@ -112,8 +112,8 @@ def make_train_step(
   Args:
     config: configuration of the model.
     train_cfg: configuration of the optimizer, and the size of the batch.
-    mesh: devices that share the work, or a text for `sharding.make_mesh`; None: one device. The
-      result is that of one device, except for rounding.
+    mesh: devices that share the work, or a text such as `data:8` (see `sharding.make_mesh`); None:
+      one device. The result does not depend on the mesh, except for rounding.
     with_metrics: also return the metrics of the quantizers.
 
   Returns:
@@ -128,7 +128,7 @@ def make_train_step(
 
 
 class TrainStep:
-  """One training step on a batch of sequences; `make_train_step` makes it."""
+  """A compiled training step on a batch of sequences; created by `make_train_step`."""
 
   def __init__(
     self,
@@ -160,7 +160,7 @@ class TrainStep:
         donated: use the returned one afterwards.
       batch: name -> [B, T] array of the global batch, with B = global_batch_size and
         T = sequence_len; with a mesh, numpy arrays or the result of `sharding.put_batch`.
-      rng: key for dropout. The index of the update is folded in, so every step may get the same.
+      rng: key for dropout. The index of the update is folded in, so all steps may use the same key.
 
     Returns:
       The new train state, and metrics of shape [T/update_len] float32, one value per update:
