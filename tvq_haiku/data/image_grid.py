@@ -35,7 +35,7 @@ def images_from_tokens(tokens: npt.ArrayLike, *, height: int, width: int) -> np.
     [n, h, w, 3] uint8.
 
   Raises:
-    ValueError: the shape does not fit, or a token is not in the vocabulary.
+    ValueError: `tokens` has a wrong shape, or a token is not in the vocabulary.
     TypeError: the tokens are not integers.
 
   >>> images_from_tokens(np.arange(3, 15)[None], height=2, width=2)[0, 0].tolist()
@@ -58,13 +58,13 @@ def image_grid(images: np.ndarray, *, columns: int | None = None) -> PIL.Image.I
 
   Args:
     images: [n, h, w, 3], converted to uint8.
-    columns: number of images in a row of the grid; None: as many as make the grid a square.
+    columns: number of images in a row of the grid; None: sqrt(n), rounded up.
 
   Returns:
     A `PIL.Image.Image`.
 
   Raises:
-    ValueError: `images` has a different number of axes.
+    ValueError: `images` does not have four axes.
     ImportError: Pillow is missing.
   """
   images = np.asarray(images, np.uint8)

@@ -67,7 +67,7 @@ class PackedBatches:
     Raises:
       ValueError: the stream is too short for one batch, or the hosts cannot share a batch.
     """
-    max_offset = 0 if aligned else sequence_len - 1  # of the first sequence of an epoch
+    max_offset = 0 if aligned else sequence_len - 1  # largest offset of an epoch
     n_sequence = (len(stream) - max_offset) // sequence_len
     if n_sequence < batch_size:
       raise ValueError(
@@ -105,7 +105,7 @@ class PackedBatches:
   def _open_epoch(self, number: int) -> _Epoch:
     if self._epoch is None or self._epoch.number != number:
       rng = np.random.default_rng((self._seed, number))
-      # Drawn even if aligned: without it, the order would be a different one.
+      # Sampled even if it is not used, so that the order does not depend on `aligned`.
       offset = int(rng.integers(self._shape[1]))
       order = rng.permutation(self._n_sequence)
       self._epoch = _Epoch(number, 0 if self._aligned else offset, order)
@@ -127,7 +127,7 @@ def count_windows(stream: TokenStream, *, batch_size: int, window_len: int, alig
 def windows(
   stream: TokenStream, *, batch_size: int, window_len: int, align: int = 1
 ) -> Iterator[HostBatch]:
-  """Reads the stream once, in windows that continue each other, for evaluation with carried state.
+  """Reads the stream once, in consecutive windows, for evaluation with carried state.
 
   The stream is divided into B contiguous sequences of equal length, one per example. Each batch
   holds the next T tokens of every sequence. Every token is in exactly one batch; the ends of the

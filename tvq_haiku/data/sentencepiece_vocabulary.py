@@ -16,7 +16,7 @@ from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.utils import files, optional, progress
 
 _SPACE = "▁"  # SentencePiece's symbol for a space; in a text, it is encoded as bytes
-_PROBE = "  It was;\n\nwas it?\té▁🧀 "  # a lossless vocabulary restores this
+_PROBE = "  It was;\n\nwas it?\té▁🧀 "  # a text that only lossless vocabularies restore
 _SPECIAL_IDS = (ByteVocabulary.PAD, ByteVocabulary.EOS, ByteVocabulary.UNK, -1)  # -1: no such token
 _TRAINER_SETTINGS = dict(
   model_type="bpe",
@@ -49,8 +49,8 @@ class PieceVocabulary:
     """Reads `file`, and logs a warning if the vocabulary is not lossless.
 
     Raises:
-      ValueError: it is no SentencePiece model, or has different special tokens.
-      OSError: it cannot be read.
+      ValueError: `file` is not a SentencePiece model, or has different special tokens.
+      OSError: `file` cannot be read.
     """
     model = pathlib.Path(file).read_bytes()
     spm = _sentencepiece()
@@ -78,7 +78,7 @@ class PieceVocabulary:
       )
 
   def check(self, caller: str, n_vocab: int) -> None:
-    """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is the size."""
+    """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is `size`."""
     if n_vocab != self.size:
       raise ValueError(
         f"{caller}: the model has n_vocab={n_vocab}, not the {self.size} of {self.file}: "
@@ -156,7 +156,7 @@ def train_pieces(lines: Iterable[str], file: str | os.PathLike, *, size: int) ->
 
 
 def _recording_errors(lines: Iterable[str], errors: list[Exception]) -> Iterator[str]:
-  """Yields `lines`; appends an exception to `errors`, as SentencePiece keeps only its message."""
+  """Yields `lines`; appends an exception to `errors`: SentencePiece keeps only its message."""
   try:
     yield from lines
   except Exception as error:

@@ -19,7 +19,7 @@ from tvq_haiku.utils import checks
 class TokenStream:
   """Tokens in memory or in a memory-mapped file, of which only the requested ones are read.
 
-  Each token is predicted from the preceding token of its document, the first one from an eos.
+  The input of a target is the preceding token of its document; for the first token it is an eos.
   """
 
   values: np.ndarray  # [n], any integer dtype: tokens minus `offset`; may be a memory map

@@ -39,7 +39,7 @@ class SplitStatistics:
   n_byte: int  # bytes of the documents
   n_word: int  # maximal runs of bytes that are not ASCII white space
   n_token: int  # tokens, including the one that ends each document if the source has them
-  unigram_entropy: float  # bits per token: a lower bound for models without context
+  unigram_entropy: float  # bits per token; models without context need at least as many
   checksum: int  # CRC-32 of the token file
   vocabulary: str  # fingerprint of the vocabulary
   dtype: str  # NumPy dtype of the token file
@@ -56,7 +56,7 @@ class Split(NamedTuple):
 def open_split(
   source: Source, split: str, vocabulary: Vocabulary, directory: str | os.PathLike
 ) -> Split:
-  """Opens a split in the cache, after encoding it if it is missing there.
+  """Opens a split in the cache; if it is missing there, encodes it first.
 
   Its files are written atomically. If several processes need the same split, one encodes it and
   the others wait.
@@ -96,7 +96,7 @@ def verify(split: Split) -> None:
     checksum = zlib.crc32(chunk, checksum)
   if checksum != split.statistics.checksum:
     raise ValueError(
-      f"{values.filename} is damaged: remove its directory, and the split is encoded again."
+      f"{values.filename} is damaged: remove its directory to have the split encoded again."
     )
 
 
@@ -107,16 +107,17 @@ def default_directory() -> pathlib.Path:
 
 
 def _create(path: pathlib.Path, source: Source, split: str, vocabulary: Vocabulary) -> None:
-  """Encodes a split into the directory `path`, which appears only when it is complete."""
+  """Encodes a split into a draft directory, and renames it to `path` when it is complete."""
   draft = path.with_name(f".{path.name}.draft")
-  shutil.rmtree(draft, ignore_errors=True)  # left by a process that died: this one holds the lock
+  # A draft was left by a process that died, because this process holds the lock.
+  shutil.rmtree(draft, ignore_errors=True)
   try:
     draft.mkdir()
     _write_files(draft, source, split, vocabulary)
     for file in draft.iterdir():  # the contents must be on disk before the directory's name
       with file.open("rb") as handle:
         os.fsync(handle.fileno())
-    shutil.rmtree(path, ignore_errors=True)  # incomplete
+    shutil.rmtree(path, ignore_errors=True)  # if it exists, it is incomplete
     draft.rename(path)
   except OSError as error:
     raise OSError(
@@ -147,7 +148,11 @@ def _write_files(
 
 
 def _read(source: Source, split: str) -> Iterator[Chunk]:
-  """Reads a split; raises a ValueError if it is unreadable, as an OSError means a failed write."""
+  """Yields the chunks of a split.
+
+  Raises:
+    ValueError: the split cannot be read. (`_create` takes an OSError for a failed write.)
+  """
   try:
     yield from source.read(split)
   except OSError as error:
@@ -160,7 +165,8 @@ class _SplitEncoder:
   def __init__(self, vocabulary: Vocabulary, *, has_eos: bool):
     self._vocabulary = vocabulary
     self._eos = [ByteVocabulary.EOS] if has_eos else []
-    without_special = vocabulary is ByteVocabulary and not has_eos  # then a byte is stored as is
+    # Bytes without special tokens are stored as they are.
+    without_special = vocabulary is ByteVocabulary and not has_eos
     self._offset = ByteVocabulary.OFFSET if without_special else 0
     self._dtype = np.dtype(
       "u1" if without_special else "<u2" if vocabulary.size <= 1 << 16 else "<u4"
@@ -172,7 +178,7 @@ class _SplitEncoder:
     self.n_byte = self.n_word = self.n_token = 0
 
   def encode(self, chunk: Chunk) -> bytes:
-    """Encodes the next chunk, and returns its tokens in the format of the token file."""
+    """Encodes the next chunk, and returns its tokens as bytes of the token file."""
     try:
       tokens = self._vocabulary.encode(chunk.content)
     except UnicodeDecodeError as error:
@@ -192,7 +198,7 @@ class _SplitEncoder:
     return content
 
   def end_document(self) -> None:
-    """Ends the current document after the last token, unless the document is empty."""
+    """Records the end of the current document, unless the document is empty."""
     if self._in_document:
       self.ends.append(self.n_token)
     self._in_document = False

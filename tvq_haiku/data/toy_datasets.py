@@ -63,7 +63,7 @@ def write_images(directory: str | os.PathLike, *, size: int = 8, n_image: int = 
   Args:
     directory: created if missing.
     size: height and width of an image in pixels.
-    n_image: number of images for training and validation; for testing, there are a sixth as many.
+    n_image: number of images for training and validation; the test archive has a sixth as many.
 
   Returns:
     The directory.

@@ -12,7 +12,7 @@ class Vocabulary(Protocol):
   """Maps bytes to tokens and back: token 0 is padding, 1 ends a document, 2 is unknown."""
 
   size: int  # X
-  fingerprint: str  # identifies the mapping: caches and runs are compared by it
+  fingerprint: str  # identifies the mapping in caches and runs
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns the tokens of `text`, [n] int32."""
@@ -21,7 +21,7 @@ class Vocabulary(Protocol):
     """Returns the bytes of `tokens`; special tokens have none."""
 
   def check(self, caller: str, n_vocab: int) -> None:
-    """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is the size."""
+    """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is `size`."""
 
 
 class ByteVocabulary:
@@ -44,11 +44,11 @@ class ByteVocabulary:
 
   @classmethod
   def check(cls, caller: str, n_vocab: int) -> None:
-    """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is the size."""
+    """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is `size`."""
     if n_vocab != cls.SIZE:
       raise ValueError(
         f"{caller}: the model has n_vocab={n_vocab}, not the {cls.SIZE} tokens of the byte "
-        "vocabulary: use the vocabulary of the model, or a model of bytes."
+        "vocabulary: use the vocabulary of the model, or a byte-level model."
       )
 
   @classmethod

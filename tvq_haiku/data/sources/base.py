@@ -63,7 +63,7 @@ def existing_path(data_dir: str | os.PathLike | None, expected: str) -> pathlib.
 
   Args:
     data_dir: a file or a directory.
-    expected: a sentence for the error message, which describes the files of the dataset.
+    expected: a description of the dataset's files, for the error message.
 
   Raises:
     ValueError: `data_dir` is None or does not exist.

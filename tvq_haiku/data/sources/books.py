@@ -20,7 +20,7 @@ _EXPECTED = (
 
 
 class Books:
-  """Each book is a document and must be UTF-8; books are read in the order of their file names."""
+  """A dataset of books in UTF-8, read in the order of file names; each book is a document."""
 
   name = "pg19"
   has_eos = True
@@ -84,7 +84,7 @@ class Books:
     """Yields non-empty lines from books of the training split in random order.
 
     Args:
-      n_byte: number of bytes to read at most, line breaks included.
+      n_byte: maximum number of bytes to read, including line breaks.
       seed: determines the order of the books.
     """
     books = self._files["train"]

@@ -20,11 +20,11 @@ _DAMAGED_ARCHIVE = (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipF
 
 
 class DownsampledImages:
-  """Each image is a document of 3·h·w bytes, row by row, with the channels of a pixel adjacent.
+  """A dataset of images, each of which is a document of 3·h·w bytes.
 
-  The first `n_train` images of train_data_batch_*.npz are the training split and the remaining
-  ones the validation split; val_data.npz is the test split. Tokens are bytes, without special
-  tokens.
+  The pixels of an image are in rows, and the channels of a pixel are adjacent. The first `n_train`
+  images of train_data_batch_*.npz are the training split and the remaining ones are the validation
+  split; val_data.npz is the test split. Tokens are bytes, without special tokens.
   """
 
   name = "imagenet64"

@@ -131,10 +131,10 @@ class TextFiles:
   """A text file, or all files below a directory in the order of their names.
 
   Each file is a document. The first 90 % of all bytes are the training split, the next 5 % the
-  validation split and the last 5 % the test split. A file that contains such a bound is divided at
-  the next line break, and each part is a document. If the directory has the subdirectories train,
-  validation and test, these are the splits instead. Files and directories whose names begin with a
-  dot are ignored.
+  validation split and the last 5 % the test split. A file that contains the end of a split is
+  divided at the next line break, and each part is a document. If the directory has the
+  subdirectories train, validation and test, these are the splits instead. Files and directories
+  whose names begin with a dot are ignored.
   """
 
   name = "text"
@@ -178,7 +178,7 @@ class TextFiles:
     """Yields non-empty lines from files of the training split in random order.
 
     Args:
-      n_byte: number of bytes to read at most, line breaks included.
+      n_byte: maximum number of bytes to read, including line breaks.
       seed: determines the order of the files.
     """
     ranges = self._ranges("train")
@@ -209,7 +209,7 @@ def _next_line_start(file: pathlib.Path, position: int, size: int) -> int:
   """Returns the first position at or after `position` where a line of `file` starts.
 
   Positions outside of the file are clipped to its bounds. If no line starts within the next
-  `_LONGEST_LINE` bytes, returns where the next UTF-8 character starts.
+  `_LONGEST_LINE` bytes, returns the position where the next UTF-8 character starts.
   """
   if not 0 < position < size:
     return min(max(position, 0), size)
@@ -224,7 +224,7 @@ def _next_line_start(file: pathlib.Path, position: int, size: int) -> int:
 
 
 def _last_character_start(text: bytes) -> int:
-  """Returns where the last UTF-8 character starts, or the end of a text of a single character.
+  """Returns where the last UTF-8 character starts, or len(text) if there is only one character.
 
   The last character may be incomplete.
   """
@@ -240,7 +240,7 @@ def _continues_character(byte: int) -> bool:
 
 
 def _read_ranges(ranges: list[FileRange]) -> Iterator[Chunk]:
-  """Yields one document per range; its chunks end with lines, or at least with characters."""
+  """Yields a document per range, in chunks that end after a line or, in long lines, a character."""
   for file, start, end in ranges:
     with file.open("rb") as stream:
       stream.seek(start)
