@@ -1,4 +1,4 @@
-"""Settings of JAX for all tests, made before it is imported."""
+"""JAX settings for all tests; some of them must be set before JAX is imported."""
 
 import atexit
 import os
@@ -17,8 +17,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Tiny programs take longer to compile than to run. JAX does not start with an XLA flag that its
-# release does not know, so a process of its own tries it.
+# Tiny programs take longer to compile than to run. JAX fails to start if its release does not know
+# an XLA flag, so the flag is first tried in a separate process.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 if "XLA_FLAGS" not in os.environ:
   os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
@@ -34,8 +34,8 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
-# A shell that starts pytest in the background may make it ignore SIGINT, and with it the commands
-# that the tests start and interrupt.
+# A shell that starts pytest in the background may make it ignore SIGINT. The commands that tests
+# start would inherit this, but some tests interrupt them by SIGINT.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 

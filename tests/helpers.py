@@ -33,7 +33,7 @@ def subtree(arrays, prefix):
 
 @functools.cache
 def random_params(config, seed=0):
-  """Draws parameters none of which is 0 or 1, so that each of them changes the output."""
+  """Samples parameters that are neither 0 nor 1, so that each of them changes the output."""
   rng = np.random.default_rng(seed)
 
   def draw(name, shape):
@@ -50,7 +50,7 @@ def random_params(config, seed=0):
 
 
 def random_tokens(config, batch_size, length, seed=0):
-  """Draws tokens [B, T] int32."""
+  """Samples tokens [B, T] int32."""
   shape = (batch_size, length)
   return np.random.default_rng(seed).integers(0, config.n_vocab, shape).astype(np.int32)
 
@@ -89,9 +89,10 @@ VARIANTS = {
 
 
 def tiny(**changes):
-  """Makes a config of one layer; a test to which depth matters asks for more.
+  """Makes a small config.
 
-  Compilation time grows with the number of layers.
+  It has one layer, because compilation time grows with the number of layers. Tests that need more
+  layers pass n_layer.
   """
   return tvq.TransformerConfig.tiny(
     **{
@@ -127,7 +128,7 @@ def run_batches():
 
 
 def apply(config, params, tokens, state=None, **kwargs):
-  """Runs the compiled model on tokens [B, T]; None: from the initial state."""
+  """Runs the compiled model on tokens [B, T] from a state; None is the initial state."""
   state = tvq.initial_state(config, tokens.shape[0]) if state is None else state
   return jitted(config)(params, tokens, state, kwargs)
 
@@ -148,7 +149,7 @@ def make_checkpoint(step=0):
 
 
 def overflowing_params(config, module="transformer/layers/attention_1/q", name="kernel"):
-  """Random parameters of which one is so large that its products overflow."""
+  """Returns random parameters, one of which is so large that its products overflow."""
   params = random_params(config)
   value = params[module][name].at[..., 0, 0].set(3e38)
   return {**params, module: {**params[module], name: value}}

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: what they read, in which order, on which host."""
+"""Batches for training and evaluation: their tokens, their order, and the share of each host."""
 
 import time
 

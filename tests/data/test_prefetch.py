@@ -1,4 +1,4 @@
-"""Prefetched batches: complete, in order, with their errors, and without a thread left behind."""
+"""Prefetched batches are complete and in order; errors are raised, and the thread ends."""
 
 import threading
 import time

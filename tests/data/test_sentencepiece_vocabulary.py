@@ -1,4 +1,4 @@
-"""Subword vocabularies: lossless if trained here, and checked when they are read."""
+"""Subword vocabularies: lossless if trained by `train_pieces`, and checked when they are read."""
 
 import numpy as np
 import pytest

@@ -15,7 +15,7 @@ def test_inputs_are_the_targets_shifted_by_one_token():
   assert (np.bincount(batch["doc_ids"]) == [41, 8, 61]).all()
 
 
-def test_documents_without_eos_are_still_predicted_from_one():
+def test_the_first_input_of_a_document_without_eos_is_eos():
   values = np.arange(12, dtype=np.uint8)
   stream = data.TokenStream(values, np.array([4, 8, 12]), offset=3)
   batch = all_tokens(stream)

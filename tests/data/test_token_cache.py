@@ -30,7 +30,7 @@ def split_directories(cache):
 
 
 def decode_documents(split, vocabulary):
-  """Yields the documents that the tokens of a split stand for."""
+  """Yields the documents that the tokens of a split decode to."""
   start = 0
   for end in split.stream.ends:
     yield vocabulary.decode(split.stream.take(np.arange(start, end))["targets"])
@@ -150,7 +150,7 @@ def test_a_failed_encoding_leaves_no_files(tmp_path):
   assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_text_that_is_not_utf8_has_no_subwords(tmp_path):
+def test_text_that_is_not_utf8_cannot_be_encoded_as_subwords(tmp_path):
   vocabulary = train_vocabulary(tmp_path, toy_books(tmp_path / "books"))
   (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n" * 100)
   source = data.TextFiles(tmp_path / "latin.txt")
@@ -206,7 +206,7 @@ def start_encoding(root, argument):
   )
 
 
-def test_a_killed_process_leaves_nothing_that_is_read(tmp_path):
+def test_the_draft_of_a_killed_process_is_not_read(tmp_path):
   toy_datasets.write_books(tmp_path / "books", n_byte=5000)
   with start_encoding(tmp_path, "100") as process:
     assert process.stdout.readline() == "chunk\n"

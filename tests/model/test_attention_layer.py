@@ -1,4 +1,4 @@
-"""The attention layer: which scan runs the recurrence over blocks, inside and outside of Haiku."""
+"""The recurrence over blocks: it is an hk.scan in the model, and a lax.scan outside of Haiku."""
 
 import haiku as hk
 import jax
@@ -36,7 +36,7 @@ def forward_and_gradient(config):
 
 
 @pytest.mark.parametrize("reduction", ["scan", "serial"])
-def test_the_model_scans_blocks_by_haiku_with_the_numbers_of_lax(reduction, monkeypatch):
+def test_the_model_uses_hk_scan_and_gets_the_results_of_lax_scan(reduction, monkeypatch):
   config = helpers.tiny(reduction=reduction, p_dropres=0.2, p_dropsin=0.1, p_droplyr=0.1)
   calls = []
   haiku_scan = hk.scan

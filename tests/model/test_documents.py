@@ -25,7 +25,7 @@ def test_packed_documents_equal_documents_alone(name):
   tokens = helpers.random_tokens(config, 1, sum(lengths))
   doc_ids = np.repeat([3, 4, 6, 7], lengths)[None].astype(np.int32)
   packed = apply(config, params, tokens, doc_ids=doc_ids)
-  # Documents begin in these windows, fill them, and end in them.
+  # In these windows, documents begin, end, or cover the whole window.
   state, windows = None, []
   for start, stop in ((0, 20), (20, 33), (33, 53)):
     out = apply(config, params, tokens[:, start:stop], state, doc_ids=doc_ids[:, start:stop])

@@ -1,4 +1,4 @@
-"""Rematerialization: what the backward pass keeps, how it is estimated, and that it is exact."""
+"""Rematerialization: the activations that are kept, their estimate, and unchanged gradients."""
 
 import math
 
@@ -52,12 +52,12 @@ def test_estimated_activation_bytes_are_near_the_bytes_that_autodiff_keeps(setti
   assert 0.7 <= estimate / saved_bytes(config) <= 1.1
 
 
-def test_each_remat_keeps_what_the_table_says():
+def test_each_remat_setting_keeps_the_activations_in_the_table():
   config = tvq.TransformerConfig(n_vocab=16, n_layer=3, reduction="serial")
 
   def bytes_per_token(remat):
-    model = config.replace(remat=remat)
-    return (saved_bytes(model, 2 * LENGTH) - saved_bytes(model, LENGTH)) / LENGTH
+    changed = config.replace(remat=remat)
+    return (saved_bytes(changed, 2 * LENGTH) - saved_bytes(changed, LENGTH)) / LENGTH
 
   none, block, dots, layer = (bytes_per_token(name) for name in ("none", "block", "dots", "layer"))
   # `layer` keeps the inputs [T, D] of N layers; outside of the layers, two arrays [T, D].
@@ -86,7 +86,7 @@ def test_remat_does_not_change_gradients():
     helpers.assert_trees_close(gradients(tiny(remat=remat)), expected)
 
 
-def test_auto_remat_compares_the_estimate_with_a_fraction_of_the_memory(monkeypatch):
+def test_auto_remat_compares_the_estimate_with_a_fraction_of_device_memory(monkeypatch):
   config = tvq.TransformerConfig(n_vocab=259)
   needed = remat_lib.activation_bytes(config, LENGTH)
   monkeypatch.setattr(remat_lib, "device_memory_bytes", lambda device: math.ceil(needed / 0.65))

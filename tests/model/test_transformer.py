@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_one_call_equals_windows_equals_single_tokens(name):
+def test_windows_and_single_tokens_give_the_logits_and_state_of_one_call(name):
   config = tiny(**VARIANTS[name])
   params = helpers.random_params(config)
   tokens = helpers.random_tokens(config, 2, 53)
@@ -322,7 +322,7 @@ def test_initial_values_of_parameters():
         assert module.split("/")[-1] in ("embedding", "quantizer")
 
 
-def test_model_is_a_module_inside_the_transform_of_a_user():
+def test_the_model_can_be_used_inside_another_haiku_transform():
   config = tiny()
 
   def classify(tokens):

@@ -1,4 +1,4 @@
-"""Training on any mesh computes what one device does: parameters, codebooks and losses."""
+"""Training, evaluation and generation on a mesh give the results of one device."""
 
 import functools
 

@@ -94,7 +94,7 @@ def wait_for_checkpoint(workdir):
 
 @pytest.fixture(scope="module")
 def single_process_run(workspace, tmp_path_factory):
-  """The directory of the same run with one process."""
+  """Returns the directory of a finished run with one process."""
   workdir = tmp_path_factory.mktemp("single") / "run"
   status, _, err = run(f"{COMMAND} --workdir={workdir}", workspace)
   assert status == 0, err
@@ -183,7 +183,8 @@ def test_votes_broadcasts_and_the_failure_of_one_process(workspace):
       "shared": [False, True, True],
       "forgotten": [False, False],
     }
-  # Process 1 reports its own failure, and does not wait for process 0; that reports its peer's.
+  # Process 1 reports its own failure and does not wait for process 0, which reports that another
+  # process stopped.
   assert [status for *_, status in results] == [1, 1], results
   peer, own = results[0][1], results[1][1]
   assert "RESOURCE_EXHAUSTED" in own and "another process" not in own, own
@@ -220,10 +221,10 @@ def test_a_single_process_gets_its_own_requests_at_once():
 
 
 def test_a_shared_stop_request_stays_true():
-  wishes = [True]
-  shared = multihost.SharedStopRequest(wishes)
+  request = [True]  # true until it is cleared
+  shared = multihost.SharedStopRequest(request)
   assert shared
-  wishes.clear()
+  request.clear()
   assert shared
 
 
@@ -260,7 +261,7 @@ OWN = [
 
 
 class TestPeerFailure:
-  """Which errors are reported as the failure of another process."""
+  """`is_peer_failure` recognizes errors that the failure of another process caused."""
 
   @pytest.fixture(autouse=True)
   def several_processes(self, monkeypatch):
@@ -286,7 +287,7 @@ class TestPeerFailure:
 
   @pytest.mark.parametrize("own_is_first", [True, False])
   def test_running_out_of_memory_is_the_failure_of_this_process(self, own_is_first):
-    """Also where a barrier failed afterwards, because this process was late."""
+    """The failure of a barrier before or after it does not matter."""
     first, second = (OWN[0], PEER[4]) if own_is_first else (PEER[4], OWN[0])
     error = RuntimeError(second)
     error.__context__ = RuntimeError(first)

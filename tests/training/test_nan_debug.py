@@ -1,4 +1,4 @@
-"""Which non-finite tensor is named, and how training ends because of it."""
+"""The name of the first non-finite tensor, and the end of training after skipped updates."""
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,7 @@ class TestTraining:
   def test_the_batch_of_the_skipped_updates_is_examined(
     self, tmp_path, monkeypatch, first, limit, last
   ):
-    """In the middle of a run, when the next step has already started, and in the last batch."""
+    """They are in the middle of a run, when the next step has already started, or at its end."""
     original = losses.training_loss
 
     def non_finite(config, params, rng, batch, state, **settings):

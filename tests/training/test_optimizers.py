@@ -72,7 +72,7 @@ def test_vectors_do_not_decay_and_decay_ignores_the_learning_rate():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
 def test_codebooks_are_updated_by_sgd_with_every_optimizer(optimizer):
-  """Without clipping, weight decay, or a learning rate other than 1."""
+  """They are not clipped and do not decay, and their learning rate is 1."""
   params = make_params()
   train_cfg = tvq.TrainConfig(optimizer=optimizer, grad_clip=1e-9, wd_lam=0.5)
   after = three_updates(train_cfg, params)[QUANTIZER]

@@ -14,7 +14,7 @@ from helpers import apply, tiny
 
 
 class TestArrays:
-  def test_letters_are_bound_and_compared(self):
+  def test_a_letter_has_the_same_size_in_all_arrays(self):
     dims = chex.Dimensions(K=3)
     checks.check_arrays(
       "f", dims, q=(jnp.ones((2, 3)), "TK", jnp.floating), k=(None, "TV", jnp.floating)

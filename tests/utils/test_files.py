@@ -18,7 +18,7 @@ def test_prepare_directory_creates_it_and_leaves_it_empty(tmp_path):
   assert os.listdir(path) == []
 
 
-def test_prepare_directory_names_one_that_is_not_writable(tmp_path):
+def test_prepare_directory_names_a_directory_that_is_not_writable(tmp_path):
   tmp_path.chmod(0o555)
   try:
     with privileges.dropped():
@@ -56,7 +56,7 @@ def test_unused_path_counts_up(tmp_path):
     unused.touch()
 
 
-def test_lock_excludes_and_ends_with_the_process(tmp_path):
+def test_a_lock_is_exclusive_and_is_released_when_its_process_ends(tmp_path):
   file = tmp_path / "lock"
   code = (
     "import pathlib, sys\n"
@@ -107,7 +107,7 @@ class TestManifest:
     with pytest.raises(ValueError, match=r"^b is missing\.$"):
       files.check_manifest(directory, "manifest.json")
 
-  def test_missing_manifest_is_no_error_and_a_damaged_one_is(self, directory):
+  def test_a_missing_manifest_is_accepted_and_a_damaged_one_is_rejected(self, directory):
     (directory / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="Expecting"):
       files.check_manifest(directory, "manifest.json")

@@ -10,7 +10,7 @@ from tvq_haiku.utils import progress
 
 
 class Terminal(io.StringIO):
-  """Standard error that is a terminal."""
+  """A replacement for standard error that claims to be a terminal."""
 
   def isatty(self):
     return True
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-  """Replaces the clock by the first element of a list, in seconds."""
+  """Returns a list whose only element is the time in seconds that `time.monotonic` returns."""
   seconds = [100.0]
   monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
   return seconds
@@ -31,9 +31,9 @@ def test_status_lines(capsys, clock):
       update(step, f"loss {step}")
   assert capsys.readouterr().err.splitlines() == [
     "training 12/100  loss 12",  # no estimate: the first call includes compilation
-    # At 14 only 2 s have passed.
+    # Nothing at step 14, 2 s after the last line.
     "training 16/100  loss 16  210 s left",  # 10 s for 4 steps
-    # At 98 only 9.9 s have passed; the last step is always shown.
+    # Nothing at step 98, 9.9 s after the last line. The last step is always shown.
     "training 100/100  loss 100  0 s left",
   ]
 

@@ -1,4 +1,4 @@
-"""What all datasets share: lines, paths and fingerprints."""
+"""Functions that all datasets share: lines, paths and fingerprints."""
 
 import os
 
