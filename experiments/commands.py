@@ -89,7 +89,7 @@ def export_params(setup: RunSetup) -> None:
   """Writes the parameters and the configuration of a checkpoint to one file."""
   run = _load_run(setup)
   file = setup.workdir / _PARAMETERS_FILE
-  export.export_params(file, run.config, run.train_state.params)
+  export.export_params(run.train_state.params, run.config, file)
   print(f"Written to {file}, after {int(run.train_state.step)} updates")
 
 
@@ -146,7 +146,7 @@ def _initial_params(experiment: experiment_lib.Experiment, init: str | None) -> 
     progress.log(f"--init={init} is ignored: {experiment.workdir} holds a run, which is resumed")
     return None
   try:
-    _, params = export.import_params(init)
+    params, _ = export.import_params(init)
     transformer.check_params(params, experiment.config)
   except (OSError, ValueError) as error:
     raise ValueError(f"--init={init}: {error}") from error

@@ -42,7 +42,7 @@ def main() -> None:
   data.ByteVocabulary.check(f"--checkpoint={_CHECKPOINT.value}", run.config.n_vocab)
   stream = data.stream_of([data.ByteVocabulary.encode(text)])
   likelihood = tvq.evaluate(
-    run.config, run.train_state.params, stream, batch_size=_ROWS.value, show_progress=True
+    run.train_state.params, run.config, stream, batch_size=_ROWS.value, show_progress=True
   )
   print(
     f"{likelihood.bits_per(len(text)):.4f} bits per byte over {len(text):,} bytes "

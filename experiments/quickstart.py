@@ -121,8 +121,8 @@ def main() -> None:
 
   # -- evaluation and samples ------------------------------------------------------------------
   params = run.train_state.params
-  table = _bits_per_byte(config, params, novels)
-  passages = _sample(config, params, seed)
+  table = _bits_per_byte(params, config, novels)
+  passages = _sample(params, config, seed)
   n_param = sum(x.size for x in jax.tree.leaves(params))
   report = _describe(table, passages, novels, workdir, n_param=n_param, smoke=smoke)
   print(report, end="")
@@ -140,7 +140,7 @@ def _load_novels(n_byte: int | None) -> Novels:
 
 
 def _bits_per_byte(
-  config: tvq.TransformerConfig, params: Params, novels: Novels
+  params: Params, config: tvq.TransformerConfig, novels: Novels
 ) -> dict[str, float]:
   """Returns the bits per byte of the held-out novel, for the model and for each compressor.
 
@@ -150,7 +150,7 @@ def _bits_per_byte(
     novels: the training novels, which the compressors may refer to, and the held-out novel.
   """
   stream = data.stream_of([data.ByteVocabulary.encode(novels.held_out)])
-  likelihood = tvq.evaluate(config, params, stream, show_progress=True)
+  likelihood = tvq.evaluate(params, config, stream, show_progress=True)
   table = {"tvq_haiku": likelihood.bits_per(len(novels.held_out))}
   training_text = b"".join(novels.training.values())
   for name, compress in baseline_compressors.COMPRESSORS.items():
@@ -158,7 +158,7 @@ def _bits_per_byte(
   return table
 
 
-def _sample(config: tvq.TransformerConfig, params: Params, seed: int) -> list[str]:
+def _sample(params: Params, config: tvq.TransformerConfig, seed: int) -> list[str]:
   """Returns the text that the model samples after each of the prompts."""
   return tvq.continue_text(
     params,

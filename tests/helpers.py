@@ -127,7 +127,7 @@ def run_batches():
   )
 
 
-def apply(config, params, tokens, state=None, **kwargs):
+def apply(params, config, tokens, state=None, **kwargs):
   """Runs the compiled model on tokens [B, T] from a state; None is the initial state."""
   state = tvq.initial_state(config, tokens.shape[0]) if state is None else state
   return jitted(config)(params, tokens, state, kwargs)

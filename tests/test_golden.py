@@ -28,7 +28,7 @@ def computed(name):
 
   @jax.jit
   def both(params, batch, state):
-    loss = lambda p: tvq.training_loss(config, p, None, batch, state, with_metrics=True)
+    loss = lambda p: tvq.training_loss(p, config, None, batch, state, with_metrics=True)
     evaluated = model.apply(params, None, batch["inputs"], state, batch["doc_ids"])
     trained = model.apply(
       params, None, batch["inputs"], state, batch["doc_ids"], batch["loss_mask"], is_training=True

@@ -99,7 +99,7 @@ def _random_model(config: tvq.TransformerConfig) -> Model:
   params = tvq.make_transformer(config).init(
     jax.random.key(0), jnp.zeros((1, 1), jnp.int32), tvq.initial_state(config, 1)
   )
-  weights = jax.block_until_ready(decoder_weights.prepare_weights(config, params))
+  weights = jax.block_until_ready(decoder_weights.prepare_weights(params, config))
   return Model(config, params, weights)
 
 
@@ -176,8 +176,8 @@ class DecodeSteps:
     self._state = sample_loop.start_generation(config, state, logits, stop)
     self._sample = functools.partial(
       sample_loop.sample_tokens,
-      config,
       weights,
+      config,
       rngs=jax.random.split(jax.random.key(1), batch_size),
       sampling_params=sampling.make_sampling_params(),
       limit=n_token,

@@ -110,7 +110,7 @@ def _train(
     batches,
     experiment.workdir,
     record=recorder,
-    validate=lambda params, stop: experiment.measure_split(config, params, validation, stop=stop),
+    validate=lambda params, stop: experiment.measure_split(params, config, validation, stop=stop),
     options=trainer.TrainerOptions(
       log_every=_LOG_EVERY,
       save_seconds=save_seconds,

@@ -32,7 +32,7 @@ def run(tmp_path):
 
 
 def last_logits(params, tokens):
-  return helpers.apply(CONFIG, params, tokens).logits[:, -4:]
+  return helpers.apply(params, CONFIG, tokens).logits[:, -4:]
 
 
 def param_names(params):
@@ -51,7 +51,7 @@ def test_checkpoint_loads_with_the_same_logits(run, expected, capsys):
 
 
 def test_export_loads_with_the_same_parameters(run, expected):
-  config, params = tvq.import_params(COMPAT / "params.safetensors")
+  params, config = tvq.import_params(COMPAT / "params.safetensors")
   assert config == CONFIG
   assert_same(params, tvq.load_checkpoint(run).train_state.params)
   np.testing.assert_allclose(
@@ -62,12 +62,12 @@ def test_export_loads_with_the_same_parameters(run, expected):
 def test_parameter_names_are_unchanged(expected):
   params = tvq.params_shapes(CONFIG)
   assert param_names(params) == expected["param_names"].tolist()
-  assert param_names(tvq.import_params(COMPAT / "params.safetensors")[1]) == param_names(params)
+  assert param_names(tvq.import_params(COMPAT / "params.safetensors")[0]) == param_names(params)
 
 
 def test_export_writes_the_same_arrays_and_format(tmp_path):
-  config, params = tvq.import_params(COMPAT / "params.safetensors")
-  tvq.export_params(tmp_path / "params.safetensors", config, params)
+  params, config = tvq.import_params(COMPAT / "params.safetensors")
+  tvq.export_params(params, config, tmp_path / "params.safetensors")
   before, after = (read_safetensors(d / "params.safetensors") for d in (COMPAT, tmp_path))
   assert after[0].keys() == before[0].keys()
   assert_same(after[0], before[0])

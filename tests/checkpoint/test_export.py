@@ -18,8 +18,8 @@ CONFIG = helpers.RUN
 
 def test_round_trip(tmp_path):
   params = helpers.random_params(CONFIG)
-  tvq.export_params(tmp_path / "a" / "model.safetensors", CONFIG, params)
-  config, loaded = tvq.import_params(tmp_path / "a" / "model.safetensors")
+  tvq.export_params(params, CONFIG, tmp_path / "a" / "model.safetensors")
+  loaded, config = tvq.import_params(tmp_path / "a" / "model.safetensors")
   assert config == CONFIG
   assert_same(loaded, params)
   assert os.listdir(tmp_path / "a") == ["model.safetensors"]
@@ -28,8 +28,8 @@ def test_round_trip(tmp_path):
 def test_existing_file_is_replaced(tmp_path):
   for seed in (0, 1):
     params = helpers.random_params(CONFIG, seed)
-    tvq.export_params(tmp_path / "file", CONFIG, params)
-    assert_same(tvq.import_params(tmp_path / "file")[1], params)
+    tvq.export_params(params, CONFIG, tmp_path / "file")
+    assert_same(tvq.import_params(tmp_path / "file")[0], params)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08" + b"\0" * 7 + b"{}      ", b"x" * 100])
@@ -47,7 +47,7 @@ def test_safetensors_of_other_programs_are_refused(tmp_path):
 
 def test_truncated_file_is_refused(tmp_path):
   file = tmp_path / "file"
-  tvq.export_params(file, CONFIG, helpers.random_params(CONFIG))
+  tvq.export_params(helpers.random_params(CONFIG), CONFIG, file)
   file.write_bytes(file.read_bytes()[:-5])
   with pytest.raises(ValueError, match="does not hold the parameters of a model"):
     tvq.import_params(file)
@@ -60,13 +60,13 @@ def test_missing_file_is_an_os_error(tmp_path):
 
 def test_params_of_a_different_config_are_not_exported(tmp_path):
   with pytest.raises(ValueError, match="params do not fit this config"):
-    tvq.export_params(tmp_path / "file", CONFIG.replace(n_code=7), helpers.random_params(CONFIG))
+    tvq.export_params(helpers.random_params(CONFIG), CONFIG.replace(n_code=7), tmp_path / "file")
   assert not (tmp_path / "file").exists()
 
 
 def test_params_that_do_not_fit_their_config_are_not_imported(tmp_path):
   file = tmp_path / "file"
-  tvq.export_params(file, CONFIG, helpers.random_params(CONFIG))
+  tvq.export_params(helpers.random_params(CONFIG), CONFIG, file)
   settings = {"format": "tvq_haiku", "config": CONFIG.replace(n_code=7).to_json()}
   safetensors_numpy.save_file(safetensors_numpy.load_file(file), file, settings)
   with pytest.raises(ValueError, match=r"does not hold .*: params do not fit this config"):
@@ -75,12 +75,12 @@ def test_params_that_do_not_fit_their_config_are_not_imported(tmp_path):
 
 def test_run_is_initialized_from_exported_params(tmp_path):
   params = helpers.random_params(CONFIG)
-  tvq.export_params(tmp_path / "file", CONFIG, params)
+  tvq.export_params(params, CONFIG, tmp_path / "file")
   begin = trainer.resume_or_initialize(
     CONFIG,
     helpers.RUN_TRAINING,
     tmp_path / "run",
-    params=tvq.import_params(tmp_path / "file")[1],
+    params=tvq.import_params(tmp_path / "file")[0],
   )
   assert_same(begin.train_state.params, params)
   assert int(begin.train_state.step) == 0

@@ -27,14 +27,14 @@ def batch_of_two():
 
 def nats_of_one_pass(inputs, targets):
   """Returns the negative log-likelihood of one sequence of tokens from one forward pass."""
-  logits = helpers.apply(CONFIG, PARAMS, inputs[None]).logits[0]
+  logits = helpers.apply(PARAMS, CONFIG, inputs[None]).logits[0]
   logprobs = jax.nn.log_softmax(logits)
   return -float(jnp.take_along_axis(logprobs, targets[:, None], axis=1).sum())
 
 
 @pytest.mark.parametrize("batch_size, window_len", [(1, 50), (1, 301), (3, 64)])
 def test_every_token_counts_once(batch_size, window_len):
-  likelihood = tvq.evaluate(CONFIG, PARAMS, STREAM, batch_size=batch_size, window_len=window_len)
+  likelihood = tvq.evaluate(PARAMS, CONFIG, STREAM, batch_size=batch_size, window_len=window_len)
   tokens = STREAM.take(np.arange(301))
   part = -(-301 // batch_size)
   expected = sum(
@@ -54,8 +54,8 @@ def test_aligned_parts_do_not_split_documents():
     nats_of_one_pass(tokens["inputs"][part], tokens["targets"][part])
     for part in (slice(0, 160), slice(160, 301))
   )
-  aligned = tvq.evaluate(CONFIG, PARAMS, STREAM, batch_size=2, align=32)
-  unaligned = tvq.evaluate(CONFIG, PARAMS, STREAM, batch_size=2)
+  aligned = tvq.evaluate(PARAMS, CONFIG, STREAM, batch_size=2, align=32)
+  unaligned = tvq.evaluate(PARAMS, CONFIG, STREAM, batch_size=2)
   np.testing.assert_allclose(aligned.nats, expected, rtol=1e-5)
   assert abs(unaligned.nats - expected) > 1e-3 and aligned.tokens == unaligned.tokens == 301
 
@@ -99,7 +99,7 @@ def test_stop_is_checked_before_each_window():
       return self.checks == 3
 
   stop = StopAtThird()
-  assert tvq.evaluate(CONFIG, PARAMS, STREAM, batch_size=1, window_len=64, stop=stop) is None
+  assert tvq.evaluate(PARAMS, CONFIG, STREAM, batch_size=1, window_len=64, stop=stop) is None
   assert stop.checks == 3
 
 
@@ -118,16 +118,16 @@ def test_perplexity_beyond_the_range_of_floats_is_infinite(nats, units):
 @pytest.mark.parametrize("name", ["batch_size", "window_len", "align"])
 def test_sizes_below_one_are_rejected(name):
   with pytest.raises(ValueError, match=f"evaluate: {name}=0 must be at least 1"):
-    tvq.evaluate(CONFIG, PARAMS, STREAM, **{name: 0})
+    tvq.evaluate(PARAMS, CONFIG, STREAM, **{name: 0})
 
 
 def test_encoders_are_rejected():
   with pytest.raises(ValueError, match="evaluate: causal=False: an encoder sees"):
-    tvq.evaluate(CONFIG.replace(causal=False), PARAMS, STREAM)
+    tvq.evaluate(PARAMS, CONFIG.replace(causal=False), STREAM)
 
 
 def test_evaluations_of_the_same_shapes_are_compiled_once():
-  evaluate = lambda: tvq.evaluate(CONFIG, PARAMS, STREAM, batch_size=2, window_len=48)
+  evaluate = lambda: tvq.evaluate(PARAMS, CONFIG, STREAM, batch_size=2, window_len=48)
   evaluate()
   n_compiled = likelihood_lib._eval_step._cache_size()
   assert n_compiled > 0

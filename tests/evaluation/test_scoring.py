@@ -24,7 +24,7 @@ def logprob_of_one_pass(raw):
   n = len(raw) + 1
   padded = np.zeros((1, 160), np.int32)  # one shape for all texts; a causal model ignores the rest
   padded[0, :n] = tokens[:-1]
-  logprobs = jax.nn.log_softmax(helpers.apply(CONFIG, PARAMS, padded).logits[0, :n])
+  logprobs = jax.nn.log_softmax(helpers.apply(PARAMS, CONFIG, padded).logits[0, :n])
   return jnp.take_along_axis(logprobs, tokens[1:, None], axis=-1).sum()
 
 
@@ -50,7 +50,7 @@ def test_no_texts_have_no_scores():
 def test_score_equals_evaluate():
   text = TEXTS[2] * 5
   likelihood = tvq.evaluate(
-    CONFIG, PARAMS, data.stream_of([data.ByteVocabulary.encode(text)]), batch_size=1, window_len=64
+    PARAMS, CONFIG, data.stream_of([data.ByteVocabulary.encode(text)]), batch_size=1, window_len=64
   )
   scores = tvq.score(PARAMS, CONFIG, [text], window_len=64)
   np.testing.assert_allclose(scores.bits_per_byte[0], likelihood.bits_per(len(text)), rtol=1e-6)

@@ -47,7 +47,7 @@ def test_no_character_is_split_between_chunks(monkeypatch):
   tokens = data.ByteVocabulary.encode(text)
   n_sampled = 0
 
-  def sample_tokens(config, weights, state, rngs, params, limit, *, chunk_len, stop):
+  def sample_tokens(weights, config, state, rngs, params, limit, *, chunk_len, stop):
     nonlocal n_sampled
     chunk = tokens[n_sampled : n_sampled + limit]
     n_sampled += len(chunk)

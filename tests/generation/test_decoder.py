@@ -33,7 +33,7 @@ def make_reader(config):
   @jax.jit
   def scan(weights, tokens, state, active):
     def step(state, x):
-      logits, state = decoder.decode_token(config, weights, x[0], state, x[1])
+      logits, state = decoder.decode_token(weights, config, x[0], state, x[1])
       return state, logits
 
     start = decoder.start_decoding(config, state)
@@ -42,7 +42,7 @@ def make_reader(config):
 
   def read(params, tokens, state, active=None):
     active = np.ones(tokens.shape, bool) if active is None else active
-    return scan(decoder_weights.prepare_weights(config, params), tokens, state, active)
+    return scan(decoder_weights.prepare_weights(params, config), tokens, state, active)
 
   return read
 
@@ -58,8 +58,8 @@ def variant(name, **changes):
 def test_logits_and_state_equal_those_of_the_forward_pass(name):
   config = variant(name)
   params, tokens, T = random_params(config), random_tokens(config, 2, 48), 35
-  warm = apply(config, params, tokens[:, :13])
-  rest = apply(config, params, tokens[:, 13:], warm.state)
+  warm = apply(params, config, tokens[:, :13])
+  rest = apply(params, config, tokens[:, 13:], warm.state)
   expected = np.concatenate([warm.logits, rest.logits], axis=1)
   for start, state in ((0, tvq.initial_state(config, 2)), (13, warm.state)):
     # T is a multiple of no block length, and larger than every window.
@@ -72,8 +72,8 @@ def test_logits_and_state_equal_those_of_the_forward_pass(name):
 def test_a_state_is_unchanged_by_starting_and_finishing_decoding(name):
   config = variant(name)
   tokens = random_tokens(config, 2, 13)
-  once = apply(config, random_params(config), tokens).state
-  twice = apply(config, random_params(config), tokens, once).state
+  once = apply(random_params(config), config, tokens).state
+  twice = apply(random_params(config), config, tokens, once).state
   for state in (tvq.initial_state(config, 2), once, twice):
     assert_same(decoder.finish_decoding(decoder.start_decoding(config, state)), state)
 
@@ -84,10 +84,10 @@ def test_inactive_batch_elements_keep_their_state(name):
   params, tokens = random_params(config), random_tokens(config, 3, 30)
   n_read = np.array([30, 11, 0])
   active = np.arange(30) < n_read[:, None]
-  state = apply(config, params, random_tokens(config, 3, 9, seed=1)).state
+  state = apply(params, config, random_tokens(config, 3, 9, seed=1)).state
   _, got = make_reader(config)(params, tokens, state, active)
   padded = np.where(active, 0, -1)
-  assert_trees_close(got, apply(config, params, tokens, state, doc_ids=padded).state)
+  assert_trees_close(got, apply(params, config, tokens, state, doc_ids=padded).state)
 
 
 @pytest.mark.parametrize("name", ["absolute", "crossing", "full"])
@@ -95,8 +95,8 @@ def test_decoding_continues_the_last_of_several_packed_documents(name):
   config = variant(name)
   params, tokens = random_params(config), random_tokens(config, 2, 42)
   docs = np.repeat(np.array([[0, 1, 1], [0, 0, 2]]), [9, 9, 24], axis=1)
-  state = apply(config, params, tokens[:, :21], doc_ids=docs[:, :21]).state
-  rest = apply(config, params, tokens[:, 21:], state, doc_ids=docs[:, 21:])
+  state = apply(params, config, tokens[:, :21], doc_ids=docs[:, :21]).state
+  rest = apply(params, config, tokens[:, 21:], state, doc_ids=docs[:, 21:])
   logits, got = make_reader(config)(params, tokens[:, 21:], state)
   np.testing.assert_allclose(logits, rest.logits, atol=2e-5)
   assert_trees_close(got, rest.state)
@@ -108,10 +108,10 @@ def test_training_continues_from_a_decoded_state():
 
   def gradients(state):
     batch = {"inputs": tokens[:, 20:], "targets": tokens[:, 20:]}
-    loss = lambda p: tvq.training_loss(config, p, jax.random.key(0), batch, state)[0]
+    loss = lambda p: tvq.training_loss(p, config, jax.random.key(0), batch, state)[0]
     return jax.jit(jax.grad(loss))(params)
 
-  forward = apply(config, params, tokens[:, :20]).state
+  forward = apply(params, config, tokens[:, :20]).state
   _, decoded = make_reader(config)(params, tokens[:, :20], tvq.initial_state(config, 2))
   assert_trees_close(gradients(decoded), gradients(forward))
 
@@ -120,7 +120,7 @@ def test_training_continues_from_a_decoded_state():
 def test_bfloat16_logits_are_close_to_those_of_the_forward_pass(name):
   config = variant(name, precision="bfloat16")
   params, tokens = random_params(config), random_tokens(config, 2, 35)
-  forward = apply(config, params, tokens)
+  forward = apply(params, config, tokens)
   logits, state = make_reader(config)(params, tokens, tvq.initial_state(config, 2))
   assert logits.dtype == jnp.float32
   assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, forward.state)

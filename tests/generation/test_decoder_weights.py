@@ -13,7 +13,7 @@ from helpers import VARIANTS, random_params, tiny
 @pytest.mark.parametrize("name", ["plain", "absolute", "mqa", "full mha"])
 def test_weights_are_in_the_compute_dtype_and_statistics_in_float32(name):
   config = tiny(**VARIANTS[name], precision="bfloat16")
-  weights = decoder_weights.prepare_weights(config, random_params(config))
+  weights = decoder_weights.prepare_weights(random_params(config), config)
   assert len(weights.layers) == config.n_layer
   names = {
     jax.tree_util.keystr(path): x.dtype
@@ -27,7 +27,7 @@ def test_weights_are_in_the_compute_dtype_and_statistics_in_float32(name):
 def test_projections_have_one_row_per_output():
   config = tiny(n_layer=2)
   params = random_params(config)
-  weights = decoder_weights.prepare_weights(config, params)
+  weights = decoder_weights.prepare_weights(params, config)
   for i, layer in enumerate(weights.layers):
     kernels = [
       params[f"transformer/layers/attention_2/{name}"]["kernel"][i] for name in ("q", "kvg")

@@ -33,7 +33,7 @@ def continue_text(prompts, n=20, **kwargs):
 def test_logprobs_and_state_equal_those_of_one_forward_pass(temperature):
   prompts = helpers.random_tokens(CONFIG, 2, 13)
   out = generate(prompts, temperature=temperature)
-  forward = helpers.apply(CONFIG, PARAMS, np.concatenate([prompts, out.tokens], axis=1))
+  forward = helpers.apply(PARAMS, CONFIG, np.concatenate([prompts, out.tokens], axis=1))
   logprobs = jax.nn.log_softmax(forward.logits[:, 12:-1])
   if temperature == 0.0:
     np.testing.assert_array_equal(out.tokens, logprobs.argmax(-1))

@@ -20,12 +20,12 @@ def test_prompts_are_read_as_each_alone_in_several_windows(monkeypatch):
   state, logits = prefill.prefill(PARAMS, CONFIG, prompts, tvq.initial_state(CONFIG, 2))
   np.testing.assert_array_equal(state.position, lengths)
   for b, prompt in enumerate(prompts):
-    alone = helpers.apply(CONFIG, PARAMS, prompt[None])
+    alone = helpers.apply(PARAMS, CONFIG, prompt[None])
     np.testing.assert_allclose(logits[b], alone.logits[0, -1], atol=2e-5)
 
 
 def test_an_empty_prompt_keeps_its_state_and_logits():
-  state = helpers.apply(CONFIG, PARAMS, helpers.random_tokens(CONFIG, 2, 9)).state
+  state = helpers.apply(PARAMS, CONFIG, helpers.random_tokens(CONFIG, 2, 9)).state
   logits = jnp.arange(22.0).reshape(2, 11)
   prompts = [np.array([3, 4], np.int32), np.array([], np.int32)]
   new_state, new_logits = prefill.prefill(PARAMS, CONFIG, prompts, state, logits)

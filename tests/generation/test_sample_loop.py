@@ -25,8 +25,8 @@ def start(stop, config=CONFIG, batch_size=2):
 
 def sample(state, limit, stop, chunk_len=8):
   return sample_loop.sample_tokens(
+    decoder_weights.prepare_weights(PARAMS, CONFIG),
     CONFIG,
-    decoder_weights.prepare_weights(CONFIG, PARAMS),
     state,
     RNGS,
     sampling.make_sampling_params(),
@@ -78,8 +78,8 @@ def test_several_chunks_are_the_same_as_one(monkeypatch, ends):
 
   def sample_in_chunks():
     return sample_loop.sample_in_chunks(
+      decoder_weights.prepare_weights(PARAMS, CONFIG),
       CONFIG,
-      decoder_weights.prepare_weights(CONFIG, PARAMS),
       start(stop),
       RNGS,
       sampling.make_sampling_params(),
@@ -110,7 +110,7 @@ def test_the_compiled_loop_copies_no_ring_buffer_or_cache(with_optimizations, ba
   config = tiny(d_v=40, mem_len=24, n_code=27)
   program = sample_loop.sample_tokens.lower(
     config,
-    decoder_weights.prepare_weights(config, random_params(config)),
+    decoder_weights.prepare_weights(random_params(config), config),
     start(StopConditions(), config, batch_size),
     jax.random.split(jax.random.key(0), batch_size),
     sampling.make_sampling_params(),

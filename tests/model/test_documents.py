@@ -24,11 +24,11 @@ def test_packed_documents_equal_documents_alone(name):
   lengths = (13, 1, 30, 9)
   tokens = helpers.random_tokens(config, 1, sum(lengths))
   doc_ids = np.repeat([3, 4, 6, 7], lengths)[None].astype(np.int32)
-  packed = apply(config, params, tokens, doc_ids=doc_ids)
+  packed = apply(params, config, tokens, doc_ids=doc_ids)
   # In these windows, documents begin, end, or cover the whole window.
   state, windows = None, []
   for start, stop in ((0, 20), (20, 33), (33, 53)):
-    out = apply(config, params, tokens[:, start:stop], state, doc_ids=doc_ids[:, start:stop])
+    out = apply(params, config, tokens[:, start:stop], state, doc_ids=doc_ids[:, start:stop])
     state = out.state
     windows.append(out.logits)
   np.testing.assert_allclose(jnp.concatenate(windows, axis=1), packed.logits, atol=2e-5)
@@ -38,7 +38,7 @@ def test_packed_documents_equal_documents_alone(name):
     padded = np.zeros((1, 30), np.int32)
     padded[0, :length] = tokens[0, selected]
     ids = np.where(np.arange(30) < length, 0, -1)[None].astype(np.int32)
-    alone = apply(config, params, padded, doc_ids=ids).logits[0, :length]
+    alone = apply(params, config, padded, doc_ids=ids).logits[0, :length]
     np.testing.assert_allclose(packed.logits[0, selected], alone, atol=2e-5, err_msg=str(document))
 
 
@@ -102,7 +102,7 @@ def test_a_changed_token_changes_later_logits_of_its_document_only(doc_mask):
   doc_ids = np.repeat([0, 1, 2], [14, 20, 16])[None].astype(np.int32)
   changed = tokens.copy()
   changed[0, 20] = (tokens[0, 20] + 1) % config.n_vocab
-  before, after = (apply(config, params, x, doc_ids=doc_ids).logits for x in (tokens, changed))
+  before, after = (apply(params, config, x, doc_ids=doc_ids).logits for x in (tokens, changed))
   differs = np.abs(before - after).max(-1)[0] > 0
   assert not differs[:20].any() and differs[20:34].all()
   assert differs[34:].any() != doc_mask
@@ -120,7 +120,7 @@ def test_the_loss_of_a_document_has_no_gradient_for_tokens_of_other_documents():
     batch = dict(
       inputs=tokens, targets=tokens, doc_ids=doc_ids, loss_mask=(doc_ids == document).astype(int)
     )
-    return tvq.training_loss(config, params, None, batch, tvq.initial_state(config, 1))[0]
+    return tvq.training_loss(params, config, None, batch, tvq.initial_state(config, 1))[0]
 
   only_in_first = sorted(set(tokens[0, :14]) - set(tokens[0, 34:]))
   assert only_in_first
@@ -133,7 +133,7 @@ def test_padding_anywhere_equals_no_padding():
   config = tiny(pe_abs=True)
   params = helpers.random_params(config)
   tokens = helpers.random_tokens(config, 3, 40)
-  start = apply(config, params, tokens[:, :9]).state
+  start = apply(params, config, tokens[:, :9]).state
   tokens = tokens[:, 9:]
   is_token = np.ones((3, 31), bool)
   is_token[0, :7] = False  # before the tokens
@@ -141,7 +141,7 @@ def test_padding_anywhere_equals_no_padding():
   is_token[2, ::3] = False  # between them
   noise = np.where(is_token, tokens, (tokens + 5) % config.n_vocab)
   doc_ids = np.where(is_token, 0, -1).astype(np.int32)
-  padded = apply(config, params, noise, start, doc_ids=doc_ids)
+  padded = apply(params, config, noise, start, doc_ids=doc_ids)
   for i in range(3):
 
     def select(x, axis):
@@ -149,7 +149,7 @@ def test_padding_anywhere_equals_no_padding():
 
     selected = is_token[i]
     state = state_lib.map_batch_axis(select, start)
-    alone = apply(config, params, tokens[i, selected][None], state)
+    alone = apply(params, config, tokens[i, selected][None], state)
     np.testing.assert_allclose(padded.logits[i, selected], alone.logits[0], atol=2e-5)
     helpers.assert_trees_close(state_lib.map_batch_axis(select, padded.state), alone.state)
 
@@ -165,7 +165,7 @@ def test_padding_changes_neither_loss_nor_gradients():
   def gradients(tokens):
     batch = dict(inputs=tokens, targets=tokens, doc_ids=doc_ids, loss_mask=np.ones_like(doc_ids))
     return jax.value_and_grad(
-      lambda p: tvq.training_loss(config, p, None, batch, tvq.initial_state(config, 2))[0]
+      lambda p: tvq.training_loss(p, config, None, batch, tvq.initial_state(config, 2))[0]
     )(params)
 
   changed = np.where(doc_ids < 0, (tokens + 3) % config.n_vocab, tokens)

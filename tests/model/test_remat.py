@@ -23,7 +23,7 @@ def saved_bytes(config, length=LENGTH):
   def backward(params, tokens):
     def loss(params):
       batch = dict(inputs=tokens, targets=tokens)
-      return tvq.training_loss(config, params, None, batch, tvq.initial_state(config, 1))[0]
+      return tvq.training_loss(params, config, None, batch, tvq.initial_state(config, 1))[0]
 
     return jax.vjp(loss, params)[1]
 
@@ -77,7 +77,7 @@ def test_remat_does_not_change_gradients():
 
   def gradients(config):
     def loss(params):
-      return tvq.training_loss(config, params, None, batch, tvq.initial_state(config, 2))[0]
+      return tvq.training_loss(params, config, None, batch, tvq.initial_state(config, 2))[0]
 
     return jax.jit(jax.grad(loss))(helpers.random_params(config))
 

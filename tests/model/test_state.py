@@ -19,7 +19,7 @@ def test_size_of_the_state_does_not_depend_on_the_number_of_tokens(name):
   assert all(leaf.shape[:2] == (config.n_layer, 2) for leaf in jax.tree.leaves(state[2:]))
   for length in (1, 37):
     tokens = helpers.random_tokens(config, 2, length)
-    after = apply(config, helpers.random_params(config), tokens).state
+    after = apply(helpers.random_params(config), config, tokens).state
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert after.position.tolist() == [length, length]
 

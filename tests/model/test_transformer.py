@@ -23,9 +23,9 @@ def test_windows_and_single_tokens_give_the_logits_and_state_of_one_call(name):
   config = tiny(**VARIANTS[name])
   params = helpers.random_params(config)
   tokens = helpers.random_tokens(config, 2, 53)
-  one_call = apply(config, params, tokens)
-  first = apply(config, params, tokens[:, :30])
-  second = apply(config, params, tokens[:, 30:], first.state)
+  one_call = apply(params, config, tokens)
+  first = apply(params, config, tokens[:, :30])
+  second = apply(params, config, tokens[:, 30:], first.state)
   windows = jnp.concatenate([first.logits, second.logits], axis=1)
   np.testing.assert_allclose(windows, one_call.logits, atol=2e-5)
   helpers.assert_trees_close(second.state, one_call.state)
@@ -43,6 +43,44 @@ def test_windows_and_single_tokens_give_the_logits_and_state_of_one_call(name):
   helpers.assert_trees_close(state, one_call.state)
   _, logits = read_single_tokens(tvq.initial_state(config, 2), tokens[:, :23])
   np.testing.assert_allclose(logits.swapaxes(0, 1), one_call.logits[:, :23], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "mha", "full", "encoder"])
+def test_without_a_state_the_model_starts_from_the_initial_state(name):
+  config = tiny(causal=False) if name == "encoder" else tiny(**VARIANTS[name])
+  params, tokens = helpers.random_params(config), helpers.random_tokens(config, 2, 20)
+  model = tvq.make_transformer(config)
+  with_state = model.apply(params, None, tokens, tvq.initial_state(config, 2))
+  without = model.apply(params, None, tokens)
+  helpers.assert_same(without, with_state)
+  helpers.assert_same(
+    jax.tree.map(jnp.shape, model.init(jax.random.key(0), tokens)), jax.tree.map(jnp.shape, params)
+  )
+
+
+def test_logprobs_are_normalized_logits():
+  config = tiny()
+  out = apply(helpers.random_params(config), config, helpers.random_tokens(config, 2, 7))
+  total = jnp.exp(out.logits).sum(-1, keepdims=True)
+  np.testing.assert_allclose(out.logprobs, jnp.log(jnp.exp(out.logits) / total), atol=1e-5)
+  assert out.logprobs.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["plain", "absolute"])
+def test_hidden_is_the_input_of_the_output_projection(name, precision):
+  config = tiny(**VARIANTS[name], precision=precision)
+  params = helpers.random_params(config)
+  out = apply(params, config, helpers.random_tokens(config, 2, 7))
+  assert out.hidden.shape == (2, 7, config.d_model) and out.hidden.dtype == config.compute_dtype
+  if config.e_tie:
+    kernel = params["transformer/embedding"]["embeddings"].T
+    bias = params["transformer/embedding"]["output_bias"]
+  else:
+    kernel, bias = (params["transformer/unembedding"][n] for n in ("kernel", "bias"))
+  logits = (out.hidden.astype(jnp.float32) @ kernel + bias) * config.e_scale
+  atol = 1e-5 if precision == "float32" else 0.1
+  np.testing.assert_allclose(out.logits, logits, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -73,26 +111,26 @@ def test_causality_jacobian_is_lower_triangular(name):
   assert float(influence[jnp.tril_indices(length)].min()) > 0.0
 
 
-def training_loss(config, params, batch, state=None):
+def training_loss(params, config, batch, state=None):
   state = tvq.initial_state(config, batch["inputs"].shape[0]) if state is None else state
-  return tvq.training_loss(config, params, None, batch, state)[0]
+  return tvq.training_loss(params, config, None, batch, state)[0]
 
 
 def test_codebook_gradient_is_one_step_of_the_moving_average():
   config = tiny(n_layer=1, c_gamma=0.9)
   params = helpers.random_params(config)
   tokens = jnp.asarray(helpers.random_tokens(config, 2, 24))
-  gradient = jax.jit(jax.grad(training_loss, argnums=1), static_argnums=0)
+  gradient = jax.jit(jax.grad(training_loss), static_argnums=1)
   (name,) = [module for module in params if module.endswith("attention_1/quantizer")]
   old = params[name]
 
   def step(loss_mask):
     batch = dict(inputs=tokens, targets=tokens, loss_mask=loss_mask)
-    change = gradient(config, params, batch)[name]
+    change = gradient(params, config, batch)[name]
     return {key: old[key] - change[key] for key in old}
 
   # Every token is either in the memory or counted in the cache of the state after it.
-  state = apply(config, params, tokens).state.attention_1
+  state = apply(params, config, tokens).state.attention_1
   in_memory = jax.nn.one_hot(state.memory_codes, config.n_code).sum(-2)
   counts = (state.cache_counts + in_memory).sum(1)  # [N, G, S]
   assert float(counts.sum()) == 48
@@ -113,8 +151,8 @@ def test_every_parameter_that_is_used_gets_a_gradient(name):
   config = tiny(**VARIANTS[name])
   tokens = jnp.asarray(helpers.random_tokens(config, 2, 40))
   batch = dict(inputs=tokens, targets=jnp.roll(tokens, 1, axis=1))
-  gradients = jax.jit(jax.grad(training_loss, argnums=1), static_argnums=0)(
-    config, helpers.random_params(config), batch
+  gradients = jax.jit(jax.grad(training_loss), static_argnums=1)(
+    helpers.random_params(config), config, batch
   )
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
     is_unused = "output_bias" in str(path) and not config.e_tie
@@ -126,8 +164,8 @@ def test_logits_depend_on_the_state(name):
   config = tiny(**VARIANTS[name])
   params = helpers.random_params(config)
   tokens = helpers.random_tokens(config, 2, 40)
-  first = apply(config, params, tokens)
-  second = apply(config, params, tokens, first.state)
+  first = apply(params, config, tokens)
+  second = apply(params, config, tokens, first.state)
   assert (jnp.abs(second.logits[:, 0] - first.logits[:, 0]).max(-1) > 1e-3).all()
 
 
@@ -169,7 +207,7 @@ def test_each_dropout_is_reproducible_and_acts_in_training_only(rate):
   assert float(jnp.abs(first - second).max()) > 1e-3
   without_dropout = logits(jax.random.key(0), False)
   np.testing.assert_array_equal(without_dropout, logits(jax.random.key(1), False))
-  expected = apply(config.replace(**{rate: 0.0}), params, tokens).logits
+  expected = apply(params, config.replace(**{rate: 0.0}), tokens).logits
   np.testing.assert_allclose(without_dropout, expected, atol=2e-5)
 
 
@@ -187,10 +225,10 @@ def test_bfloat16_training_is_finite_and_keeps_parameters_in_float32():
   assert all(np.isfinite(value).all() for value in metrics.values())
   assert jax.tree.map(lambda x: x.dtype, state.params) == before
   assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
-  out = apply(config, state.params, tokens)
+  out = apply(state.params, config, tokens)
   assert out.logits.dtype == jnp.float32
   assert out.state.attention_1.memory_values.dtype == jnp.bfloat16
-  exact = apply(config.replace(precision="float32"), state.params, tokens)
+  exact = apply(state.params, config.replace(precision="float32"), tokens)
   assert 1e-6 < float(jnp.abs(out.logits - exact.logits).max()) < 0.2
 
 
@@ -218,9 +256,9 @@ def test_policy_sets_the_dtypes_of_activations_but_not_of_counts_codebook_and_lo
 def test_bfloat16_counts_stay_exact_past_256():
   config = tiny(precision="bfloat16", n_layer=1)
   params = helpers.random_params(config)
-  state = apply(config, params, np.full((1, 700), 3, np.int32)).state
+  state = apply(params, config, np.full((1, 700), 3, np.int32)).state
   for _ in range(3):
-    state = apply(config, params, np.full((1, 1), 3, np.int32), state).state
+    state = apply(params, config, np.full((1, 1), 3, np.int32), state).state
   assert float(state.attention_1.cache_counts.max()) == 703 - config.mem_len
 
 
@@ -229,19 +267,19 @@ def test_encoder_attends_to_both_sides_and_returns_its_state_unchanged():
   params = helpers.random_params(config)
   tokens = helpers.random_tokens(config, 2, length)
   state = tvq.initial_state(config, 2)
-  out = apply(config, params, tokens)
+  out = apply(params, config, tokens)
   jax.tree.map(np.testing.assert_array_equal, out.state, state)
   for index in (0, length - 1):
     changed = tokens.copy()
     changed[0, index] = (tokens[0, index] + 1) % config.n_vocab
-    differs = np.abs(apply(config, params, changed).logits - out.logits).max(-1) > 0
+    differs = np.abs(apply(params, config, changed).logits - out.logits).max(-1) > 0
     assert differs[0].all() and not differs[1].any()
   # Documents and padding are separated as in a causal model.
   doc_ids = np.repeat([0, 1, -1], [9, 10, 2])[None].astype(np.int32)
-  packed = apply(config, params, tokens[:1], doc_ids=doc_ids)
+  packed = apply(params, config, tokens[:1], doc_ids=doc_ids)
   for document in (0, 1):
     selected = doc_ids[0] == document
-    alone = apply(config, params, tokens[:1, selected])
+    alone = apply(params, config, tokens[:1, selected])
     np.testing.assert_allclose(packed.logits[0, selected], alone.logits[0], atol=2e-5)
 
 

@@ -93,7 +93,7 @@ def gradients_on(mesh, config):
   def function(params, batch, state):
     with sharding.use_mesh(mesh):
       return gradients_lib.loss_gradients(
-        config, params, jax.random.key(3), batch, state, sequence_rng=jax.random.key(4)
+        params, config, jax.random.key(3), batch, state, sequence_rng=jax.random.key(4)
       )
 
   return jax.device_get(jax.jit(function)(*args))
@@ -157,10 +157,10 @@ def test_training_with_microbatches_equals_complete_batches():
 def test_evaluation_on_a_mesh_equals_one_device():
   params = helpers.random_params(CONFIG)
   stream = data.stream_of([np.arange(300) % 11])
-  want = tvq.evaluate(CONFIG, params, stream, batch_size=4, window_len=64)
+  want = tvq.evaluate(params, CONFIG, stream, batch_size=4, window_len=64)
   mesh = sharding.make_mesh("data:4,model:2")
   params = jax.device_put(params, sharding.replicated(mesh))
-  got = tvq.evaluate(CONFIG, params, stream, batch_size=4, window_len=64, mesh=mesh)
+  got = tvq.evaluate(params, CONFIG, stream, batch_size=4, window_len=64, mesh=mesh)
   assert got.tokens == want.tokens == 301 and abs(got.nats - want.nats) < 1e-3
 
 

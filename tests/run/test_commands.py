@@ -131,7 +131,7 @@ class TestTrain:
     assert first.keys() == last.keys() == {"step", "validation_loss_lm"}
     checkpoint = experiment_lib.load_run(experiment.workdir, weights="last")
     metrics = experiment.measure_split(
-      CONFIG, checkpoint.train_state.params, experiment.open_split("validation"), max_tokens=40
+      checkpoint.train_state.params, CONFIG, experiment.open_split("validation"), max_tokens=40
     )
     np.testing.assert_allclose(last["validation_loss_lm"], metrics["loss_lm"], rtol=1e-6)
 

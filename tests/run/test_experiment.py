@@ -40,9 +40,9 @@ def test_sequences_start_at_images(runs):
 def test_limited_validation_reads_complete_images(runs, max_tokens, n):
   experiment, checkpoint = runs["images"]
   params, split = checkpoint.train_state.params, experiment.open_split("test")
-  metrics = experiment.measure_split(checkpoint.config, params, split, max_tokens=max_tokens)
+  metrics = experiment.measure_split(params, checkpoint.config, split, max_tokens=max_tokens)
   assert metrics.keys() == {"loss_lm"}  # the measures are defined for the whole split
-  want = tvq.evaluate(checkpoint.config, params, split.stream.head(n), batch_size=1)
+  want = tvq.evaluate(params, checkpoint.config, split.stream.head(n), batch_size=1)
   assert want.tokens == n
   np.testing.assert_allclose(metrics["loss_lm"], want.nats_per_token, rtol=1e-5)
 
@@ -50,16 +50,16 @@ def test_limited_validation_reads_complete_images(runs, max_tokens, n):
 def test_limit_beyond_the_split_reads_all_of_it(runs):
   experiment, checkpoint = runs["images"]
   params, split = checkpoint.train_state.params, experiment.open_split("test")
-  metrics = experiment.measure_split(checkpoint.config, params, split)
+  metrics = experiment.measure_split(params, checkpoint.config, split)
   assert metrics.keys() == {"loss_lm", "bits_per_dim"}
   limit = split.statistics.n_token + 1
-  assert metrics == experiment.measure_split(checkpoint.config, params, split, max_tokens=limit)
+  assert metrics == experiment.measure_split(params, checkpoint.config, split, max_tokens=limit)
 
 
 def test_stopped_validation_has_no_metrics(runs):
   experiment, checkpoint = runs["text"]
   params, split = checkpoint.train_state.params, experiment.open_split("test")
-  assert experiment.measure_split(checkpoint.config, params, split, stop=True) is None
+  assert experiment.measure_split(params, checkpoint.config, split, stop=True) is None
 
 
 def test_best_checkpoint_has_the_lowest_validation_loss(runs):

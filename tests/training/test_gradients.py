@@ -22,7 +22,7 @@ def make_inputs(batch_size=4):
   batch = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], loss_mask=mask)
   params = helpers.random_params(CONFIG)
   state = tvq.initial_state(CONFIG, batch_size)
-  _, aux = jax.jit(lambda batch: tvq.training_loss(CONFIG, params, None, batch, state))(batch)
+  _, aux = jax.jit(lambda batch: tvq.training_loss(params, CONFIG, None, batch, state))(batch)
   return params, jax.tree.map(jnp.asarray, batch), aux.state
 
 
@@ -30,8 +30,8 @@ def compute(n_microbatch, *inputs, config=CONFIG):
   params, batch, state = inputs
   return jax.jit(
     lambda *args: gradients.loss_gradients(
-      config,
       args[0],
+      config,
       jax.random.key(0),
       *args[1:],
       n_microbatch=n_microbatch,
@@ -75,8 +75,8 @@ def test_each_microbatch_has_its_own_dropout_masks():
   loss = jax.jit(
     lambda batch, rng, n: (
       gradients.loss_gradients(
-        config,
         params,
+        config,
         rng,
         batch,
         tvq.initial_state(config, batch["inputs"].shape[0]),
@@ -95,7 +95,7 @@ def test_each_microbatch_has_its_own_dropout_masks():
 def test_a_batch_that_microbatches_do_not_divide_is_rejected():
   params, batch, state = make_inputs()
   with pytest.raises(AssertionError):
-    gradients.loss_gradients(CONFIG, params, jax.random.key(0), batch, state, n_microbatch=3)
+    gradients.loss_gradients(params, CONFIG, jax.random.key(0), batch, state, n_microbatch=3)
 
 
 def test_gradients_have_the_dtypes_of_the_parameters_under_a_bfloat16_policy():

@@ -17,7 +17,7 @@ CONFIG = helpers.RUN.replace(p_dropres=0.0, p_droplyr=0.0)
 def loss():
   """`training_loss` of a batch, compiled."""
   params, state = helpers.random_params(CONFIG), tvq.initial_state(CONFIG, 2)
-  return jax.jit(lambda batch: tvq.training_loss(CONFIG, params, None, batch, state))
+  return jax.jit(lambda batch: tvq.training_loss(params, CONFIG, None, batch, state))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_state_gets_no_gradient(loss, batch):
 
   def objective(means, values):
     attention = state.attention_1._replace(cache_means=means, memory_values=values)
-    return tvq.training_loss(CONFIG, params, None, batch, state._replace(attention_1=attention))[0]
+    return tvq.training_loss(params, CONFIG, None, batch, state._replace(attention_1=attention))[0]
 
   gradients = jax.jit(jax.grad(objective, argnums=(0, 1)))(
     state.attention_1.cache_means, state.attention_1.memory_values
@@ -112,4 +112,4 @@ def test_the_state_gets_no_gradient(loss, batch):
 def test_wrong_targets_are_named(batch, change, error, message):
   params, state = helpers.random_params(CONFIG), tvq.initial_state(CONFIG, 2)
   with pytest.raises(error, match=f"training_loss: {message}"):
-    tvq.training_loss(CONFIG, params, None, {**batch, "targets": change(batch["targets"])}, state)
+    tvq.training_loss(params, CONFIG, None, {**batch, "targets": change(batch["targets"])}, state)

@@ -22,7 +22,7 @@ class TestFirstNonFinite:
     tokens = helpers.random_tokens(config, 2, 16)
     batch = {"inputs": tokens, "targets": tokens}
     state = tvq.initial_state(config, 2) if state is None else state
-    return nan_debug.first_non_finite(config, params, jax.random.key(0), batch, state)
+    return nan_debug.first_non_finite(params, config, jax.random.key(0), batch, state)
 
   def test_none_if_all_values_are_finite(self):
     assert self.find(helpers.random_params(self.config)) is None
@@ -67,8 +67,8 @@ class TestFirstNonFinite:
   def test_a_gradient(self, monkeypatch):
     original = losses.training_loss
 
-    def infinite_slope(config, params, *args, **kwargs):
-      loss, aux = original(config, params, *args, **kwargs)
+    def infinite_slope(params, config, *args, **kwargs):
+      loss, aux = original(params, config, *args, **kwargs)
       p = params["transformer/embedding"]["embeddings"][:3]
       return loss + jnp.sum(jnp.sqrt(p - jax.lax.stop_gradient(p))), aux  # adds 0
 
@@ -116,8 +116,8 @@ class TestTraining:
     """They are in the middle of a run, when the next step has already started, or at its end."""
     original = losses.training_loss
 
-    def non_finite(config, params, rng, batch, state, **settings):
-      loss, aux = original(config, params, rng, batch, state, **settings)
+    def non_finite(params, config, rng, batch, state, **settings):
+      loss, aux = original(params, config, rng, batch, state, **settings)
       return jnp.where(batch["targets"][0, 0] == 250, jnp.nan, 1.0) * loss, aux
 
     class Batches:

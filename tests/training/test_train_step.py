@@ -49,7 +49,9 @@ def test_a_step_equals_its_updates_one_by_one():
   optimizer = train_step_lib.optimizers.make_optimizer(TRAIN)
   for i in range(2):
     window = {key: value[:, 16 * i : 16 * (i + 1)] for key, value in batch.items()}
-    loss, aux, gradients = jax.jit(train_step_lib.gradients_lib.loss_gradients, static_argnums=0)(
+    loss, aux, gradients = jax.jit(
+      train_step_lib.gradients_lib.loss_gradients, static_argnames="config"
+    )(
       CONFIG,
       want.params,
       jax.random.fold_in(rng, i),
@@ -180,8 +182,8 @@ class TestSkippedUpdates:
   def test_the_next_window_starts_from_a_finite_state(self, monkeypatch):
     original = losses.training_loss
 
-    def non_finite(config, params, rng, batch, state, **settings):
-      loss, aux = original(config, params, rng, batch, state, **settings)
+    def non_finite(params, config, rng, batch, state, **settings):
+      loss, aux = original(params, config, rng, batch, state, **settings)
       factor = jnp.where(batch["inputs"][0, 0] == 7, jnp.nan, 1.0)  # only in the first window
       state = jax.tree.map(
         lambda x: x * factor if jnp.issubdtype(x.dtype, jnp.floating) else x, aux.state
@@ -202,8 +204,8 @@ class TestSkippedUpdates:
   def test_a_non_finite_gradient_of_a_finite_loss_skips_the_update(self, monkeypatch, module, name):
     original = losses.training_loss
 
-    def infinite_slope(config, params, *args, **settings):
-      loss, aux = original(config, params, *args, **settings)
+    def infinite_slope(params, config, *args, **settings):
+      loss, aux = original(params, config, *args, **settings)
       p = params[module][name]
       return loss + jnp.sum(jnp.sqrt(p - jax.lax.stop_gradient(p))), aux  # adds 0
 
@@ -217,8 +219,8 @@ class TestSkippedUpdates:
   def test_a_replay_returns_the_inputs_of_the_first_skipped_update(self, monkeypatch):
     original = losses.training_loss
 
-    def non_finite(config, params, rng, batch, state, **settings):
-      loss, aux = original(config, params, rng, batch, state, **settings)
+    def non_finite(params, config, rng, batch, state, **settings):
+      loss, aux = original(params, config, rng, batch, state, **settings)
       return jnp.where(batch["inputs"][0, 0] == 8, jnp.nan, 1.0) * loss, aux
 
     monkeypatch.setattr(losses, "training_loss", non_finite)
@@ -237,7 +239,7 @@ class TestSkippedUpdates:
 class TestRevivedCodes:
   """With c_revive, codes that are hardly used are replaced by keys of the batch."""
 
-  def params_after_a_step(self, config, params):
+  def params_after_a_step(self, params, config):
     step = tvq.make_train_step(config, TRAIN.replace(lr_max=0.0, n_warmup_step=0))
     state, _ = step(initial_state(config, params), make_batch(), jax.random.key(1))
     return state.params
@@ -250,8 +252,8 @@ class TestRevivedCodes:
       "c_sum": averages["c_sum"].at[0, 0, 2].set(1e3),
       "c_count": averages["c_count"].at[0, 0, 2].set(0.1),
     }
-    off = self.params_after_a_step(config.replace(c_revive=0.0), params)[QUANTIZER]
-    on = self.params_after_a_step(config, params)[QUANTIZER]
+    off = self.params_after_a_step(params, config.replace(c_revive=0.0))[QUANTIZER]
+    on = self.params_after_a_step(params, config)[QUANTIZER]
     used = np.array([0, 1, 3, 4, 5])
     np.testing.assert_allclose(
       on["c_sum"][0, 0, used], off["c_sum"][0, 0, used], rtol=0.2, atol=0.2

@@ -112,7 +112,7 @@ class TestArgumentsOfTheModel:
   def test_out_of_range_tokens_under_jit_give_nan_logits(self):
     for token in (11, -1):
       tokens = jnp.full((1, 5), token)
-      assert jnp.isnan(apply(self.config, helpers.random_params(self.config), tokens).logits).all()
+      assert jnp.isnan(apply(helpers.random_params(self.config), self.config, tokens).logits).all()
 
   @pytest.mark.parametrize(
     "other, batch_size, field",

@@ -23,15 +23,15 @@ from tvq_haiku.utils import files, optional
 _FORMAT = "tvq_haiku"  # in the metadata, so that other safetensors files are recognized
 
 
-def export_params(file: str | os.PathLike, config: TransformerConfig, params: Params) -> None:
+def export_params(params: Params, config: TransformerConfig, file: str | os.PathLike) -> None:
   """Writes parameters and their configuration to a safetensors file.
 
   The file appears only when it is complete; an existing file is replaced.
 
   Args:
-    file: path of the file, such as `params.safetensors`. Missing directories are created.
-    config: the configuration of the model.
     params: the parameters of the model.
+    config: the configuration of the model.
+    file: path of the file, such as `params.safetensors`. Missing directories are created.
 
   Raises:
     ValueError: the parameters do not fit the configuration.
@@ -39,11 +39,11 @@ def export_params(file: str | os.PathLike, config: TransformerConfig, params: Pa
 
   >>> import tempfile
   >>> config = TransformerConfig.tiny()
-  >>> params = transformer.make_transformer(config).init(
-  ...     jax.random.key(0), jnp.zeros((1, 1), jnp.int32), transformer.initial_state(config, 1))
+  >>> model = transformer.make_transformer(config)
+  >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   >>> with tempfile.TemporaryDirectory() as directory:
-  ...   export_params(f"{directory}/model.safetensors", config, params)
-  ...   import_params(f"{directory}/model.safetensors")[0] == config
+  ...   export_params(params, config, f"{directory}/model.safetensors")
+  ...   import_params(f"{directory}/model.safetensors")[1] == config
   True
   """
   transformer.check_params(params, config)
@@ -57,11 +57,11 @@ def export_params(file: str | os.PathLike, config: TransformerConfig, params: Pa
   files.write_atomically(files.prepare_directory(file.parent) / file.name, content)
 
 
-def import_params(file: str | os.PathLike) -> tuple[TransformerConfig, Params]:
+def import_params(file: str | os.PathLike) -> tuple[Params, TransformerConfig]:
   """Reads a file that `export_params` wrote.
 
   Returns:
-    The configuration, and the parameters on the default device.
+    The parameters, on the default device, and the configuration.
 
   Raises:
     ValueError: the file is damaged, or `export_params` did not write it.
@@ -80,7 +80,7 @@ def import_params(file: str | os.PathLike) -> tuple[TransformerConfig, Params]:
     raise ValueError(
       f"{file} does not hold the parameters of a model: {files.short_message(error)}"
     ) from error
-  return config, params
+  return params, config
 
 
 def _metadata(content: bytes) -> dict[str, str]:

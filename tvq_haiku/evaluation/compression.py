@@ -172,12 +172,12 @@ def _code_lanes(
   """
   categorical = _constriction().model.Categorical
   n_lane, n_byte = len(starts) - 1, starts[-1]
-  weights = decoder_weights.prepare_weights(config, params)
+  weights = decoder_weights.prepare_weights(params, config)
   state = decoder_lib.start_decoding(config, transformer.initial_state(config, n_lane))
   tokens = np.full(n_lane, ByteVocabulary.EOS, np.int32)
   n_step = starts[1]  # the first lane is the longest
   for step in range(n_step):
-    probabilities, state = _next_byte_probabilities(config, weights, tokens, state)
+    probabilities, state = _next_byte_probabilities(weights, config, tokens, state)
     for lane, distribution in enumerate(np.asarray(probabilities)):
       position = starts[lane] + step
       if position < starts[lane + 1]:
@@ -186,16 +186,16 @@ def _code_lanes(
       report(min(n_byte, (step + 1) * n_lane))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def _next_byte_probabilities(
-  config: TransformerConfig,
   weights: decoder_weights.DecoderWeights,
+  config: TransformerConfig,
   tokens: Array,
   state: decoder_lib.DecodeState,
 ) -> tuple[Array, decoder_lib.DecodeState]:
   """Reads one token of each lane [B]; returns the probabilities [B, X] f32 of the next."""
   active = jnp.ones(tokens.shape, bool)
-  logits, state = decoder_lib.decode_token(config, weights, tokens, state, active)
+  logits, state = decoder_lib.decode_token(weights, config, tokens, state, active)
   return jax.nn.softmax(logits), state
 
 

@@ -96,18 +96,18 @@ def make_eval_step(
     checks.check_batch(batch, (B, T), config.n_vocab)
     if mesh is not None:
       batch = sharding.put_batch(batch, mesh, B)
-    return _eval_step(config, mesh, params, batch, state)
+    return _eval_step(params, config, batch, state, mesh)
 
   return eval_step
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _eval_step(
-  config: TransformerConfig,
-  mesh: jax.sharding.Mesh | None,
   params: Params,
+  config: TransformerConfig,
   batch: Batch,
   state: transformer.TransformerState,
+  mesh: jax.sharding.Mesh | None,
 ) -> tuple[EvalSums, transformer.TransformerState]:
   """Evaluates one window [B, T]."""
   chex.assert_equal_shape([batch["inputs"], batch["targets"]])
@@ -128,8 +128,8 @@ def _eval_step(
 
 
 def evaluate(
-  config: TransformerConfig,
   params: Params,
+  config: TransformerConfig,
   stream: TokenStream,
   *,
   batch_size: int = 8,
@@ -145,8 +145,8 @@ def evaluate(
   state of its own. With one part every token has all the context there is; more are faster.
 
   Args:
-    config: the model.
-    params: its parameters.
+    params: parameters of the model.
+    config: its configuration.
     stream: tokens to evaluate.
     batch_size: B, the number of parts.
     window_len: T, the number of tokens of each part in a step; the result does not depend on it.

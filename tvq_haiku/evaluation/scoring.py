@@ -68,8 +68,8 @@ def score(
       is a single text, or a size is less than 1.
 
   >>> config = TransformerConfig.tiny()
-  >>> params = transformer.make_transformer(config).init(
-  ...     jax.random.key(0), jnp.ones((1, 1), jnp.int32), transformer.initial_state(config, 1))
+  >>> model = transformer.make_transformer(config)
+  >>> params = model.init(jax.random.key(0), jnp.ones((1, 1), jnp.int32))
   >>> scores = score(params, config, ["Anne", "Captain Wentworth"])
   >>> scores.n_token.tolist(), scores.bits_per_byte.shape
   ([5, 18], (2,))
@@ -99,7 +99,7 @@ def score(
     for group in groups:
       state = transformer.initial_state(config, len(group))
       for batch in _windows([documents[i] for i in group], window_len):
-        nats, state = _window_nats(config, params, batch, state)
+        nats, state = _window_nats(params, config, batch, state)
         logprobs[group] -= np.asarray(nats, np.float64)
         n_done += 1
         report(n_done)
@@ -125,9 +125,9 @@ def _windows(documents: Sequence[np.ndarray], window_len: int) -> Iterator[HostB
     yield {"inputs": inputs, "targets": targets, "doc_ids": doc_ids}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnames="config")
 def _window_nats(
-  config: TransformerConfig, params: Params, batch: Batch, state: transformer.TransformerState
+  params: Params, config: TransformerConfig, batch: Batch, state: transformer.TransformerState
 ) -> tuple[Array, transformer.TransformerState]:
   """Returns the negative log-likelihood [B] f32 of a window, and the state after it."""
   inputs, targets, doc_ids = (batch[key] for key in ("inputs", "targets", "doc_ids"))

@@ -22,8 +22,8 @@ class Conversation:
 
   >>> import jax
   >>> config = TransformerConfig.tiny()
-  >>> params = transformer.make_transformer(config).init(
-  ...     jax.random.key(0), np.ones((1, 1), np.int32), transformer.initial_state(config, 1))
+  >>> model = transformer.make_transformer(config)
+  >>> params = model.init(jax.random.key(0), np.ones((1, 1), np.int32))
   >>> conversation = Conversation(params, config, rng=jax.random.key(1), temperature=0.8)
   >>> for chunk in conversation.write("It was ", max_new_tokens=20):
   ...   pass  # print(chunk, end="", flush=True)
@@ -67,7 +67,7 @@ class Conversation:
       temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, caller="Conversation"
     )
     self._params, self._config, self._rng = params, config, rng
-    self._weights = decoder_weights.prepare_weights(config, params)
+    self._weights = decoder_weights.prepare_weights(params, config)
     self._initial_state = state  # None: the next prompt starts a new text
     self._generation: sample_loop.GenerationState | None = None  # None: no prompt was read yet
 
@@ -122,8 +122,8 @@ class Conversation:
     n_left, ended = max_new_tokens, False
     while n_left > 0 and not ended:
       sampled, self._generation = sample_loop.sample_tokens(
-        self._config,
         self._weights,
+        self._config,
         self._generation,
         rngs,
         self._sampling,

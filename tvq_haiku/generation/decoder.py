@@ -117,8 +117,8 @@ class _TokenContext(NamedTuple):
 
 
 def decode_token(
-  config: TransformerConfig,
   weights: DecoderWeights,
+  config: TransformerConfig,
   tokens: Array,
   state: DecodeState,
   active: Array,
@@ -126,8 +126,8 @@ def decode_token(
   """Reads one token per batch element.
 
   Args:
-    config: configuration of the model.
     weights: from `prepare_weights`.
+    config: configuration of the model.
     tokens: [B] int32 in [0, X).
     state: from `start_decoding` or the previous step.
     active: [B] bool. Inactive batch elements keep their state, and their logits are undefined;
@@ -150,7 +150,7 @@ def decode_token(
   x = x.astype(c.policy.output_dtype)
   buffers = []
   for layer, layer_buffers in zip(weights.layers, state.buffers, strict=True):
-    x, new_buffers = _layer(c, layer, x, layer_buffers, context)
+    x, new_buffers = _layer(layer, c, x, layer_buffers, context)
     buffers.append(new_buffers)
   if weights.norm is not None:
     x = _normalize(weights.norm, x)
@@ -167,17 +167,17 @@ def decode_token(
 
 
 def _layer(
-  config: TransformerConfig,
   weights: LayerWeights,
+  config: TransformerConfig,
   x: Array,
   buffers: LayerBuffers,
   context: _TokenContext,
 ) -> tuple[Array, LayerBuffers]:
   """Applies one layer to activations [B, D]."""
-  x, buffer_1 = _attention(config, weights.attention_1, x, buffers.attention_1, context)
+  x, buffer_1 = _attention(weights.attention_1, config, x, buffers.attention_1, context)
   if weights.mlp is not None:
     return x + _mlp(weights.mlp, x), LayerBuffers(buffer_1, None)
-  x, buffer_2 = _attention(config, weights.attention_2, x, buffers.attention_2, context)
+  x, buffer_2 = _attention(weights.attention_2, config, x, buffers.attention_2, context)
   return x, LayerBuffers(buffer_1, buffer_2)
 
 
@@ -188,8 +188,8 @@ def _mlp(weights: MLPWeights, x: Array) -> Array:
 
 
 def _attention(
-  config: TransformerConfig,
   weights: AttentionWeights,
+  config: TransformerConfig,
   x: Array,
   buffer: decode.RingBuffer,
   context: _TokenContext,

@@ -68,12 +68,12 @@ class DecoderWeights(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def prepare_weights(config: TransformerConfig, params: Params) -> DecoderWeights:
+def prepare_weights(params: Params, config: TransformerConfig) -> DecoderWeights:
   """Lays out the parameters of `make_transformer(config)` for decoding.
 
   Args:
-    config: configuration of the model.
     params: parameters of the model.
+    config: its configuration.
 
   Returns:
     Weights for any number of calls of `decode_token`.
@@ -92,7 +92,7 @@ def prepare_weights(config: TransformerConfig, params: Params) -> DecoderWeights
   return DecoderWeights(
     embeddings=embedding["embeddings"],
     position_scale=params["transformer/position"]["scale"] if c.pe_abs else None,
-    layers=tuple(_layer_weights(c, _parameters_of_layer(params, i)) for i in range(c.n_layer)),
+    layers=tuple(_layer_weights(_parameters_of_layer(params, i), c) for i in range(c.n_layer)),
     norm=NormWeights(**final_norm) if c.e_preln else None,
     unembedding=unembedding.astype(c.compute_dtype),
     logit_bias=logit_bias,
@@ -109,16 +109,16 @@ def _parameters_of_layer(params: Params, layer: int) -> Params:
   }
 
 
-def _layer_weights(config: TransformerConfig, params: Params) -> LayerWeights:
+def _layer_weights(params: Params, config: TransformerConfig) -> LayerWeights:
   """Lays out the parameters from `_parameters_of_layer`."""
   return LayerWeights(
-    attention_1=_attention_weights(config, params, "attention_1"),
-    attention_2=_attention_weights(config, params, "attention_2") if config.gated else None,
-    mlp=None if config.gated else _mlp_weights(config, params),
+    attention_1=_attention_weights(params, config, "attention_1"),
+    attention_2=_attention_weights(params, config, "attention_2") if config.gated else None,
+    mlp=None if config.gated else _mlp_weights(params, config),
   )
 
 
-def _mlp_weights(config: TransformerConfig, params: Params) -> MLPWeights:
+def _mlp_weights(params: Params, config: TransformerConfig) -> MLPWeights:
   """Lays out the parameters of the MLP of a layer."""
   up, down = (
     _rows_per_output(params[f"mlp/{name}"]["kernel"], config.compute_dtype)
@@ -128,7 +128,7 @@ def _mlp_weights(config: TransformerConfig, params: Params) -> MLPWeights:
   return MLPWeights(NormWeights(**params["mlp/norm"]), up, down)
 
 
-def _attention_weights(config: TransformerConfig, params: Params, name: str) -> AttentionWeights:
+def _attention_weights(params: Params, config: TransformerConfig, name: str) -> AttentionWeights:
   """Lays out the parameters of the attention of a layer that is called `name`."""
   c, dtype = config, config.compute_dtype
   H, G, K = c.n_head, c.kv_heads, c.d_k

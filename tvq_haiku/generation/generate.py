@@ -86,8 +86,8 @@ def generate(
 
   >>> import jax
   >>> config = TransformerConfig.tiny()
-  >>> params = transformer.make_transformer(config).init(
-  ...     jax.random.key(0), jnp.ones((1, 1), jnp.int32), transformer.initial_state(config, 1))
+  >>> model = transformer.make_transformer(config)
+  >>> params = model.init(jax.random.key(0), jnp.ones((1, 1), jnp.int32))
   >>> out = generate(params, config, np.array([[5, 6, 7]]), max_new_tokens=4, rng=jax.random.key(1))
   >>> out.tokens.shape, out.lengths.tolist(), out.state.position.tolist()
   ((1, 4), [4], [7])
@@ -105,8 +105,8 @@ def generate(
     prompt_list = prefill.fill_empty_prompts(prompt_list, state, eos_id)
   state, logits = prefill.prefill(params, config, prompt_list, state, logits)
   sampled, generation = sample_loop.sample_in_chunks(
+    decoder_weights.prepare_weights(params, config),
     config,
-    decoder_weights.prepare_weights(config, params),
     sample_loop.start_generation(config, state, logits, stop_conditions),
     rngs,
     sampling_params,

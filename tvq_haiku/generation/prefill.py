@@ -124,14 +124,14 @@ def prefill(
     window_lengths = np.clip(lengths - start, 0, T)
     for b, prompt in enumerate(prompts):
       window[b, : window_lengths[b]] = prompt[start : start + T]
-    state, logits = _read_window(config, params, window, window_lengths, state, logits)
+    state, logits = _read_window(params, config, window, window_lengths, state, logits)
   return state, logits
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _read_window(
-  config: TransformerConfig,
   params: Params,
+  config: TransformerConfig,
   tokens: Array,
   lengths: Array,
   state: transformer.TransformerState,

@@ -75,8 +75,8 @@ def start_generation(
 
 
 def sample_in_chunks(
-  config: TransformerConfig,
   weights: DecoderWeights,
+  config: TransformerConfig,
   state: GenerationState,
   rngs: Array,
   sampling_params: SamplingParams,
@@ -88,8 +88,8 @@ def sample_in_chunks(
   """Calls `sample_tokens` until all texts have ended, and concatenates the results.
 
   Args:
-    config: configuration of the model.
     weights: from `prepare_weights`.
+    config: configuration of the model.
     state: from `start_generation`. Its memory is donated.
     rngs: [B] typed keys.
     sampling_params: from `make_sampling_params`.
@@ -108,7 +108,7 @@ def sample_in_chunks(
         break
       limit = min(max_new_tokens - start, chunk_len)
       chunk, state = sample_tokens(
-        config, weights, state, rngs, sampling_params, limit, chunk_len=chunk_len, stop=stop
+        weights, config, state, rngs, sampling_params, limit, chunk_len=chunk_len, stop=stop
       )
       chunks.append(chunk)
       report(start + limit)
@@ -137,8 +137,8 @@ class _LoopCarry(NamedTuple):
   jax.jit, static_argnames=("config", "chunk_len", "stop"), donate_argnames="state"
 )
 def sample_tokens(
-  config: TransformerConfig,
   weights: DecoderWeights,
+  config: TransformerConfig,
   state: GenerationState,
   rngs: Array,
   sampling_params: SamplingParams,
@@ -150,8 +150,8 @@ def sample_tokens(
   """Samples tokens for each text until all texts have ended or `limit` is reached.
 
   Args:
-    config: configuration of the model.
     weights: from `prepare_weights`.
+    config: configuration of the model.
     state: from `start_generation` or the previous call. Its memory is donated.
     rngs: [B] typed keys; each token folds the number of tokens before it into them.
     sampling_params: from `make_sampling_params`.
@@ -170,7 +170,7 @@ def sample_tokens(
 
   def sample_column(carry: _LoopCarry) -> _LoopCarry:
     token, logprob, next_state = _sample_step(
-      config, weights, carry.state, rngs, sampling_params, stop
+      weights, config, carry.state, rngs, sampling_params, stop
     )
     write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=carry.n_sampled, axis=1)
     return _LoopCarry(
@@ -189,8 +189,8 @@ def sample_tokens(
 
 
 def _sample_step(
-  config: TransformerConfig,
   weights: DecoderWeights,
+  config: TransformerConfig,
   state: GenerationState,
   rngs: Array,
   sampling_params: SamplingParams,
@@ -207,7 +207,7 @@ def _sample_step(
   token = jnp.where(active, _sample_each(rngs, n_read, state.logits, sampling_params), 0)
   logprobs = jax.nn.log_softmax(state.logits)
   logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
-  logits, decode_state = decoder.decode_token(config, weights, token, state.decode_state, active)
+  logits, decode_state = decoder.decode_token(weights, config, token, state.decode_state, active)
   recent_tokens = jnp.concatenate([state.recent_tokens[:, 1:], token[:, None]], axis=1)
   next_state = GenerationState(
     decode_state=decode_state,

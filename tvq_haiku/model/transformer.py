@@ -38,6 +38,12 @@ class TransformerOutput(NamedTuple):
   commit_loss: Array  # [] f32: sum over heads, attentions and layers; 0 unless is_training
   codebook_loss: Array  # [] f32: always 0; its gradient updates the codebook's moving averages
   metrics: dict[str, Array]  # [] f32 each: means over attentions; empty unless with_metrics
+  hidden: Array  # [B, T, D] compute dtype: the input of the output projection
+
+  @property
+  def logprobs(self) -> Array:
+    """Log-probabilities of the token that follows each input, [B, T, X] f32."""
+    return jax.nn.log_softmax(self.logits)
 
 
 class Transformer(hk.Module):
@@ -50,7 +56,7 @@ class Transformer(hk.Module):
   def __call__(
     self,
     tokens: Array,
-    state: TransformerState,
+    state: TransformerState | None = None,
     *,
     doc_ids: Array | None = None,
     loss_mask: Array | None = None,
@@ -62,8 +68,9 @@ class Transformer(hk.Module):
 
     Args:
       tokens: [B, T] integers in [0, X); any T >= 1.
-      state: from `initial_state` or a previous call. An encoder (causal=False) does not use it and
-        returns it unchanged: every call is a sequence of its own.
+      state: from `initial_state` or a previous call; None: the initial state. An encoder
+        (causal=False) does not use it and returns it unchanged: every call is a sequence of its
+        own.
       doc_ids: [B, T] int32 document of each token. With `doc_mask`, tokens attend only to their own
         document, and absolute positions restart with each document. Negative ids mark padding,
         which may be anywhere: it is neither attended nor remembered, and its logits are undefined.
@@ -83,8 +90,9 @@ class Transformer(hk.Module):
     """
     c = self._config
     self._check_arguments(tokens, state, doc_ids, loss_mask)
-    # For an encoder, every call starts a new sequence.
-    start = state if c.causal else initial_state(c, tokens.shape[0])
+    initial = initial_state(c, tokens.shape[0])
+    state = initial if state is None else state
+    start = state if c.causal else initial  # for an encoder, every call starts a new sequence
     batch = padding.compact(tokens, start.document, doc_ids, loss_mask)
     position_ids, document, position = padding.document_positions(
       batch, start.document, start.position, restart=c.doc_mask
@@ -104,18 +112,20 @@ class Transformer(hk.Module):
     if c.causal:
       states = [branch.state for branch in branches]
       state = TransformerState(document, position, states[0], states[1] if c.gated else None)
+    hidden = self._normalize(x)
     return TransformerOutput(
-      logits=self._logits(embedding, x),
+      logits=self._logits(embedding, hidden),
       state=state,
       commit_loss=sum(jnp.sum(branch.commit_loss) for branch in branches),
       codebook_loss=sum(jnp.sum(branch.codebook_loss) for branch in branches),
       metrics=jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *(b.metrics for b in branches)),
+      hidden=hidden,
     )
 
   def _check_arguments(
     self,
     tokens: Array,
-    state: TransformerState,
+    state: TransformerState | None,
     doc_ids: Array | None,
     loss_mask: Array | None,
   ) -> None:
@@ -123,7 +133,8 @@ class Transformer(hk.Module):
     checks.check_tokens(tokens, self._config.n_vocab)
     checks.check_mask("doc_ids", doc_ids, tokens)
     checks.check_mask("loss_mask", loss_mask, tokens)
-    checks.check_state(state, initial_state, self._config, tokens.shape[0])
+    if state is not None:
+      checks.check_state(state, initial_state, self._config, tokens.shape[0])
 
   @hk.transparent
   def _embed(
@@ -181,15 +192,20 @@ class Transformer(hk.Module):
       )
 
   @hk.transparent
-  def _logits(self, embedding: layers.TokenEmbedding, x: Array) -> Array:
-    """Returns the logits of the next tokens: [B, T, D] -> [B, T, X] f32."""
+  def _normalize(self, x: Array) -> Array:
+    """Returns the input of the output projection: [B, T, D] in the compute dtype."""
     c = self._config
     chex.assert_shape(x, (None, None, c.d_model))
     if c.e_preln:
       x = layers.RMSNorm(name="norm")(x)
-    x = x.astype(c.compute_dtype)
+    return x.astype(c.compute_dtype)
+
+  @hk.transparent
+  def _logits(self, embedding: layers.TokenEmbedding, hidden: Array) -> Array:
+    """Returns the logits of the next tokens: [B, T, D] -> [B, T, X] f32."""
+    c = self._config
     unembed = embedding.logits if c.e_tie else layers.Unembedding(c.n_vocab, name="unembedding")
-    return unembed(x) * c.e_scale
+    return unembed(hidden) * c.e_scale
 
 
 def _apply_layer(
@@ -236,22 +252,22 @@ def make_transformer(config: TransformerConfig) -> hk.Transformed:
     config: configuration of the model.
 
   Returns:
-    `init(rng, tokens, state)` -> parameters, and `apply(params, rng, tokens, state, doc_ids=None,
+    `init(rng, tokens)` -> parameters, and `apply(params, rng, tokens, state=None, doc_ids=None,
     loss_mask=None, is_training=False, sequence_rng=None, with_metrics=False)` ->
     `TransformerOutput`. The arguments are those of `Transformer.__call__`; `rng` may be None
     without dropout.
 
   >>> config = TransformerConfig.tiny()
   >>> model = make_transformer(config)
-  >>> tokens, state = jnp.zeros((1, 20), jnp.int32), initial_state(config, 1)
-  >>> params = model.init(jax.random.key(0), tokens, state)
-  >>> model.apply(params, None, tokens, state).logits.shape
+  >>> tokens = jnp.zeros((1, 20), jnp.int32)
+  >>> params = model.init(jax.random.key(0), tokens)
+  >>> model.apply(params, None, tokens).logits.shape
   (1, 20, 259)
   """
 
   def forward(
     tokens: Array,
-    state: TransformerState,
+    state: TransformerState | None = None,
     doc_ids: Array | None = None,
     loss_mask: Array | None = None,
     is_training: bool = False,
@@ -284,8 +300,7 @@ def params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDty
 @functools.cache
 def _params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
   def init(rng: Array) -> hk.Params:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return make_transformer(config).init(rng, tokens, initial_state(config, 1))
+    return make_transformer(config).init(rng, jnp.zeros((1, 1), jnp.int32))
 
   return jax.eval_shape(init, jax.random.key(0))
 

@@ -90,7 +90,7 @@ def train(
       checkpoint=checkpoint,
       record=record,
       validate=lambda params, stop: e.measure_split(
-        e.config, params, splits["validation"], max_tokens=validate_tokens, stop=stop, mesh=e.mesh
+        params, e.config, splits["validation"], max_tokens=validate_tokens, stop=stop, mesh=e.mesh
       ),
       options=_trainer_options(e, options),
     )
@@ -173,7 +173,7 @@ def evaluate(
   data_statistics.check_vocabulary(experiment.workdir, experiment.vocabulary)
   split = experiment.open_split(split_name)
   token_cache.verify(split)
-  metrics = experiment.measure_split(checkpoint.config, checkpoint.train_state.params, split)
+  metrics = experiment.measure_split(checkpoint.train_state.params, checkpoint.config, split)
   metrics |= {
     "step": int(checkpoint.train_state.step),
     "tokens": split.statistics.n_token,

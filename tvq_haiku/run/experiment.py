@@ -81,8 +81,8 @@ class Experiment:
 
   def measure_split(
     self,
-    config: TransformerConfig,
     params: Params,
+    config: TransformerConfig,
     split: token_cache.Split,
     *,
     max_tokens: int | None = None,
@@ -108,8 +108,8 @@ class Experiment:
     if max_tokens is not None and max_tokens < n:
       n = max(max_tokens // self.align, 1) * self.align
     total = likelihood.evaluate(
-      config,
       params,
+      config,
       split.stream.head(n),
       batch_size=self.eval_rows,
       window_len=self.eval_window,

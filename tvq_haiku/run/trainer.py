@@ -311,7 +311,7 @@ class Trainer:
     arguments = train_step_lib.replay_to_skipped(
       self.config, self.train_cfg, state_before, batch, self.checkpoint.rng
     )
-    tensor = nan_debug.first_non_finite(self.config, **arguments) if arguments else None
+    tensor = nan_debug.first_non_finite(config=self.config, **arguments) if arguments else None
     if tensor is None:
       return "not reproduced: the last skipped update is finite when it is run again"
     return f"the first non-finite tensor is the {tensor}"

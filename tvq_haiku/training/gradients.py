@@ -34,8 +34,8 @@ class _MicrobatchSums(NamedTuple):
 
 
 def loss_gradients(
-  config: TransformerConfig,
   params: Params,
+  config: TransformerConfig,
   rng: Array,
   batch: Batch,
   state: state_lib.TransformerState,
@@ -47,8 +47,8 @@ def loss_gradients(
   """Computes the loss of one update window and its gradients.
 
   Args:
-    config: configuration of the model.
-    params: its parameters.
+    params: parameters of the model.
+    config: its configuration.
     rng: key for dropout.
     batch: arrays [B, T]: see `losses.training_loss`.
     state: the model's state before this window.
@@ -67,7 +67,7 @@ def loss_gradients(
   ) -> LossGradients:
     (loss, aux), gradients = jax.value_and_grad(
       lambda p: losses.training_loss(
-        config, p, rng, batch, state, sequence_rng=sequence_rng, with_metrics=with_metrics
+        p, config, rng, batch, state, sequence_rng=sequence_rng, with_metrics=with_metrics
       ),
       has_aux=True,
     )(params)

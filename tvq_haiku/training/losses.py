@@ -69,8 +69,8 @@ def weighted_nll(logits: Array, targets: Array, weights: Array) -> Array:
 
 
 def training_loss(
-  config: TransformerConfig,
   params: Params,
+  config: TransformerConfig,
   rng: Array | None,
   batch: Batch,
   state: transformer.TransformerState,
@@ -84,8 +84,8 @@ def training_loss(
   tokens, masked ones included.
 
   Args:
-    config: configuration of the model.
-    params: its parameters.
+    params: parameters of the model.
+    config: its configuration.
     rng: key for dropout; may be None if all dropout rates are 0.
     batch: `inputs` and `targets` [B, T] integers; optionally `doc_ids` [B, T] integers, negative
       for padding, and `loss_mask` [B, T] weights.

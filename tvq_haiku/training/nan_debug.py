@@ -22,8 +22,8 @@ class NumericalError(ArithmeticError):
 
 
 def first_non_finite(
-  config: TransformerConfig,
   params: Params,
+  config: TransformerConfig,
   rng: Array,
   batch: Batch,
   state: transformer.TransformerState,
@@ -36,8 +36,8 @@ def first_non_finite(
   computation, the losses and the gradients. The forward pass runs without compilation.
 
   Args:
-    config: configuration of the model.
-    params: its parameters.
+    params: parameters of the model.
+    config: its configuration.
     rng: key for dropout.
     batch: one update window, arrays [B, T].
     state: the model's state before the window.
@@ -53,7 +53,7 @@ def first_non_finite(
   >>> params = train_step.init_train_state(config, train_cfg, jax.random.key(0)).params
   >>> params["transformer/embedding"]["embeddings"] *= jnp.inf
   >>> tokens = jnp.zeros((1, 4), jnp.int32)
-  >>> first_non_finite(config, params, jax.random.key(0), {"inputs": tokens, "targets": tokens},
+  >>> first_non_finite(params, config, jax.random.key(0), {"inputs": tokens, "targets": tokens},
   ...                  transformer.initial_state(config, 1))
   'parameter transformer/embedding/embeddings: 8288 of 8288 values'
   """
@@ -67,15 +67,15 @@ def first_non_finite(
   eager_config = config.replace(remat="none")
   with jax.disable_jit(), hk.intercept_methods(watch):
     loss, aux = losses.training_loss(
-      eager_config, params, rng, batch, state, sequence_rng=sequence_rng
+      params, eager_config, rng, batch, state, sequence_rng=sequence_rng
     )
   if watch.first:
     return watch.first
   for name, value in (("loss", loss), ("loss_lm", aux.loss_lm), ("loss_commit", aux.loss_commit)):
     if not np.isfinite(value):
       return f"{name}: {value}"
-  result = jax.jit(gradients_lib.loss_gradients, static_argnums=0)(
-    config, params, rng, batch, state, sequence_rng=sequence_rng
+  result = jax.jit(gradients_lib.loss_gradients, static_argnames="config")(
+    params, config, rng, batch, state, sequence_rng=sequence_rng
   )
   problem = _first_parameter(result.gradients)
   return f"gradient of {problem}" if problem else None

@@ -275,8 +275,8 @@ def _update(
   """Makes one update on a window [B, T/n]."""
   params, opt_state, step = carry.train_state
   loss, aux, gradients = gradients_lib.loss_gradients(
-    config,
     params,
+    config,
     jax.random.fold_in(rngs.update, step),
     window,
     carry.state,
