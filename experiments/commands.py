@@ -66,7 +66,8 @@ def sample(setup: RunSetup) -> None:
   """Samples text, or a grid of images, from a checkpoint."""
   run, sampling = _load_run(setup), setup.flags.sampling
   experiment = run_setup.make_experiment(setup, Configs(run.config, run.train_cfg))
-  settings = dict(temperature=sampling.temperature, top_p=sampling.top_p)
+  top_p = setup.spec.top_p if sampling.top_p is None else sampling.top_p
+  settings = dict(temperature=sampling.temperature, top_p=top_p)
   if experiment.image_size:
     file = run_commands.sample_images(experiment, run, sampling.images, **settings)
   else:

@@ -41,6 +41,7 @@ SPEC = specs.ExperimentSpec(
     "smoke": specs.TEXT_SMOKE,
   },
   measures=("bits_per_byte",),
+  top_p=0.9,
 )
 
 if __name__ == "__main__":

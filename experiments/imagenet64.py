@@ -64,6 +64,7 @@ SPEC = specs.ExperimentSpec(
   },
   measures=("bits_per_dim",),
   token_name="dimension",
+  top_p=0.999,
 )
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ SPEC = specs.ExperimentSpec(
   },
   measures=("word_perplexity", "bits_per_byte"),
   vocabularies=(specs.SENTENCEPIECE, specs.BYTES),
+  top_p=0.8,
 )
 
 if __name__ == "__main__":

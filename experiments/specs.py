@@ -32,6 +32,7 @@ class ExperimentSpec(NamedTuple):
   measures: tuple[str, ...]  # metrics to report, see `run.experiment.MEASURES`; first: the main one
   token_name: str = "byte"  # what one token is, for messages
   vocabularies: tuple[str, ...] = (BYTES,)  # kinds that --vocab may select; first: the default
+  top_p: float = 0.95  # default of --top_p
 
 
 # A byte-level text model that two CPU cores train in minutes.

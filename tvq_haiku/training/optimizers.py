@@ -26,7 +26,8 @@ def learning_rate_schedule(train_cfg: TrainConfig) -> optax.Schedule:
 
   It grows linearly from 0 to lr_max over n_warmup_step updates, and then decays to 0.1·lr_max:
   `cosine` and `linear` reach that value at n_max_step; `inv_sqrt` is
-  lr_max · sqrt(n_warmup_step / update), but at least that value.
+  lr_max · sqrt(n_warmup_step / update), but at least that value. (The schedule of this name in the
+  paper's code is a polynomial of power -0.5 whose rate grows; none of its launch scripts uses it.)
 
   >>> schedule = learning_rate_schedule(
   ...     TrainConfig(lr_max=1.0, lr_schedule="linear", n_warmup_step=2, n_max_step=12))
