@@ -153,7 +153,7 @@ flags.DEFINE_float(
   "top_p",
   None,
   "Sample from the smallest set of most likely tokens whose probabilities sum to at least this. "
-  "Default: 0.9 for enwik8, 0.8 for pg19, 0.999 for imagenet64 (the paper's values), 0.95 for text.",
+  "Default: the paper's value, 0.9 for enwik8, 0.8 for pg19, 0.999 for imagenet64; 0.95 for text.",
   lower_bound=1e-9,
   upper_bound=1.0,
 )

@@ -29,9 +29,9 @@ _PRECISIONS = {
   "bfloat16": "params=float32,compute=bfloat16,output=bfloat16",
 }
 
-# The settings that the paper's three models have in common. They and those of `TrainConfig` are from
-# the launch scripts of the paper's code; its later branch, `optimized`, has batches of 32 (enwik8),
-# 32 (PG-19) and 16 (ImageNet64), and makes one update per sequence.
+# The settings that the paper's three models have in common. All presets have the settings of the
+# launch scripts of the paper's code. Its later branch, `optimized`, has batches of 32 (enwik8), 32
+# (PG-19) and 16 (ImageNet64), and makes one update per sequence.
 _PAPER = dict(d_k=128, n_code=512, n_layer=24, block_len=512, mem_len=512, precision="bfloat16")
 
 
