@@ -43,7 +43,7 @@ def _main(spec: specs.ExperimentSpec) -> None:
 
 
 def _check_device_flags(command: str, devices: run_flags.DeviceFlags) -> None:
-  """Raises a ValidationError if the flags about devices do not suit the command or each other."""
+  """Raises a ValidationError if the device flags contradict the command or each other."""
   if (command != "train" and devices.multihost) or (
     command not in ("train", "info") and devices.mesh
   ):

@@ -1,4 +1,4 @@
-"""Returns the command line of this process, so that messages can name the command to run next."""
+"""Derives command lines from that of this process, for messages that name a command to run next."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 from absl import flags
 
+# Flags that `other_command` leaves out.
 TRAINING_ONLY = ("command", "init", "mesh", "multihost", "coordinator", "n_process", "process")
 
 
@@ -27,7 +28,10 @@ def other_command(command: str) -> str:
   """Returns the command that runs `--command=command` on the run of this process.
 
   Args:
-    command: a value of --command. Flags that only training takes are left out.
+    command: a value of --command.
+
+  Returns:
+    The command line of this process with the new --command, without the flags in TRAINING_ONLY.
   """
   kept = [
     word

@@ -71,7 +71,7 @@ def sample(setup: RunSetup) -> None:
   if experiment.image_size:
     file = run_commands.sample_images(experiment, run, sampling.images, **settings)
   else:
-    # The bytes of the command line, which need not be valid UTF-8.
+    # Restores the bytes that were typed; they need not be valid UTF-8.
     prompts = [os.fsencode(prompt) for prompt in sampling.prompt]
     texts, file = run_commands.sample_texts(
       experiment, run, prompts, max_new_tokens=sampling.length, **settings
@@ -91,7 +91,7 @@ def export_params(setup: RunSetup) -> None:
   run = _load_run(setup)
   file = setup.workdir / _PARAMETERS_FILE
   export.export_params(run.train_state.params, run.config, file)
-  print(f"Written to {file}, after {int(run.train_state.step)} updates")
+  print(f"Wrote the parameters after {int(run.train_state.step)} updates to {file}")
 
 
 def info(setup: RunSetup) -> None:
@@ -120,7 +120,7 @@ def info(setup: RunSetup) -> None:
 
 
 def _load_run(setup: RunSetup) -> tvq.Checkpoint:
-  """Returns the checkpoint that --weights selects, with the --config changes to its model."""
+  """Returns the checkpoint that --weights selects; --config flags change its configuration."""
   return experiment_lib.load_run(
     setup.workdir, weights=setup.flags.evaluation.weights, changes=setup.flags.model_changes
   )
@@ -157,7 +157,7 @@ def _initial_params(experiment: experiment_lib.Experiment, init: str | None) -> 
 def _describe_result(
   experiment: experiment_lib.Experiment, run: tvq.Checkpoint, *, is_multihost: bool
 ) -> str:
-  """Returns how far the training came, its best validation loss, and the commands to run next."""
+  """Returns a message with the progress, the best validation loss and the commands to run next."""
   n_update, n_max = int(run.train_state.step), run.train_cfg.n_max_step
   resume = command_line.resume_command(multihost=is_multihost)
   if n_update < n_max:

@@ -1,4 +1,4 @@
-r"""Compresses a file losslessly with a byte-level model, which verifies its bits per byte.
+r"""Compresses a file losslessly with a byte-level model, to verify the model's bits per byte.
 
   python -m experiments.compress --checkpoint=runs/quickstart README.md
   python -m experiments.compress --checkpoint=runs/quickstart \

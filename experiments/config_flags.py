@@ -1,4 +1,4 @@
-"""Makes each field of the two configurations a flag, --config.FIELD."""
+"""Defines a flag, --config.FIELD, for each field of the two configurations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Config = TypeVar("Config", tvq.TransformerConfig, tvq.TrainConfig)
 
 
 class _FieldParser(flags.ArgumentParser):
-  """Parses the value of one configuration field, by the field's annotation."""
+  """Parses the value of one configuration field according to the field's type annotation."""
 
   def __init__(self, annotation: Any):
     kinds = (
@@ -28,7 +28,7 @@ class _FieldParser(flags.ArgumentParser):
     self._kind = kinds[0]
 
   def parse(self, argument: str) -> Any:
-    """Returns the value of `argument`; "none" is None where the field may be None."""
+    """Returns the value of `argument`; "none" means None if the field may be None."""
     if self._is_optional and argument.lower() == "none":
       return None
     if self._kind is bool:
@@ -53,7 +53,7 @@ def define_flags(
   The help of a flag is the comment of its field, followed by the field's value in each preset.
 
   Args:
-    presets: name of a size -> preset. A flag that is not given leaves the value of the preset.
+    presets: name of a size -> preset, whose values the help texts name as defaults.
     flag_values: where to define the flags.
   """
   for cls, configs in (
@@ -103,7 +103,7 @@ def apply_changes(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def _describe_defaults(values: Mapping[str, Any]) -> str:
-  """Returns one default, or one for each size where they differ.
+  """Describes the default of a field: one value, or a value per size if they differ.
 
   >>> _describe_defaults({"paper": 24, "cpu": 1, "smoke": 1})
   'default: paper 24, cpu 1, smoke 1'

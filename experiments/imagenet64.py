@@ -1,4 +1,4 @@
-"""Trains the paper's model of 64 x 64 images as 12,288 bytes, and reports bits per dimension.
+"""Trains the paper's model of 64 x 64 images (12,288 bytes each), and reports bits per dimension.
 
 python -m experiments.imagenet64 --data_dir=DIRECTORY                # train, or resume
 python -m experiments.imagenet64 --data_dir=DIRECTORY --command=test
@@ -31,8 +31,8 @@ _IMAGE_SIZE, _SMOKE_IMAGE_SIZE = 64, 8  # pixels
 _SMOKE_TRAIN_IMAGES = 48
 
 _CPU = specs.SizePreset(
-  # The memory spans more than one row of an image (192 bytes), because the pixel above is the best
-  # predictor of a pixel.
+  # The memory is longer than one row of an image (192 bytes), so that it contains the pixel above,
+  # which is the best predictor of a pixel.
   specs.TEXT_CPU.config.replace(d_model=192, d_v=384, pe_abs=True, block_len=256, mem_len=256),
   specs.TEXT_CPU.train_cfg.replace(
     n_max_step=3000, sequence_len=3 * _IMAGE_SIZE**2, update_len=1024, global_batch_size=1

@@ -1,4 +1,4 @@
-"""Runs a command: parses its flags, and reports errors in one line with an exit status."""
+"""Runs a command: parses its flags, and reports each expected error in one line."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ def _run(name: str, main: Callable[..., None], argument: str | None, argv: Seque
     sys.stdout.flush()
   except KeyboardInterrupt:
     print(f"{name}: interrupted.", file=sys.stderr, flush=True)
-    # Exits without cleaning up: threads that still compile may crash while the interpreter stops.
+    # Exits without cleaning up: threads that still compile may crash during a normal exit.
     os._exit(128 + signal.SIGINT)
   except BrokenPipeError:
-    # Python flushes standard output once more when it exits: that must not fail again.
+    # Python flushes standard output again when it exits; on /dev/null, this flush cannot fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
   except flags.Error as error:

@@ -4,8 +4,8 @@
   python -m experiments.quickstart --smoke    # checks all steps in seconds
 
 Ctrl-C stops the run and saves it; the same command resumes it. At the end, the command prints the
-bits per byte of the unseen novel, next to those of gzip, bzip2 and xz, which are given the same
-training text.
+bits per byte of the held-out novel for the model, and for gzip, bzip2 and xz, which are given the
+same training text.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _SAMPLE_BYTES = 300
 
 
 class Novels(NamedTuple):
-  """The text of the experiment."""
+  """The novels to train on and the novel to test on."""
 
   training: Mapping[str, bytes]  # title -> text
   held_out: bytes  # the novel to test on
@@ -185,7 +185,7 @@ def _describe(
   Args:
     table: name of a compressor -> bits per byte of the held-out novel.
     passages: the text sampled after each of the prompts.
-    novels: the text of the experiment.
+    novels: the novels, of which the report names the held-out one.
     workdir: directory of the run.
     n_param: number of parameters of the model.
     smoke: whether this was a smoke run.

@@ -18,7 +18,7 @@ _CLOSED_LOOP = "Event loop is closed"
 
 
 def hide_checkpoint_messages() -> None:
-  """Hides log records and thread errors of orbax, in this process and from now on."""
+  """Hides log records and thread errors of orbax, from now on until the process ends."""
   absl_logging.set_verbosity(absl_logging.WARNING)
   absl_logging.get_absl_handler().addFilter(_is_not_from_orbax)
   threading.excepthook = _show_thread_error
@@ -26,7 +26,10 @@ def hide_checkpoint_messages() -> None:
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
-  """Returns whether a log record is shown: orbax is the only library here that uses asyncio."""
+  """Returns whether to show a log record.
+
+  Records of asyncio are hidden, too, because orbax is the only library here that uses it.
+  """
   return "/orbax/" not in record.pathname and record.name != "asyncio"
 
 

@@ -18,11 +18,11 @@ _MALLOC_SETTINGS = ("hugetlb=1", "mmap_max=0", "arena_max=1", f"trim_threshold={
 def restart_with_malloc_settings() -> None:
   """Replaces this process by the same command with `GLIBC_TUNABLES` set.
 
-  The process id, the arguments, the environment and the open files stay the same, and with them
-  standard input, standard output and the exit status that the caller sees. The new process finds
-  the variable set and therefore does not restart again.
+  The process id, the arguments, the other environment variables and the open files stay the same,
+  so the caller sees the same standard input, standard output and exit status. The restarted program
+  finds the variable set and therefore does not restart again.
 
-  Does nothing on other systems than Linux, if the caller has set `GLIBC_TUNABLES`, and in
+  Does nothing on systems other than Linux, if the caller has set `GLIBC_TUNABLES`, and in
   processes that were not started by `python -m experiments.NAME`, such as tests.
   """
   spec = sys.modules["__main__"].__spec__  # None unless Python was started with -m

@@ -46,8 +46,8 @@ flags.DEFINE_enum(
 flags.DEFINE_boolean(
   "smoke",
   False,
-  "Use a tiny model and a small data set that is included, to check in seconds that all steps "
-  "work. The results are meaningless.",
+  "Use a tiny model and a small data set that needs no download, to check in seconds that all "
+  "steps work. The results are meaningless.",
 )
 flags.DEFINE_integer(
   "seed",
@@ -84,7 +84,9 @@ flags.DEFINE_boolean("tensorboard", True, "Whether to write event files for Tens
 flags.DEFINE_string("wandb", None, "Weights & Biases project to log to. Default: none.")
 flags.DEFINE_integer("keep", 2, "Number of most recent checkpoints to keep.", lower_bound=1)
 flags.DEFINE_string(
-  "init", None, "File written by --command=export: initial parameters. Default: random parameters."
+  "init",
+  None,
+  "File with the initial parameters, written by --command=export. Default: random parameters.",
 )
 flags.DEFINE_integer(
   "max_skipped",
@@ -141,7 +143,7 @@ flags.DEFINE_enum(
   "best",
   ("best", "last"),
   "Checkpoint to evaluate, sample from or export. best: the one with the lowest validation loss, "
-  "if there was a validation. last: the most recent one.",
+  "or the most recent one if no validation was made. last: the most recent one.",
 )
 flags.DEFINE_multi_string("prompt", [""], "Text to continue. Repeat the flag for several prompts.")
 flags.DEFINE_integer("length", 500, "Maximum number of tokens to sample.", lower_bound=1)

@@ -30,7 +30,7 @@ class Configs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunSetup:
-  """A command's flags, with the paths that they imply."""
+  """A command's flags, with the preset and the paths that they select."""
 
   spec: specs.ExperimentSpec
   flags: RunFlags
@@ -87,7 +87,7 @@ def _vocabulary_file(
 
 
 def resolve_configs(setup: RunSetup) -> Configs:
-  """Returns the configurations of the preset with the changes that flags ask for.
+  """Returns the configurations of the preset, changed by the --config flags.
 
   If --config.n_max_step shortens the training, the warm-up takes at most a tenth of it, unless
   --config.n_warmup_step is given.
@@ -132,15 +132,15 @@ def train_vocabulary(setup: RunSetup, source: base.Source, n_vocab: int) -> path
 
 
 def open_vocabulary(setup: RunSetup, source: base.Source | None, n_vocab: int) -> Vocabulary:
-  """Returns the vocabulary; `train` first trains the default one if its file does not exist.
+  """Returns the vocabulary; --command=train first trains the default one if its file is missing.
 
   Args:
     setup: the command's setup.
-    source: the data set to train a vocabulary on; only `train` needs it.
+    source: the data set to train a vocabulary on; only --command=train needs it.
     n_vocab: number of tokens of a vocabulary that is trained.
 
   Raises:
-    ValueError: the file does not exist, or is not a SentencePiece model.
+    ValueError: the file is missing and is not to be trained, or is not a SentencePiece model.
   """
   if setup.vocab_file is None:
     return data.ByteVocabulary

@@ -35,7 +35,7 @@ _PROMPT = flags.DEFINE_multi_string(
 )
 _LENGTH = flags.DEFINE_integer("length", 500, "Maximum number of bytes to sample.", lower_bound=1)
 _STOP = flags.DEFINE_multi_string(
-  "stop", [], "Text at which to stop; it is not printed. Repeat the flag for several texts."
+  "stop", [], "Text that ends the sample; it is not printed. Repeat the flag for several texts."
 )
 _TEMPERATURE = flags.DEFINE_float(
   "temperature",
@@ -51,7 +51,7 @@ _TOP_P = flags.DEFINE_float(
   upper_bound=1.0,
 )
 _TOP_K = flags.DEFINE_integer(
-  "top_k", None, "Sample from this many most likely bytes. Default: all.", lower_bound=1
+  "top_k", None, "Number of most likely bytes to sample from. Default: all.", lower_bound=1
 )
 _MIN_P = flags.DEFINE_float(
   "min_p",
@@ -77,13 +77,13 @@ _IMAGE_SIZE = flags.DEFINE_integer(
   "image_size", 64, "Height and width of an image in pixels.", lower_bound=1
 )
 
-_LONG_TEXT = 2000  # bytes; sampling more shows a progress bar
+_LONG_TEXT = 2000  # bytes; a progress bar is shown if --length is larger
 
 Model = tuple[Params, tvq.TransformerConfig]
 
 
 def main() -> None:
-  """Samples text in one of three ways (at once, streamed, interactive), or images."""
+  """Samples images, or text in one of three ways: at once, streamed, or interactively."""
   if sum([_STREAM.value, _INTERACTIVE.value, _PNG.value is not None]) > 1:
     raise ValueError("--stream, --interactive and --png exclude each other: set at most one.")
   run = tvq.load_checkpoint(_CHECKPOINT.value)
@@ -96,7 +96,7 @@ def main() -> None:
     top_k=_TOP_K.value,
     min_p=_MIN_P.value,
   )
-  # The bytes of the command line, which need not be valid UTF-8.
+  # Restores the bytes that were typed; they need not be valid UTF-8.
   prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
   stop, length = [os.fsencode(text) for text in _STOP.value], _LENGTH.value
   if _PNG.value:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import tvq_haiku as tvq
 from tvq_haiku.data.sources import base
 
-SIZES = ("paper", "cpu")  # choices of --size; --smoke selects the third preset, SMOKE
+SIZES = ("paper", "cpu")  # choices of --size; --smoke selects the preset SMOKE instead
 SMOKE = "smoke"
 BYTES, SENTENCEPIECE = "bytes", "sentencepiece"  # kinds of vocabulary
 
@@ -29,9 +29,9 @@ class ExperimentSpec(NamedTuple):
   source: Callable[[str | None], base.Source]  # opens the data set in --data_dir
   smoke_source: Callable[[pathlib.Path], base.Source]  # writes a small data set to a directory
   presets: Mapping[str, SizePreset]  # keys: SIZES and SMOKE
-  measures: tuple[str, ...]  # metrics to report, see `run.experiment.MEASURES`; first: the main one
+  measures: tuple[str, ...]  # metrics to report, the main one first; see `run.experiment.MEASURES`
   token_name: str = "byte"  # what one token is, for messages
-  vocabularies: tuple[str, ...] = (BYTES,)  # kinds that --vocab may select; first: the default
+  vocabularies: tuple[str, ...] = (BYTES,)  # kinds that --vocab may select, the default first
   top_p: float = 0.95  # default of --top_p
 
 
@@ -58,7 +58,7 @@ TEXT_CPU = SizePreset(
   ),
 )
 
-# A byte-level text model that runs through all steps in seconds; it learns little.
+# A byte-level text model that trains in seconds, to check that all steps work; it learns little.
 TEXT_SMOKE = SizePreset(
   tvq.TransformerConfig.tiny(n_layer=1, remat="none"),
   tvq.TrainConfig(

@@ -4,8 +4,9 @@
   python -m experiments.text --size=cpu --data_dir=FILE --command=test
   python -m experiments.text --size=cpu --command=sample --prompt='Once '
 
-Directories named train, validation and test hold the three splits. Without them, the last 10 % of
-the bytes, in the order of the file names, are the validation and the test split.
+Directories named train, validation and test hold the three splits. Without them, the files are
+concatenated in the order of their names: the first 90 % of the bytes are the training split, and
+the next two parts of 5 % are the validation and the test split.
 
 A token is a byte. For SentencePiece tokens, first train a vocabulary with --command=train_vocab
 --vocab=NEW.model --config.n_vocab=4096, and then pass the last two flags to every command.

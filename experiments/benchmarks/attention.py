@@ -1,4 +1,4 @@
-"""Measures one attention, forward and backward: its speed and its temporary memory.
+"""Measures the speed and temporary memory of one attention operation, forward and backward.
 
   python -m experiments.benchmarks.attention --seq_lens=8192
 
@@ -47,7 +47,7 @@ Arrays = dict[str, Array]
 
 
 class Sizes(NamedTuple):
-  """Sizes of an attention with one head; its blocks are as long as its memory (L = M)."""
+  """Sizes of an attention operation with one head; blocks are as long as the memory (L = M)."""
 
   d_k: int  # K
   d_v: int  # V
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def _quantized_case(length: int, sizes: Sizes, reduction: str, remat: bool) -> measure.Case:
-  """Returns the case of `vq_attention` over `length` tokens."""
+  """Returns the case that measures `vq_attention` over `length` tokens."""
   K, V, S, M = sizes
   codebook = jax.random.normal(jax.random.key(1), (1, S, K))
 
@@ -109,7 +109,7 @@ def _quantized_case(length: int, sizes: Sizes, reduction: str, remat: bool) -> m
 
 
 def _full_case(length: int, sizes: Sizes) -> measure.Case:
-  """Returns the case of quadratic attention over `length` tokens."""
+  """Returns the case that measures quadratic attention over `length` tokens."""
   K, V, *_ = sizes
   state = state_lib.initial_key_value_state(
     batch_size=1, n_kv_head=1, mem_len=length, d_k=K, d_v=V, dtype=jnp.float32
@@ -129,13 +129,13 @@ def _make_case(
   arrays: Arrays,
   multiply_adds: int,
 ) -> measure.Case:
-  """Returns a case that computes an attention and the gradients with respect to its inputs.
+  """Returns a case that computes attention and the gradients with respect to its inputs.
 
   Args:
     settings: columns of the table.
     attention: maps the arrays to the output [T, V].
     arrays: the inputs, from `_random_arrays`.
-    multiply_adds: Multiply-adds of the forward pass.
+    multiply_adds: number of multiply-adds of the forward pass.
   """
   gradient = jax.random.normal(jax.random.key(9), arrays["v"].shape)
 
@@ -156,7 +156,7 @@ def _make_case(
 
 
 def _random_arrays(length: int, K: int, V: int, n_relative: int) -> Arrays:
-  """Returns random inputs of an attention, without batch and head axes."""
+  """Returns random inputs of an attention operation, without batch and head axes."""
   shapes = dict(
     q=(length, K),
     k=(length, K),
@@ -173,9 +173,9 @@ def _random_arrays(length: int, K: int, V: int, n_relative: int) -> Arrays:
 
 
 def _add_axes(arrays: Arrays) -> Arrays:
-  """Returns the arrays for a batch of one sequence and one head.
+  """Adds a batch axis and a head axis, both of length 1, to the arrays.
 
-  The program takes and returns arrays without these axes of length 1: with them, XLA would copy the
+  The compiled program takes and returns arrays without these axes; with them, XLA would copy the
   arrays to change their layout.
   """
   return {

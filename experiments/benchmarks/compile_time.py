@@ -1,4 +1,4 @@
-"""Measures how long the compilation of a training step takes, by the number of layers.
+"""Measures the compilation time of a training step for different numbers of layers.
 
   python -m experiments.benchmarks.compile_time
 
@@ -26,7 +26,7 @@ _DEPTHS = flags.DEFINE_list(
   "depths", ["2", "24"], "Numbers of layers; times are also given relative to the first one."
 )
 _REPEATS = flags.DEFINE_integer(
-  "repeats", 3, "Number of compilations for each number of layers, in alternation.", lower_bound=1
+  "repeats", 3, "Number of compilations for each number of layers.", lower_bound=1
 )
 _SMOKE = flags.DEFINE_boolean(
   "smoke", False, "Compile a tiny model once, to check that the benchmark works."

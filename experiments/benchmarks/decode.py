@@ -1,15 +1,15 @@
-"""Measures how fast a model generates text, relative to a bound given by the memory bandwidth.
+"""Measures how fast a model generates text, relative to a bound from the memory bandwidth.
 
   python -m experiments.benchmarks.decode
   python -m experiments.benchmarks.decode --layers=24 --precision=bfloat16 --batches=1,8,64
 
-A decode step reads all weights and the state of every batch element once, and writes one row of
-each window and cache. The bound on the duration of a step is therefore
+A decode step reads all weights and the state of every batch element once, and writes one entry of
+each window and each cache. The bound on the duration of a step is therefore
   bytes of weights / bandwidth of matrix-vector products
   + bytes of state that are read and written / bandwidth of in-place updates.
-Both bandwidths are measured in alternation with the steps, on arrays with the shapes of the model's
-own. All times are medians. The second part of the table measures steps after 1,000 and after
-100,000 tokens of context.
+Both bandwidths are measured in alternation with the steps, on arrays of the same shapes as the
+model's. All times are medians. The second part of the table lists steps at batch size 1, after
+1,000 and after 100,000 tokens of context.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ _POSITIONS = flags.DEFINE_list(
   ["1000", "100000"],
   "Numbers of tokens of context for the second part, at batch size 1; may be empty.",
 )
-_TOKENS = flags.DEFINE_integer("tokens", 64, "Number of tokens per call.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer(
+  "tokens", 64, "Number of tokens to generate per call.", lower_bound=1
+)
 _ROUNDS = flags.DEFINE_integer(
   "rounds", 15, "Number of measured calls of each case, in alternation.", lower_bound=1
 )
@@ -192,7 +194,7 @@ class DecodeSteps:
 
 
 class MatrixVectorProducts:
-  """Multiplies each weight matrix of the model by a vector, one after the other."""
+  """Multiplies the weight matrices of the model by vectors, one after the other."""
 
   def __init__(self, weights: decoder_weights.DecoderWeights):
     leaves = jax.tree.leaves(weights)
@@ -236,11 +238,11 @@ class InPlaceUpdates:
 
 
 def _bytes_written(config: tvq.TransformerConfig, batch_size: int) -> int:
-  """Returns the bytes of state that one step writes: a key, a value and a mean per head."""
+  """Returns the bytes of state that a step writes: a key, a value and a mean per key/value head."""
   c = config
-  row = c.d_k * 4 + c.d_v * c.compute_dtype.itemsize + c.d_v * 4
+  bytes_per_head = c.d_k * 4 + c.d_v * c.compute_dtype.itemsize + c.d_v * 4
   n_attention = c.n_layer * (2 if c.gated else 1)
-  return batch_size * n_attention * c.kv_heads * row
+  return batch_size * n_attention * c.kv_heads * bytes_per_head
 
 
 def _median_times(cases: Mapping[Name, Callable[[], ArrayTree]], rounds: int) -> dict[Name, float]:
@@ -256,7 +258,7 @@ def _median_times(cases: Mapping[Name, Callable[[], ArrayTree]], rounds: int) ->
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-  print("batch  position  ms a step  tokens/s  of bound  weights MB at GB/s  state MB at GB/s")
+  print("batch  position    ms/step  tokens/s  of bound  weights MB at GB/s  state MB at GB/s")
   for row in rows:
     line = (
       f"{row['batch']:5d}  {row['position']:8,d}  {1e3 * row['seconds_per_step']:9.3f}  "

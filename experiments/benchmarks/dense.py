@@ -1,7 +1,8 @@
-"""A plain Haiku transformer on `jax.nn.dot_product_attention`, to compare training speed with.
+"""A plain Haiku transformer with `jax.nn.dot_product_attention`, as a baseline of training speed.
 
-It stands for what a user would write without this library: heads of width 64, sinusoidal positions
-at the input, RMSNorm, an MLP of width 4·D, and the fused attention kernel of the backend, if any.
+It represents a model that a user would write without this library: heads of width 64, sinusoidal
+positions at the input, RMSNorm, an MLP of width 4·D, and the fused attention kernel of the backend,
+if there is one.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def make_peer_step(
     optimizer: the optimizer.
 
   Returns:
-    `init(rng)`, which returns the initial parameters and optimizer state, and
-    `step(state, batch)`, which returns the next ones and the loss in nats per token.
+    `init(rng)`, which returns the initial state (parameters and optimizer state), and
+    `step(state, batch)`, which returns the next state and the loss in nats per token.
   """
   model = make_peer(config, n_layer)
 
@@ -102,8 +103,8 @@ def make_peer_step(
 def forward_multiply_adds(config: TransformerConfig, n_layer: int, seq_len: int) -> int:
   """Returns the multiply-adds of a forward pass over one sequence.
 
-  They are counted as in `tvq_haiku.evaluation.flops`: of the attention scores, only those that are
-  not masked.
+  The rules are those of `tvq_haiku.evaluation.flops` for full attention: masked scores are not
+  counted.
 
   Args:
     config: model width and vocabulary size.

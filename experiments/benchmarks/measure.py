@@ -1,4 +1,4 @@
-"""Measures compiled programs in alternation, relative to the speed of a square matrix product."""
+"""Measures compiled programs in alternation, and compares their speed with the machine's peak."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tvq_haiku.utils import files
 
 
 class Compiled(NamedTuple):
-  """A compiled program and what its compilation took."""
+  """A compiled program, its compilation time and its temporary memory."""
 
   program: Callable[..., ArrayTree]
   seconds: float  # to compile
@@ -58,7 +58,7 @@ def compile_program(
 
 
 def matmul_peak(dtype: jnp.dtype, *, size: int | None = None) -> Case:
-  """Returns the product of two square matrices, which measures the peak speed of the machine.
+  """Returns a product of two square matrices, whose speed is taken as the machine's peak speed.
 
   Args:
     dtype: data type of the matrices.
@@ -87,11 +87,13 @@ def compare(
 ) -> list[dict[str, Any]]:
   """Measures all cases in alternation.
 
+  A square product, which measures the peak speed, runs before each call.
+
   Args:
     cases: the programs.
     rounds: number of measured calls of each program.
-    dtype: data type of the square product that measures the peak speed. It runs before each call.
-    peak_size: number of rows and columns of the square product. None: depends on the backend.
+    dtype: data type of the square product.
+    peak_size: number of rows and columns of the square product. None: the default of `matmul_peak`.
 
   Returns:
     One row per case: its settings, the median and the shortest time of a call in seconds, tokens

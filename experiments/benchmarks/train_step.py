@@ -1,10 +1,11 @@
-"""Measures a training step, by sequence length, head type, reduction and rematerialization.
+"""Measures training steps of models that differ in sequence length, head type, reduction or remat.
 
   python -m experiments.benchmarks.train_step                                # T = 2048
   python -m experiments.benchmarks.train_step --seq_lens=8192,32768 --full --rounds=3
   python -m experiments.benchmarks.train_step --peer=dense
 
-The cases alternate in one process with a product of square matrices, whose speed is the peak.
+The cases alternate in one process with a product of square matrices, whose speed is taken as the
+peak speed of the machine.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ _SIZE = flags.DEFINE_enum(
   "bfloat16.",
 )
 _SEQ_LENS = flags.DEFINE_list(
-  "seq_lens", ["2048"], "Sequence lengths T in tokens; a sequence is one update."
+  "seq_lens",
+  ["2048"],
+  "Sequence lengths T in tokens; each step is one update on complete sequences.",
 )
 _HEAD_TYPES = flags.DEFINE_list("head_types", ["shga"], "Head types: shga, mha, mqa.")
 _REDUCTIONS = flags.DEFINE_list(
@@ -46,7 +49,9 @@ _REDUCTIONS = flags.DEFINE_list(
 _REMATS = flags.DEFINE_list(
   "remats", ["auto"], "Kinds of rematerialization: none, block, dots, layer, auto."
 )
-_FULL = flags.DEFINE_boolean("full", False, "Whether to measure full attention over T tokens, too.")
+_FULL = flags.DEFINE_boolean(
+  "full", False, "Whether to measure quadratic attention over all T tokens, too."
+)
 _PEER = flags.DEFINE_enum(
   "peer", None, ["dense"], "Also measure a plain transformer with the same number of parameters."
 )
@@ -93,7 +98,7 @@ def main() -> None:
     dtype=size.config.compute_dtype,
     peak_size=64 if smoke else None,
   )
-  print(f"peak of a square product: {rows[-1]['peak_gflops']:.0f} GFLOP/s")
+  print(f"peak speed (square matrix product): {rows[-1]['peak_gflops']:.0f} GFLOP/s")
   measure.print_table(rows, _COLUMNS)
   if _JSON.value:
     measure.write_json(_JSON.value, rows, benchmark="train_step", size=_SIZE.value)

@@ -3,9 +3,9 @@
   python -m experiments.reliability.kill_and_resume --kills=40
 
 The run is killed (SIGKILL) and resumed again and again: while data are encoded, while a checkpoint
-is written, during an evaluation, or at a random time. At the end, the parameters, the optimizer
-state, the random state, the position in the data and all log records except those of speed must be
-bitwise equal to those of the other run.
+is written, during a validation, or at a random time. At the end, the parameters, the optimizer
+state, the RNG key, the position in the data and all log records except those of speed must be
+bitwise equal to those of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KILLS = flags.DEFINE_integer("kills", 30, "Number of kills.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the times at which the run is killed.")
 _UPDATES = flags.DEFINE_integer("updates", 1500, "Number of updates of the run.", lower_bound=1)
 
-# Metrics that differ between two equal runs, because they depend on time or on the last start.
+# Metrics that may differ between two equal runs: they depend on the speed or on the last start.
 _NOT_REPRODUCIBLE = ("tokens_per_second", "of_peak", "skipped_since_start")
 _TIMEOUT_SECONDS = 300
 _VALIDATE_EVERY = 200  # updates
@@ -57,7 +57,7 @@ class Kill(NamedTuple):
 
 
 def main() -> None:
-  """Runs the comparison, and prints how often each kind of kill was survived."""
+  """Trains both runs, compares them, and prints how often each kind of kill was survived."""
   rng, n_update = random.Random(_SEED.value), _UPDATES.value
   with tempfile.TemporaryDirectory() as directory:
     uninterrupted = pathlib.Path(directory) / "uninterrupted"
@@ -108,12 +108,12 @@ def _run_to_the_end(workdir: pathlib.Path, n_update: int) -> None:
 
 
 def _kill_once(workdir: pathlib.Path, n_update: int, rng: random.Random) -> Kill:
-  """Resumes the run and kills it at a time of a random kind.
+  """Resumes the run and kills it in one of the ways of `_KINDS`, selected at random.
 
   Args:
     workdir: directory of the run.
     n_update: number of updates of the run.
-    rng: source of the kind and of the time.
+    rng: source of randomness for the kind and the time of the kill.
   """
   kind = rng.choice(sorted(_KINDS))
   is_time, before = _KINDS[kind](workdir, rng), run_directory.latest_step(workdir) or 0
@@ -126,7 +126,7 @@ def _kill_once(workdir: pathlib.Path, n_update: int, rng: random.Random) -> Kill
 
 
 def _run_until(is_time: IsTime, workdir: pathlib.Path, n_update: int) -> Sequence[str]:
-  """Kills the run when it is time, unless it ends before, and returns its messages."""
+  """Kills the run when `is_time` returns True, unless it ends earlier, and returns its messages."""
   process, deadline = _start(workdir, n_update), time.monotonic() + _TIMEOUT_SECONDS
   while process.poll() is None and not is_time() and time.monotonic() < deadline:
     time.sleep(0.001)
@@ -136,7 +136,7 @@ def _run_until(is_time: IsTime, workdir: pathlib.Path, n_update: int) -> Sequenc
 
 
 class _Delayed:
-  """Becomes true some seconds after a condition was first observed to be true."""
+  """A condition that becomes true some seconds after another condition first was true."""
 
   def __init__(self, condition: IsTime, seconds: float):
     self._condition, self._seconds = condition, seconds
@@ -149,14 +149,14 @@ class _Delayed:
 
 
 def _at_random(workdir: pathlib.Path, rng: random.Random) -> IsTime:
-  """Kills the run after a random time."""
+  """Returns a condition that becomes true after a random time."""
   del workdir
   deadline = time.monotonic() + rng.uniform(0.5, 8.0)
   return lambda: time.monotonic() > deadline
 
 
 def _while_writing_a_checkpoint(workdir: pathlib.Path, rng: random.Random) -> IsTime:
-  """Kills the run while it writes one of the next checkpoints, or one of the best ones."""
+  """Returns a condition that becomes true while the run writes a checkpoint, latest or best."""
   n_checkpoint, seen = rng.randint(1, 3), set()
   is_best = rng.random() < 0.3
   directory = workdir / "best" / "checkpoints" if is_best else workdir / "checkpoints"
@@ -169,7 +169,7 @@ def _while_writing_a_checkpoint(workdir: pathlib.Path, rng: random.Random) -> Is
 
 
 def _during_an_evaluation(workdir: pathlib.Path, rng: random.Random) -> IsTime:
-  """Kills the run between the checkpoint before a validation and the end of that validation."""
+  """Returns a condition that becomes true soon after the checkpoint that precedes a validation."""
   validated = max(best_checkpoint.read_validations(workdir).step, 0)
   next_step = (validated // _VALIDATE_EVERY + 1) * _VALIDATE_EVERY
   return _Delayed(
@@ -179,7 +179,7 @@ def _during_an_evaluation(workdir: pathlib.Path, rng: random.Random) -> IsTime:
 
 
 def _while_encoding_data(workdir: pathlib.Path, rng: random.Random) -> IsTime:
-  """Removes the encoded data and kills the run while it encodes them again."""
+  """Removes the encoded data; returns a condition that becomes true while they are re-encoded."""
   cache = workdir / "cache"
   shutil.rmtree(cache, ignore_errors=True)
   return _Delayed(lambda: cache.is_dir() and any(cache.iterdir()), rng.uniform(0.0, 0.02))

@@ -2,8 +2,9 @@
 
   python -m experiments.reliability.memory_growth --updates=4000
 
-Trains with checkpoints, validation, log records and event files. Prints the resident memory of the
-process at every tenth of the run, and the slope of a least-squares line over the second half.
+The run writes checkpoints, log records and event files, and is validated. The command prints the
+resident memory of the process after every tenth of the run, and the slope of a least-squares line
+through the second half.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _LOG_EVERY = 10  # updates
 
 
 class MemoryRecorder:
-  """Passes metrics on to other writers, and notes the memory at each call."""
+  """Passes metrics on to other writers, and records the memory at each call."""
 
   def __init__(self, record: metric_writers.RecordMetrics):
     self._record = record
@@ -94,7 +95,7 @@ def _train(
 
   Args:
     experiment: the experiment.
-    recorder: called with the metrics.
+    recorder: receives the metrics of the run.
     save_seconds: minimum time between two checkpoints.
   """
   config, train_cfg = experiment.config, experiment.train_cfg

@@ -73,7 +73,7 @@ def test_training_prints_the_commands_that_test_and_sample(books, workspace):
     r"token; ([\d,]+) tokens \(20,000 bytes\)",
     out,
   )
-  # Both losses are the same sum, over bytes and over tokens.
+  # Both metrics are the same total loss, divided by the number of bytes and of tokens.
   n_token = int(printed[3].replace(",", ""))
   nats = float(printed[2]) * n_token
   assert float(printed[1]) == pytest.approx(nats / 0.693147 / 20_000, abs=2e-4)
@@ -90,7 +90,9 @@ def test_resuming_with_a_different_configuration_is_refused(books, workspace):
 def test_exported_parameters_initialize_a_new_run(books, workspace):
   status, out, err = run(BOOKS + " --command=export", workspace)
   assert status == 0, err
-  exported = re.fullmatch(r"Written to books/params\.safetensors, after (\d+) updates\n", out)
+  exported = re.fullmatch(
+    r"Wrote the parameters after (\d+) updates to books/params\.safetensors\n", out
+  )
   best = tvq.load_checkpoint(workspace / "books" / "best")
   assert int(exported[1]) == int(best.train_state.step)
   command = BOOKS.replace("=books", "=initialized") + " --vocab=books/vocab.model"
@@ -202,7 +204,7 @@ def test_second_interrupt_ends_the_run_at_once_and_keeps_its_checkpoints(workspa
   while not has_checkpoint(workspace / "twice"):
     assert process.poll() is None
     time.sleep(0.01)
-  while process.poll() is None:  # the first one asks the run to stop, a later one ends it
+  while process.poll() is None:  # the first signal asks the run to stop, a later one ends it
     process.send_signal(signal.SIGINT)
   out, err = process.communicate(timeout=120)
   assert process.returncode == -signal.SIGINT and "Stopped" not in out and "nterrupt" not in err, (
