@@ -1,4 +1,4 @@
-"""Inputs of `vq_attention`, and its comparison with the reference."""
+"""Inputs of `vq_attention`, and a comparison of its results with the reference."""
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,21 @@ DOCUMENTS = jnp.array([[0] * 3 + [4] * 15 + [7] * 6, [2] * 20 + [3] + [5] * 3], 
 
 
 def make_inputs(*, heads=1, kv_heads=1, length=T, mem_len=4, seed=0, n_code=S, is_causal=True):
-  keys = jax.random.split(jax.random.key(seed), 7)
+  """Returns random q, k and v by name, a random codebook, and random biases by name."""
+  rngs = jax.random.split(jax.random.key(seed), 7)
   normal = jax.random.normal
   arrays = dict(
-    q=normal(keys[0], (B, length, heads, K)),
-    k=normal(keys[1], (B, length, kv_heads, K)),
-    v=normal(keys[2], (B, length, kv_heads, V)),
+    q=normal(rngs[0], (B, length, heads, K)),
+    k=normal(rngs[1], (B, length, kv_heads, K)),
+    v=normal(rngs[2], (B, length, kv_heads, V)),
   )
-  distances = mem_len + 1 if is_causal else 2 * mem_len + 1
+  n_distance = mem_len + 1 if is_causal else 2 * mem_len + 1
   biases = dict(
-    relative_keys=normal(keys[4], (distances, kv_heads, K)),
-    content_bias=normal(keys[5], (heads, K)),
-    position_bias=normal(keys[6], (heads, K)),
+    relative_keys=normal(rngs[4], (n_distance, kv_heads, K)),
+    content_bias=normal(rngs[5], (heads, K)),
+    position_bias=normal(rngs[6], (heads, K)),
   )
-  codebook = normal(keys[3], (kv_heads, n_code, K))
+  codebook = normal(rngs[3], (kv_heads, n_code, K))
   return arrays, codebook, biases
 
 
@@ -48,12 +49,14 @@ vq_attention = jax.jit(
 
 
 def cold_state(*, kv_heads=1, mem_len=4, n_code=S, batch=B):
+  """Returns the state before the first token."""
   return tvq.initial_attention_state(
     batch_size=batch, n_kv_head=kv_heads, n_code=n_code, mem_len=mem_len, d_k=K, d_v=V
   )
 
 
 def tokens_of(arrays, start, stop):
+  """Returns the tokens from `start` to `stop` of q, k and v."""
   return {name: x[:, start:stop] for name, x in arrays.items()}
 
 
@@ -89,16 +92,17 @@ def check_against_reference(
     )
     return jnp.sum(weight * values), jnp.where(weight == 0.0, 0.0, values)
 
-  (got, values), gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(
+  (got, got_values), got_gradients = jax.jit(
+    jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)
+  )(arrays, biases)
+  # The reference is not jitted: its small operations are compiled once and shared by all tests.
+  (want, want_values), want_gradients = jax.value_and_grad(reference, argnums=(0, 1), has_aux=True)(
     arrays, biases
   )
-  # Without jit, its small operations are compiled once for all tests.
-  (want, expected), expected_gradients = jax.value_and_grad(
-    reference, argnums=(0, 1), has_aux=True
-  )(arrays, biases)
-  np.testing.assert_allclose(values, expected, atol=1e-5)
+  np.testing.assert_allclose(got_values, want_values, atol=1e-5)
   np.testing.assert_allclose(got, want, rtol=1e-4)
-  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-    reference = dict(jax.tree_util.tree_leaves_with_path(expected_gradients))[path]
-    assert float(jnp.abs(reference).max()) > 0.0 or weight.shape[1] == 1, path
-    np.testing.assert_allclose(gradient, reference, atol=2e-5, err_msg=str(path))
+  want_by_path = dict(jax.tree_util.tree_leaves_with_path(want_gradients))
+  for path, gradient in jax.tree_util.tree_leaves_with_path(got_gradients):
+    want_gradient = want_by_path[path]
+    assert float(jnp.abs(want_gradient).max()) > 0.0 or weight.shape[1] == 1, path
+    np.testing.assert_allclose(gradient, want_gradient, atol=2e-5, err_msg=str(path))

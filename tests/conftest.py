@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 
-# All processes of a test run share compiled programs: workers of pytest, and commands of tests.
+# The pytest workers and the commands that tests start share one cache of compiled programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   cache = tempfile.mkdtemp(prefix="compiled-programs-")
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
@@ -29,8 +29,8 @@ if "XLA_FLAGS" not in os.environ:
 import jax
 import pytest
 
-# Test files import helpers, launching and privileges by name. They import experiments from the
-# checkout, which comes last on the path: tvq_haiku is the installed one.
+# Test files import the helper modules of this folder by name, and `experiments` from the checkout.
+# The checkout comes last on the path, so that `tvq_haiku` is the installed package.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 

@@ -14,7 +14,12 @@ KINDS = (
 
 
 def damage(directory, kind):
-  """Damages the checkpoint in `directory`, at its largest file where `kind` concerns one file."""
+  """Damages the checkpoint in `directory`, and returns its largest file.
+
+  Args:
+    directory: directory of the checkpoint.
+    kind: one of `KINDS`. If it damages one file of the checkpoint, this is the largest one.
+  """
   files = [f for f in directory.rglob("*") if f.is_file() and f.name != "manifest.json"]
   largest = max(files, key=lambda f: f.stat().st_size)
   content = largest.read_bytes()

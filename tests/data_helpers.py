@@ -1,4 +1,4 @@
-"""Shared by the tests of datasets, streams and packing."""
+"""Helpers for the tests of datasets, streams and packing."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Models, batches and comparisons that tests share."""
+"""Models, batches, checkpoints and comparisons that tests share."""
 
 import functools
 import json
@@ -16,11 +16,11 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 @functools.cache
 def golden(name):
-  """Loads a golden file; returns its arrays by name, and its model configuration."""
+  """Returns the arrays of a golden file by name, and its model configuration."""
   with np.load(GOLDEN / f"{name}.npz") as arrays:
     arrays = dict(arrays)
   settings = json.loads(bytes(arrays["config"]))
-  for dtype in ("param_dtype", "dtype"):  # `precision` in a TransformerConfig
+  for dtype in ("param_dtype", "dtype"):  # TransformerConfig has `precision` instead
     settings.pop(dtype)
   return arrays, tvq.TransformerConfig(**settings)
 
@@ -36,7 +36,7 @@ def random_params(config, seed=0):
   """Samples parameters that are neither 0 nor 1, so that each of them changes the output."""
   rng = np.random.default_rng(seed)
 
-  def draw(name, shape):
+  def sample(name, shape):
     fan_in = shape[-2] if name == "kernel" else 1
     values = rng.standard_normal(shape) * (0.3 if name in ("u", "v", "scale") else fan_in**-0.5)
     if name in ("gain", "c_count"):
@@ -44,7 +44,7 @@ def random_params(config, seed=0):
     return jnp.asarray(values, jnp.float32)
 
   return {
-    module: {name: draw(name, leaf.shape) for name, leaf in leaves.items()}
+    module: {name: sample(name, leaf.shape) for name, leaf in leaves.items()}
     for module, leaves in tvq.params_shapes(config).items()
   }
 
@@ -120,7 +120,7 @@ RUN_TRAINING = tvq.TrainConfig(
 
 
 def run_batches():
-  """Makes the training batches of a run."""
+  """Returns the batches of the training run that `RUN` and `RUN_TRAINING` describe."""
   text = data.austen()["Emma"][:3000]
   return data.PackedBatches(
     data.stream_of([data.ByteVocabulary.encode(text)]), batch_size=2, sequence_len=32
@@ -135,13 +135,13 @@ def apply(params, config, tokens, state=None, **kwargs):
 
 @functools.cache
 def jitted(config):
-  """Compiles a model, once per configuration."""
+  """Returns a compiled model; each configuration is compiled once."""
   model = tvq.make_transformer(config)
   return jax.jit(lambda p, t, s, kwargs: model.apply(p, None, t, s, **kwargs))
 
 
 def make_checkpoint(step=0):
-  """Makes a checkpoint of `RUN` after `step` updates; its random parameters depend on `step`."""
+  """Returns a checkpoint of `RUN` after `step` updates; its random parameters depend on `step`."""
   params = random_params(RUN, seed=step)
   state = tvq.init_train_state(RUN, RUN_TRAINING, jax.random.key(0), params)
   state = state._replace(step=jnp.int32(step))

@@ -1,4 +1,4 @@
-"""Starts commands in processes of their own, as a user does."""
+"""Starts commands as subprocesses, as a user does."""
 
 import pathlib
 import shlex
@@ -11,7 +11,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def make_workspace(directory):
-  """Links the commands and the README, but not the library, which must be the installed one."""
+  """Links the commands and the README into `directory`, but not the library.
+
+  So commands that are started there import the installed library.
+  """
   for name in ("experiments", "README.md"):
     (directory / name).symlink_to(ROOT / name)
   return directory
@@ -24,7 +27,7 @@ def workspace(tmp_path_factory):
 
 
 def start(command, directory, **kwargs):
-  """Starts `command` in `directory`; its output and messages are pipes of text."""
+  """Starts `command` in `directory`, with pipes for output (stdout) and messages (stderr)."""
   arguments = [sys.executable if word == "python" else word for word in shlex.split(command)]
   return subprocess.Popen(
     arguments, cwd=directory, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
@@ -32,7 +35,7 @@ def start(command, directory, **kwargs):
 
 
 def run(command, directory, **kwargs):
-  """Runs `command` in `directory` and returns its exit status, output and messages."""
+  """Runs `command` in `directory`; returns exit status, output (stdout) and messages (stderr)."""
   process = start(command, directory, **kwargs)
   out, err = process.communicate(timeout=300)
   return process.returncode, out, err

@@ -1,4 +1,4 @@
-"""Runs code without the right of root to ignore file permissions."""
+"""Runs code without the capability of root to ignore file permissions."""
 
 import contextlib
 import ctypes

@@ -18,7 +18,7 @@ IMAGE_SIZE = 4
 
 
 def make_experiment(directory, kind):
-  """Makes an experiment of a kind in `directory`, where all of them share a cache."""
+  """Returns an experiment of the given kind; all kinds share the token cache in `directory`."""
   settings = dict(
     vocabulary=data.ByteVocabulary,
     config=CONFIG,

@@ -46,7 +46,7 @@ from tvq_haiku import config as config_lib
     (dict(n_head=4, n_kv_head=3), "n_head=4, n_kv_head=3: n_kv_head must divide n_head"),
   ],
 )
-def test_invalid_model_settings_are_named(changes, message):
+def test_error_names_an_invalid_model_setting(changes, message):
   with pytest.raises(ValueError, match=message):
     tvq.TransformerConfig(**{"n_vocab": 259, **changes})
 
@@ -65,7 +65,7 @@ def test_invalid_model_settings_are_named(changes, message):
     (dict(n_accumulate=3), "global_batch_size=8, n_accumulate=3: n_accumulate must divide"),
   ],
 )
-def test_invalid_training_settings_are_named(changes, message):
+def test_error_names_an_invalid_training_setting(changes, message):
   with pytest.raises(ValueError, match=message):
     tvq.TrainConfig(**changes)
 
@@ -103,7 +103,7 @@ def test_configs_are_frozen_and_round_trip_through_json():
     ("params=float32,compute=bfloat16,output=float32", jnp.bfloat16),
   ],
 )
-def test_precision_names_a_policy(precision, compute):
+def test_precision_selects_a_policy(precision, compute):
   config = tvq.TransformerConfig.tiny(precision=precision)
   assert config.compute_dtype == compute
   assert config.policy.param_dtype == jnp.float32
@@ -159,7 +159,7 @@ def test_help_texts_list_all_choices(name, choices):
     (dict(head_type="mqa", n_head=4, n_kv_head=1), 1, 1280),
   ],
 )
-def test_head_types(settings, kv_heads, mlp_width):
+def test_head_type_determines_key_value_heads_and_mlp_width(settings, kv_heads, mlp_width):
   config = tvq.TransformerConfig(n_vocab=259, **settings)
   assert config.kv_heads == kv_heads
   assert config.gated == (mlp_width is None)

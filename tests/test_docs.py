@@ -1,4 +1,4 @@
-"""Documentation: every public name has a docstring in the common form, and every example runs."""
+"""Documentation: docstrings have the common form, examples run, and links are not broken."""
 
 import ast
 import doctest
@@ -25,7 +25,7 @@ FORBIDDEN = set(
   "What Of Where Whether How Which So That Those When Who Why If To From "
   "Compute Create Get Give Make Read Return Run Set Take Write".split()
 )
-MANY = 3  # parameters from which on each must be described
+MANY = 3  # a function with at least this many parameters must describe each of them
 
 
 def public_definitions(tree, prefix=""):

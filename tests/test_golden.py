@@ -1,4 +1,4 @@
-"""The paper's own numbers: forward, losses, metrics, state, gradients, training runs."""
+"""Comparison with the paper's code: outputs, losses, metrics, states, gradients, training runs."""
 
 import functools
 import json
@@ -21,7 +21,12 @@ RUNS = ["train_adamw", "train_adafactor"]
 
 @functools.cache
 def computed(name):
-  """Both windows of a golden file: (batch, eval output, training output, gradients) of each."""
+  """Computes the results of this library for both windows of a golden file.
+
+  Returns:
+    The configuration, the parameters, and for each window a tuple: golden arrays, evaluation
+    output, training output, loss, auxiliary outputs, gradients.
+  """
   arrays, config = helpers.golden(name)
   params = tvq.interop.params_from_official(helpers.subtree(arrays, "params"), config)
   model = tvq.make_transformer(config)
@@ -152,7 +157,7 @@ def test_training_run(name):
 
 @pytest.mark.parametrize(
   "name, reduction",
-  [  # None: the one that they ran
+  [  # reduction None: the one that the paper's code used
     ("fast_shga", None),
     ("fast_shga", "scan"),
     ("fast_mha", None),
@@ -166,14 +171,16 @@ def test_optimized_branch(name, reduction):
     arrays = dict(arrays)
   settings = json.loads(bytes(arrays["config"]))
   length = settings.pop("sequence_len")
-  theirs = settings.pop("reduction_type")
+  their_reduction = settings.pop("reduction_type")
   if settings["head_type"] == "shga":
     settings |= dict(d_v=2 * settings["d_model"])
   else:
     settings |= dict(n_head=settings["d_model"] // settings["d_k"], d_v=settings["d_k"])
   full = settings["attn_type"] == "full"
   config = tvq.TransformerConfig(
-    reduction=reduction or theirs, mem_len=length if full else settings["block_len"], **settings
+    reduction=reduction or their_reduction,
+    mem_len=length if full else settings["block_len"],
+    **settings,
   )
   params = tvq.interop.params_from_official(helpers.subtree(arrays, "params"), config)
   tokens, mask = arrays["tokens"], arrays["loss_mask"].astype(np.float32)
@@ -181,9 +188,8 @@ def test_optimized_branch(name, reduction):
 
   @jax.jit
   def compute(params):
-    def loss(
-      params,
-    ):  # theirs leaves the mask out of the commit loss, and the codebook out of it all
+    # Their mask does not apply to the commitment loss, and their loss has no codebook term.
+    def loss(params):
       out = tvq.make_transformer(config).apply(
         params, None, tokens[:, :-1], state, is_training=True
       )

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# Folders and top-level modules, from the ground up: each imports only itself and earlier ones.
+# Folders and top-level modules, the lowest first: each imports only itself and earlier ones.
 ORDER = (
   "types",
   "utils",
@@ -31,7 +31,7 @@ MAX_LINES = 400
 
 # Modules without a test file of their own -> the test file that covers them.
 TESTED_ELSEWHERE = {
-  # Steps of `vq_attention` and `full_attention`, whose results have a reference; theirs do not.
+  # Steps of `vq_attention` and `full_attention`: only the final results have a reference.
   "attention/block_scores.py": "attention/test_vq.py",
   "attention/blocking.py": "attention/test_vq.py",
   "attention/blockwise.py": "attention/test_vq.py",
@@ -39,7 +39,7 @@ TESTED_ELSEWHERE = {
   "attention/state.py": "attention/test_vq_state.py",
   "attention/tiled.py": "attention/test_full.py",
   "attention/vq_arguments.py": "attention/test_vq_state.py",
-  # One token through one attention: compared with the model that reads all tokens at once.
+  # Decoding one token at a time is compared with the model that reads all tokens at once.
   "attention/decode.py": "generation/test_decoder.py",
   # The codebook changes only by an optimizer update.
   "model/quantizer.py": "training/test_train_step.py",
@@ -89,7 +89,7 @@ def folder_of(module):
 
 
 def upward_imports(root):
-  """Returns every import of a folder that stands later in `ORDER`."""
+  """Returns a description of each import from a folder that comes later in `ORDER`."""
   rank = {folder: i for i, folder in enumerate(ORDER)}
   return [
     f"{module} imports {name}"
@@ -100,11 +100,11 @@ def upward_imports(root):
 
 
 def check_no_cycle(root):
-  """Raises a `CycleError` that names the modules if some import each other in a circle."""
+  """Raises a `CycleError` that names the modules if imports form a cycle."""
   graphlib.TopologicalSorter(imports_of(root)).prepare()
 
 
-def test_every_folder_has_a_rank():
+def test_order_lists_every_folder():
   assert {folder_of(module) for module in paths_of(ROOT)} == set(ORDER)
 
 
@@ -121,11 +121,11 @@ def test_data_imports_no_model_code():
   } <= DATA_IMPORTS
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_imports_have_no_cycle():
   check_no_cycle(ROOT)
 
 
-def test_violations_are_found(tmp_path):
+def test_upward_imports_and_cycles_are_found(tmp_path):
   for name, code in {
     "ops/matmul.py": "def f():\n  from tvq_haiku.attention.vq import vq_attention",
     "attention/vq.py": "import tvq_haiku.attention.state",

@@ -9,7 +9,7 @@ from launching import make_workspace, run
 
 @pytest.fixture(scope="session")
 def quickstart_run(tmp_path_factory):
-  """Runs the quickstart; returns the directory it was started in, its output and its messages."""
+  """Runs the quickstart; returns the directory where it was started, its output and messages."""
   directory = make_workspace(tmp_path_factory.mktemp("quickstart"))
   command = "python -m experiments.quickstart --smoke --workdir=runs/quickstart"
   status, out, err = run(command, directory)

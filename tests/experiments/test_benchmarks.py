@@ -37,7 +37,7 @@ def test_decode_reports_the_fraction_of_its_bound(workspace):
     row["weight_mbytes"] / row["weight_gbytes_per_second"]
     + row["state_mbytes"] / row["state_gbytes_per_second"]
   ) / 1e3
-  # Writing one row of each array adds at most a tenth.
+  # Writing one entry of each array takes at most a tenth of the time to read everything.
   assert reading < row["bound_seconds"] < 1.1 * reading
 
 

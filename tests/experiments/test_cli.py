@@ -1,4 +1,4 @@
-"""Flags of the experiments, as a user gives them, and the command that describes a model."""
+"""Flags of the experiments on the command line, and --command=info."""
 
 import re
 
@@ -57,10 +57,8 @@ def test_help_lists_all_flags_with_the_defaults_of_each_size(workspace):
   text = " ".join(out.split())
   assert "--n_byte: Expected size of the file in bytes" in text
   assert "--[no]smoke: Use a tiny model" in text
-  assert (
-    "--config.d_model: Model width D; must be even. (default: paper 768, cpu 256, smoke 32)"
-    in (text)
-  )
+  width = "--config.d_model: Model width D; must be even. (default: paper 768, cpu 256, smoke 32)"
+  assert width in text
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,14 @@ import sys
 from absl import flags
 import pytest
 
-from experiments import command_line
-from experiments import run_flags as run_flags
+from experiments import command_line, run_flags
 
 assert run_flags  # defines the flags
 
 
 @pytest.fixture
 def started_as(monkeypatch):
-  """Returns a function that pretends that this process was started with some arguments."""
+  """Returns a function that makes this process look as if it was started with given arguments."""
 
   def pretend(*arguments):
     spec = importlib.machinery.ModuleSpec("experiments.pg19", None)
@@ -47,5 +46,5 @@ def test_other_commands_leave_out_the_flags_of_training(started_as):
   )
 
 
-def test_flags_of_the_training_exist():
+def test_training_only_flags_exist():
   assert set(command_line.TRAINING_ONLY) <= set(flags.FLAGS)

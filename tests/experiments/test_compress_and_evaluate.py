@@ -1,4 +1,4 @@
-"""Wrong input to the commands that compress and evaluate files; the README's examples run them."""
+"""The commands that compress and evaluate files, as a user starts them."""
 
 import pytest
 

@@ -32,7 +32,7 @@ def test_help_is_the_comment_of_the_field_and_its_value_in_each_size():
   assert flag_values["config.c_gamma"].help.endswith("(default: 0.99)")
 
 
-def test_no_flag_changes_nothing():
+def test_nothing_is_changed_if_no_flag_is_given():
   flag_values = parse()
   assert config_flags.explicit_values(tvq.TransformerConfig, flag_values) == {}
   assert config_flags.explicit_values(tvq.TrainConfig, flag_values) == {}

@@ -38,7 +38,7 @@ def test_log_records_of_others_are_shown(quieted):
 
 
 def run_in_thread(module):
-  """Runs a function of `module` that fails, in a thread of its own."""
+  """Runs a failing function, whose module is named `module`, in a thread."""
   namespace = {"__name__": module}
   exec("def fail(): raise RuntimeError('no space')", namespace)
   thread = threading.Thread(target=namespace["fail"])
@@ -58,9 +58,7 @@ def test_errors_in_other_threads_are_shown(quieted, capsys, module):
 
 
 @pytest.mark.parametrize("message, is_shown", [("Event loop is closed", False), ("other", True)])
-def test_errors_that_cannot_be_raised_are_shown_unless_they_are_known(
-  quieted, capsys, message, is_shown
-):
+def test_unraisable_errors_are_shown_except_that_of_orbax(quieted, capsys, message, is_shown):
   class Failing:
     def __del__(self):
       raise RuntimeError(message)

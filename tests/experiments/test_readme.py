@@ -1,4 +1,4 @@
-"""The examples of the README run, and it is brief."""
+"""The README: its examples run, the files that it names exist, and its beginning is brief."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def test_commands_run(quickstart, workspace):
   assert commands[:2] == ["pip install -e '.[train]'", "python -m experiments.quickstart"]
   for command in commands:
     if command.startswith("pip install '.[test]'") or command.startswith("pytest"):
-      continue  # this test runs because somebody has run them
+      continue  # these commands started this test
     if command.startswith("pip install -e '.[train]'"):
       assert "train =" in (ROOT / "setup.cfg").read_text()
       continue
@@ -62,7 +62,7 @@ def test_installation_and_first_example_are_brief():
 
 
 def test_named_files_exist():
-  """Paths under the repository, and the files of each folder in the table of the layout."""
+  """Checks the paths that the README names, and the files that its table of folders names."""
   text = (ROOT / "README.md").read_text()
   for path in re.findall(r"`((?:tvq_haiku|experiments|tests)/[\w/]*(?:\.py)?)`", text):
     assert (ROOT / path).exists(), path

@@ -1,4 +1,4 @@
-"""The scripts that check long runs, on short ones."""
+"""The scripts of `experiments/reliability`, with short runs."""
 
 import re
 

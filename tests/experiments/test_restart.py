@@ -1,4 +1,4 @@
-"""The restart with malloc settings: once, only for commands, and without changing them."""
+"""The restart with malloc settings: commands restart once, with the same arguments."""
 
 import importlib.machinery
 import json
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def restarts(monkeypatch):
-  """Replaces the restart by a list of its arguments, in a process that looks like a command."""
+  """Makes this process look like a command; returns a list that records calls of `os.execv`."""
   calls = []
   monkeypatch.setattr(os, "execv", lambda *arguments: calls.append(arguments))
   monkeypatch.setattr(sys, "platform", "linux")
@@ -83,7 +83,7 @@ def test_importing_does_not_restart(workspace):
 
 
 def test_launched_command_runs_with_the_settings_and_starts_twice(workspace, tmp_path):
-  """Logs every start of the interpreter by a module that Python imports first."""
+  """Uses a `sitecustomize` module, which Python imports first, to log every start and restart."""
   log = tmp_path / "log"
   (tmp_path / "sitecustomize.py").write_text(
     "import json, os, sys\n"
@@ -103,9 +103,9 @@ def test_launched_command_runs_with_the_settings_and_starts_twice(workspace, tmp
   command = "python -m experiments.evaluate --checkpoint=nowhere '--file=README.md'"
   status, out, err = run(command, workspace, env=environment | {"PYTHONPATH": path})
   assert (status, out) == (1, "") and "nowhere holds no checkpoint" in err, err
-  first, again, second = (json.loads(line) for line in log.read_text().splitlines())
-  assert [entry[0] for entry in (first, again, second)] == ["start", "restart", "start"]
-  assert first[1] == again[1] == second[1]  # the same process
+  first, restarted, second = (json.loads(line) for line in log.read_text().splitlines())
+  assert [entry[0] for entry in (first, restarted, second)] == ["start", "restart", "start"]
+  assert first[1] == restarted[1] == second[1]  # the same process
   assert first[2] is None and "glibc.malloc.mmap_max=0" in second[2]
   assert first[3] == second[3] and second[3][1:] == [
     "-m",

@@ -1,4 +1,4 @@
-"""What the flags of a command imply: paths, vocabulary and configurations."""
+"""The paths, the vocabulary and the configurations that the flags of a command select."""
 
 import dataclasses
 import pathlib
@@ -57,7 +57,7 @@ def test_cache_directory_may_be_set():
   assert make(enwik8.SPEC, smoke=True, cache_dir="x").cache_dir == pathlib.Path("x")
 
 
-def test_vocabulary_is_the_given_one_or_that_of_the_run_or_the_default(tmp_path):
+def test_vocabulary_is_that_of_the_flag_or_of_the_run_or_the_default(tmp_path):
   workdir = str(tmp_path)
   assert make(text.SPEC, workdir=workdir).vocab_file is None
   assert make(pg19.SPEC, workdir=workdir).vocab_file == tmp_path / "vocab.model"
@@ -96,7 +96,7 @@ def test_shorter_training_has_a_shorter_warm_up(train_changes, n_warmup_step):
   assert config == text.SPEC.presets["cpu"].config.replace(n_layer=3)
 
 
-def test_missing_vocabulary_is_trained_only_by_the_default_of_train(tmp_path):
+def test_missing_vocabulary_is_trained_only_by_train_and_only_at_its_default_path(tmp_path):
   setup = make(pg19.SPEC, smoke=True, workdir=str(tmp_path))
   source = run_setup.open_source(setup)
   for changes in (dict(vocab=str(tmp_path / "vocab.model")), dict(command="test")):

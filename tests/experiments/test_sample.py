@@ -17,7 +17,7 @@ assert workspace  # a fixture
 pytestmark = pytest.mark.slow
 
 SAMPLE = "python -m experiments.sample --checkpoint=runs/quickstart"
-# The untrained model may sample the end of a document at any byte, but never finds it most likely.
+# At temperature 0, the text does not end: an end-of-document token is never the most likely one.
 ENDLESS = SAMPLE + " --temperature=0 --length=1000000"
 
 
