@@ -145,8 +145,8 @@ def _bits_per_byte(
   """Returns the bits per byte of the held-out novel, for the model and for each compressor.
 
   Args:
-    config: the model's configuration.
     params: the model's parameters.
+    config: the model's configuration.
     novels: the training novels, which the compressors may refer to, and the held-out novel.
   """
   stream = data.stream_of([data.ByteVocabulary.encode(novels.held_out)])
