@@ -54,7 +54,7 @@ def test_directory_of_a_different_run_is_refused(tmp_path):
   assert (tmp_path / "config.json").read_text() == config
 
 
-def test_params_of_a_different_config_are_refused(tmp_path):
+def test_params_that_do_not_fit_their_config_are_refused(tmp_path):
   checkpoint = helpers.make_checkpoint()._replace(config=CONFIG.replace(n_code=7))
   with pytest.raises(ValueError, match=r"params do not fit this config: .*/quantizer/c_count"):
     tvq.save_checkpoint(tmp_path / "run", checkpoint)
@@ -62,7 +62,7 @@ def test_params_of_a_different_config_are_refused(tmp_path):
 
 
 def test_config_without_checkpoints_is_replaced(tmp_path):
-  """A process may end before it saved its first checkpoint, and be restarted with changes."""
+  """A process may end before its first checkpoint, and be restarted with another configuration."""
   with CheckpointWriter(tmp_path, CONFIG.replace(n_code=7), TRAIN):
     pass
   tvq.save_checkpoint(tmp_path, helpers.make_checkpoint())

@@ -16,7 +16,7 @@ from helpers import assert_same
 import privileges
 
 CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
-# Orbax leaves coroutines behind when it fails.
+# Orbax leaves unfinished coroutines when it fails.
 ignore_coroutines = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -111,14 +111,14 @@ def test_missing_manifest_is_a_warning_only(saved, run, capsys):
   )
 
 
-def test_error_if_all_are_damaged(run):
+def test_error_if_the_only_checkpoint_is_damaged(run):
   damage(run / "checkpoints" / "12", "empty")
   shutil.rmtree(run / "checkpoints" / "10")
   with pytest.raises(tvq.CheckpointError, match=r"12 is damaged .* has changed\.$"):
     tvq.load_checkpoint(run)
 
 
-def test_error_if_several_are_damaged_points_to_the_best_one(saved, run):
+def test_error_points_to_the_best_checkpoint_if_all_others_are_damaged(saved, run):
   for step in ("10", "12"):
     damage(run / "checkpoints" / step, "empty")
   message = r"checkpoints/12 is damaged .* No older checkpoint can be loaded either\."

@@ -41,7 +41,7 @@ def param_names(params):
 
 def test_checkpoint_loads_with_the_same_logits(run, expected, capsys):
   checkpoint = tvq.load_checkpoint(run)
-  assert capsys.readouterr().err == ""  # the manifest fits
+  assert capsys.readouterr().err == ""  # no warning: the files match their manifest
   assert (checkpoint.config, checkpoint.train_cfg) == (CONFIG, helpers.RUN_TRAINING)
   assert (int(checkpoint.train_state.step), checkpoint.data_step) == (6, 3)
   params = checkpoint.train_state.params

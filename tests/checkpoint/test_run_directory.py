@@ -1,4 +1,4 @@
-"""The files of a run, apart from the arrays of its checkpoints."""
+"""The files of a run, except the arrays of its checkpoints."""
 
 import pytest
 
@@ -13,7 +13,7 @@ CONFIG, TRAIN = helpers.RUN, helpers.RUN_TRAINING
 
 @pytest.fixture
 def run(tmp_path):
-  """A run's directory with its configuration, and steps without content."""
+  """The directory of a run with its configuration and with checkpoints that have no content."""
   run_directory.write_config(tmp_path, CONFIG, TRAIN)
   for name in ("4", "12", "10", "14.orbax-checkpoint-tmp-7"):
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_fields_that_do_not_change_results_may_differ(run):
 
 
 def test_later_checkpoints_are_set_aside(run):
-  (run / "damaged" / "12").mkdir(parents=True)  # from an earlier time
+  (run / "damaged" / "12").mkdir(parents=True)  # set aside earlier
   run_directory.set_aside_later(run, after=4)
   assert run_directory.saved_steps(run) == [4]
   assert sorted(p.name for p in (run / "damaged").iterdir()) == ["10", "12", "12-2"]

@@ -1,4 +1,4 @@
-"""Writing checkpoints, in the background while training continues."""
+"""Writing checkpoints in the background while training continues."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tvq_haiku.model import transformer
 from tvq_haiku.parallel import multihost
 from tvq_haiku.utils import files
 
-# Orbax measures its timeout with the system clock, which may jump: no jump exceeds this.
+# Orbax measures its timeout with the system clock, which may jump. No jump is as long as this.
 _NO_TIMEOUT_SECONDS = 10**10
 
 
 class CheckpointWriter:
-  """Writes the checkpoints of a run in the background; a context manager.
+  """A context manager that writes the checkpoints of a run in the background.
 
-  A checkpoint appears on disk only when it is complete. Leaving the context waits for the last one.
-  With several processes, all of them make the same calls.
+  A checkpoint gets its final name on disk only when it is complete. Leaving the context waits until
+  the last checkpoint is written. With several processes, all of them must make the same calls.
   """
 
   def __init__(
@@ -56,7 +56,7 @@ class CheckpointWriter:
       run_directory.write_config(self._path, config, train_cfg)
     multihost.barrier("writer")
     self._pending: int | None = None  # step of the checkpoint that is being written
-    self._error: Exception | None = None  # why that one could not be written
+    self._error: Exception | None = None  # why the pending checkpoint failed
     self._thread: threading.Thread | None = None
     orbax = checkpoints.orbax()
     with _raising_os_errors("checkpoints", self._steps):
@@ -73,11 +73,12 @@ class CheckpointWriter:
   def save(self, checkpoint: checkpoints.Checkpoint) -> None:
     """Waits for the previous checkpoint and starts to write this one in the background.
 
-    Returns when the arrays have been copied to host memory, so their device buffers may be reused.
+    Returns when the arrays have been copied to host memory. The caller may then donate or overwrite
+    their device buffers.
 
     Raises:
       CheckpointError: the directory holds a checkpoint of the same or a later step.
-      OSError: the previous checkpoint could not be written.
+      OSError: the previous checkpoint could not be written, or this one could not be started.
     """
     self.wait()
     step = int(checkpoint.train_state.step)
@@ -91,7 +92,8 @@ class CheckpointWriter:
     with _raising_os_errors(f"the checkpoint of step {step}", self._steps):
       self._manager.save(step, args=checkpoints.orbax().args.StandardSave(tree), force=True)
     self._pending = step
-    # The manifest is written as soon as possible: the process may end before the next call.
+    # A thread writes the manifest as soon as the checkpoint is complete, because the process may
+    # end before the next call of `save` or `wait`.
     self._thread = threading.Thread(
       target=self._finish, args=(step,), name="checkpoint", daemon=True
     )
@@ -101,7 +103,7 @@ class CheckpointWriter:
     """Blocks until the last checkpoint is on disk.
 
     Raises:
-      OSError: it could not be written.
+      OSError: the checkpoint could not be written.
     """
     if self._pending is None:
       return
@@ -138,13 +140,13 @@ class CheckpointWriter:
     traceback: TracebackType | None,
   ) -> None:
     if kind is not None and not multihost.is_single_process():
-      return  # other processes may have ended, and waiting would block until the timeout
+      return  # other processes may have ended, and waiting for them would block
     with contextlib.ExitStack() as stack:
       stack.callback(self._close)
       self.wait()
 
   def _close(self) -> None:
-    with contextlib.suppress(Exception):  # `wait` has raised any error of a checkpoint
+    with contextlib.suppress(Exception):  # `wait` has already raised writing errors
       self._manager.close()
 
 
@@ -178,8 +180,8 @@ def _raising_os_errors(name: str, directory: pathlib.Path) -> Iterator[None]:
   Failures of other processes pass unchanged, so that the caller can recognize them.
 
   Args:
-    name: what could not be written, for the message.
-    directory: where it was to be written.
+    name: description of what is written, for the message.
+    directory: directory that it is written to, for the message.
   """
   try:
     yield

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, and how one is loaded from the directory of a run."""
+"""The content of a checkpoint, and loading a checkpoint from the directory of a run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _ORBAX_ITEM = "default"  # the subdirectory in which orbax puts the arrays of a 
 
 
 class Checkpoint(NamedTuple):
-  """Everything that a run needs to resume."""
+  """Everything that is needed to resume a run."""
 
   config: TransformerConfig
   train_cfg: TrainConfig
   train_state: train_step_lib.TrainState  # parameters, optimizer state and number of updates
-  rng: Array  # [] typed PRNG key from which every training step derives its own
-  data_step: int  # number of batches read
+  rng: Array  # [] typed PRNG key from which every training step derives its own key
+  data_step: int  # number of training batches read
 
 
 def load_checkpoint(
@@ -39,9 +39,9 @@ def load_checkpoint(
 
   Args:
     directory: directory of the run.
-    step: number of updates at which the checkpoint was saved. None: the newest checkpoint that is
-      intact; a warning on standard error names each damaged one that is newer.
-    mesh: mesh on which to place the arrays; it may differ from the mesh of the run. None: a single
+    step: number of updates at which the checkpoint was saved. None: the newest intact
+      checkpoint; a warning on standard error names each newer one that is damaged.
+    mesh: mesh on which to place the arrays; it may differ from the mesh of the run. None: the first
       device.
 
   Returns:
@@ -64,34 +64,42 @@ def load_checkpoint(
       )
     return _load(run_directory.step_directory(path, step), abstract)
   checkpoint = _load_newest(path, steps, abstract)
-  if checkpoint is None:  # a run in progress has replaced all of them
+  if checkpoint is None:  # a training process has replaced all of them in the meantime
     return load_checkpoint(path, mesh=mesh)
   return checkpoint
 
 
 def _load_newest(path: pathlib.Path, steps: list[int], abstract: Checkpoint) -> Checkpoint | None:
-  """Loads the newest intact checkpoint of ascending `steps`; None if none of them exists now.
+  """Loads the newest intact checkpoint.
+
+  Args:
+    path: directory of the run.
+    steps: steps of its checkpoints, in ascending order.
+    abstract: see `_load`.
+
+  Returns:
+    The checkpoint, or None if none of the checkpoints exists any longer.
 
   Raises:
-    CheckpointError: all that exist are damaged.
+    CheckpointError: all checkpoints that still exist are damaged.
   """
-  damage: list[str] = []
+  problems: list[str] = []  # one for each damaged checkpoint, newest first
   for step in reversed(steps):
     directory = run_directory.step_directory(path, step)
     try:
       checkpoint = _load(directory, abstract)
     except CheckpointError as error:
-      if directory.exists():  # otherwise a run in progress has removed it
-        damage.append(str(error))
+      if directory.exists():  # otherwise a training process has removed it
+        problems.append(str(error))
       continue
     if multihost.is_main_process():
-      for problem in damage:
+      for problem in problems:
         progress.log(f"warning: {problem} Loading step {step} instead.")
     return checkpoint
-  if not damage:
+  if not problems:
     return None
-  message = damage[0]
-  if len(damage) > 1:
+  message = problems[0]
+  if len(problems) > 1:
     message += " No older checkpoint can be loaded either."
   best = path / run_directory.BEST_DIRECTORY
   if run_directory.has_checkpoint(best):
@@ -106,7 +114,7 @@ def _load(directory: pathlib.Path, abstract: Checkpoint) -> Checkpoint:
 
   Args:
     directory: directory of the checkpoint.
-    abstract: its configurations, and the shapes, dtypes and shardings of its arrays.
+    abstract: the configurations, and the shapes, dtypes and shardings of the arrays to load.
 
   Raises:
     CheckpointError: the checkpoint is damaged or incomplete.
@@ -128,7 +136,7 @@ def _load(directory: pathlib.Path, abstract: Checkpoint) -> Checkpoint:
 
 
 def _verify(directory: pathlib.Path) -> None:
-  """Raises on all processes if the files of a checkpoint do not match its manifest."""
+  """Raises a CheckpointError on all processes if the files do not match their manifest."""
   problem = ""
   if multihost.is_main_process():
     manifest = run_directory.MANIFEST_FILE

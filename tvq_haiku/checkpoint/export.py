@@ -1,7 +1,7 @@
 """Parameters and their configuration in a single file, for use by other people and programs.
 
-The format is safetensors. An array is named by its module and parameter, such as
-`transformer/embedding/embeddings`; the metadata hold the configuration as JSON.
+The format is safetensors. Each array is named after its module and its parameter, such as
+`transformer/embedding/embeddings`. The metadata hold the configuration as JSON.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tvq_haiku.model import transformer
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import files, optional
 
-_FORMAT = "tvq_haiku"  # in the metadata, so that other safetensors files are recognized
+_FORMAT = "tvq_haiku"  # stored in the metadata, to recognize safetensors files of other programs
 
 
 def export_params(params: Params, config: TransformerConfig, file: str | os.PathLike) -> None:
   """Writes parameters and their configuration to a safetensors file.
 
-  The file appears only when it is complete; an existing file is replaced.
+  The file is written atomically. An existing file is replaced.
 
   Args:
     params: the parameters of the model.
@@ -84,7 +84,13 @@ def import_params(file: str | os.PathLike) -> tuple[Params, TransformerConfig]:
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-  """Returns the metadata of a safetensors file: JSON after its length in the first 8 bytes."""
+  """Returns the metadata of a safetensors file.
+
+  The file begins with the length of its JSON header (8 bytes) and the header itself.
+
+  Raises:
+    ValueError: `export_params` did not write the file.
+  """
   header_size = int.from_bytes(content[:8], "little")
   metadata = json.loads(content[8 : 8 + header_size])["__metadata__"]
   if metadata.get("format") != _FORMAT:

@@ -2,15 +2,16 @@
 
 The paper's code has two layouts, named after its branches:
 
-main         A subtree for each of the N layers. Only head_type='shga' with attn_type='vq'.
-optimized    All layers stacked along a leading axis, followed by an axis of length 1. The kernels
-             of keys, values and gates are separate. Norms have no gain or offset, and a tied output
-             has no bias.
+main         Each layer has its own subtree. Supports only head_type='shga' with attn_type='vq'.
+optimized    All layers are stacked along a leading axis, which is followed by an axis of length 1.
+             The kernels of keys, values and gates are separate. Norms have no gain or offset, and a
+             tied output has no bias.
 
 This package stacks the layers along the first axis, and has one kernel for keys, values and gates.
-In all of them kernels are [in, out], and the widths of the heads are concatenated in head order.
-Arrays are only sliced, stacked and reshaped. The one exception is the bias of an untied output in
-`optimized`, which is added after the logits are multiplied by e_scale.
+In this package and in both layouts, kernels are [in, out], and heads are concatenated in order.
+Conversions only slice, stack and reshape arrays, with one exception: `optimized` multiplies the
+logits by e_scale before it adds the bias of an untied output, but this package multiplies the sum.
+So that bias is multiplied by e_scale on the way to `optimized`, and divided on the way back.
 
 Letters: X vocabulary, D model width, H query heads, G key/value heads, S codes per codebook, K key
 width, V value width.
@@ -33,8 +34,8 @@ from tvq_haiku.types import Array, ArrayTree, Params
 
 _LAYOUTS = ("main", "optimized")
 
-# Official path -> (module, name) in this package, without the path of the parent module. Comments
-# give the shape of one layer.
+# Official path -> (module, name) in this package; the module is relative to its parent module. The
+# comments give the shapes for a single layer.
 _Names = Mapping[str, tuple[str, str]]
 
 _MAIN_MODEL: _Names = {
@@ -92,15 +93,15 @@ class _Source(NamedTuple):
   name: str
   shape: tuple[int, ...]  # shape of the official parameter
   layer: int | None = None  # index on the first axis; None: all layers
-  columns: tuple[int, int] | None = None  # range on the last axis; None: all columns
+  columns: tuple[int, int] | None = None  # [start, end) on the last axis; None: all columns
 
 
 def params_from_official(tree: Mapping[str, ArrayTree], config: TransformerConfig) -> Params:
   """Converts parameters of the paper's code to parameters of this package.
 
   Args:
-    tree: parameters in the layout `main` or `optimized`, which is detected. Nested dicts, or a flat
-      dict with keys such as 'a/b/c'. A single outermost key 'params' is ignored.
+    tree: nested dicts, or a flat dict with keys such as 'a/b/c', in the layout `main` or
+      `optimized`. The layout is detected. A single outermost key 'params' is ignored.
     config: the configuration of the model.
 
   Returns:
@@ -108,7 +109,7 @@ def params_from_official(tree: Mapping[str, ArrayTree], config: TransformerConfi
     have are set to ones and zeros.
 
   Raises:
-    ValueError: parameters are missing, unknown or of a different shape; the message names all.
+    ValueError: parameters are missing, unknown or of a different shape; the message lists them.
   """
   official = dict(_flatten(tree))
   if official and all(path.startswith("params/") for path in official):
@@ -117,7 +118,7 @@ def params_from_official(tree: Mapping[str, ArrayTree], config: TransformerConfi
   sources = dict(_sources(config, layout))
   _check_official(official, sources)
 
-  # Layers or column ranges, in order, of each parameter.
+  # (module, name) -> the layers or the ranges of columns of this parameter, in order.
   slices: dict[tuple[str, str], list[Array]] = {}
   for path, source in sources.items():
     value = jnp.asarray(official[path])
@@ -148,9 +149,9 @@ def params_to_official(
     params: parameters of `make_transformer(config)`, or a tree of the same structure: gradients,
       or `jax.ShapeDtypeStruct`s.
     config: the configuration of the model.
-    layout: 'main' or 'optimized'. The latter has no gains, offsets and bias of a tied output; they
-      are left out. It adds the bias of an untied output after the multiplication by e_scale: the
-      gradient of that bias is correct only if e_scale is 1.
+    layout: 'main' or 'optimized'. Parameters that 'optimized' does not have (gains, offsets and the
+      bias of a tied output) are left out. The bias of an untied output is multiplied by
+      e_scale, which is wrong for a gradient of that bias unless e_scale is 1.
 
   Returns:
     A flat dict with keys such as 'a/b/c'.
@@ -185,10 +186,12 @@ def params_to_official(
 
 
 def _to_main(value: Array, source: _Source, config: TransformerConfig) -> Array:
+  """Converts a parameter of this package to an official one in the layout `main`."""
   return value if source.layer is None else value[source.layer]
 
 
 def _to_optimized(value: Array, source: _Source, config: TransformerConfig) -> Array:
+  """Converts a parameter of this package to an official one in the layout `optimized`."""
   if (source.module, source.name) == ("transformer/unembedding", "bias"):
     return value * config.e_scale
   if source.columns is not None:
@@ -197,6 +200,7 @@ def _to_optimized(value: Array, source: _Source, config: TransformerConfig) -> A
 
 
 def _from_optimized(value: Array, source: _Source, config: TransformerConfig) -> Array:
+  """Converts an official parameter in the layout `optimized` to the part given by `source`."""
   if (source.module, source.name) == ("transformer/unembedding", "bias"):
     return value / config.e_scale
   return value[:, 0] if source.module.startswith("transformer/layers/") else value
@@ -256,7 +260,7 @@ def _optimized_sources(config: TransformerConfig) -> Iterator[tuple[str, _Source
 
 
 def _fused_projections(config: TransformerConfig, module: str) -> Iterator[tuple[str, _Source]]:
-  """Yields the kernels of keys, values and gates as columns of this package's one kernel."""
+  """Yields the kernels of keys, values and gates: ranges of columns of one kernel here."""
   widths = {"k": config.kv_heads * config.d_k, "v": config.kv_heads * config.d_v}
   if config.gated:
     widths["g"] = config.n_head * config.d_v
@@ -277,7 +281,7 @@ def _fused_projections(config: TransformerConfig, module: str) -> Iterator[tuple
 def _existing(
   config: TransformerConfig, names: _Names, parent: str
 ) -> Iterator[tuple[str, _Source]]:
-  """Yields the entries of a table whose parameters this configuration has."""
+  """Yields (official path, source) of the parameters in a table that the configuration has."""
   shapes = transformer.params_shapes(config)
   for path, (child, name) in names.items():
     module = f"{parent}/{child}" if child else parent

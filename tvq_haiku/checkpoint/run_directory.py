@@ -4,7 +4,7 @@ config.json            the model and training configurations
 checkpoints/<step>/    a checkpoint in orbax's format, and manifest.json with the size and checksum
                        of each of its files
 damaged/               checkpoints that were set aside because they could not be loaded
-best/                  a directory of the same form with the best checkpoint on validation
+best/                  a directory of the same form with the checkpoint of lowest validation loss
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXECUTION_FIELDS = ("remat", "reduction", "n_accumulate")
 
 
 class CheckpointError(ValueError):
-  """A checkpoint is missing, damaged or from a different run; the message names it."""
+  """Raised when a checkpoint is missing, damaged or from a different run; the message names it."""
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
@@ -53,7 +53,7 @@ def has_checkpoint(directory: str | os.PathLike) -> bool:
 def saved_steps(directory: str | os.PathLike) -> list[int]:
   """Returns the steps (numbers of updates) of all complete checkpoints in ascending order."""
   path = pathlib.Path(directory).absolute() / STEPS_DIRECTORY
-  # Orbax gives the directory of a checkpoint this name only once the checkpoint is complete.
+  # Orbax writes to a directory with another name, and renames it when the checkpoint is complete.
   return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
 
 
@@ -143,7 +143,8 @@ def check_same_run(
 def set_aside_later(directory: str | os.PathLike, *, after: int) -> None:
   """Moves the checkpoints of steps greater than `after` to `damaged/`.
 
-  A run calls this before it resumes from step `after`. All processes must call it.
+  A run calls this before it resumes from step `after`, because it will save the later steps again.
+  All processes must call it.
 
   Raises:
     CheckpointError: a checkpoint cannot be moved; the message names it.
