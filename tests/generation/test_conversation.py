@@ -127,5 +127,5 @@ def test_invalid_arguments_are_refused():
   with pytest.raises(ValueError, match=r"stop=\[''\]: a stop text must not be empty"):
     start_conversation().write("a", max_new_tokens=1, stop=[""])
   conversation = start_conversation(state=tvq.initial_state(CONFIG, 1))
-  with pytest.raises(ValueError, match="prompt must not be empty after a given state"):
+  with pytest.raises(ValueError, match="first prompt must not be empty if a `state` was given"):
     list(conversation.write("", max_new_tokens=1))

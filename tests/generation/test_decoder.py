@@ -48,7 +48,7 @@ def make_reader(config):
 
 
 def variant(name, **changes):
-  # Two layers only where the number of layers matters: one takes half the time to compile.
+  # Most variants have one layer, because a second one doubles the compilation time.
   return tiny(**{"n_layer": 2 if name == "plain" else 1, **VARIANTS[name], **changes})
 
 
@@ -62,7 +62,7 @@ def test_logits_and_state_equal_those_of_the_forward_pass(name):
   rest = apply(params, config, tokens[:, 13:], warm.state)
   expected = np.concatenate([warm.logits, rest.logits], axis=1)
   for start, state in ((0, tvq.initial_state(config, 2)), (13, warm.state)):
-    # T is a multiple of no block length, and larger than every window.
+    # T is not a multiple of any block length, and longer than every window.
     logits, state = make_reader(config)(params, tokens[:, start : start + T], state)
     np.testing.assert_allclose(logits, expected[:, start : start + T], atol=2e-5)
   assert_trees_close(state, rest.state)
@@ -124,7 +124,7 @@ def test_bfloat16_logits_are_close_to_those_of_the_forward_pass(name):
   logits, state = make_reader(config)(params, tokens, tvq.initial_state(config, 2))
   assert logits.dtype == jnp.float32
   assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, forward.state)
-  # The median, since rounding moves some keys to another code.
+  # The median is compared, because rounding changes the codes of some keys.
   error = np.abs(logits - forward.logits).max(axis=(0, 2))
   assert np.median(error) < 0.15 * np.abs(forward.logits).max()
 

@@ -15,12 +15,12 @@ def test_weights_are_in_the_compute_dtype_and_statistics_in_float32(name):
   config = tiny(**VARIANTS[name], precision="bfloat16")
   weights = decoder_weights.prepare_weights(random_params(config), config)
   assert len(weights.layers) == config.n_layer
-  names = {
+  dtypes = {
     jax.tree_util.keystr(path): x.dtype
     for path, x in jax.tree_util.tree_flatten_with_path(weights)[0]
   }
   in_compute_dtype = (".qkv", ".out", ".up", ".down", ".relative_keys", ".unembedding")
-  for leaf, dtype in names.items():
+  for leaf, dtype in dtypes.items():
     assert dtype == (jnp.bfloat16 if leaf.endswith(in_compute_dtype) else jnp.float32), leaf
 
 

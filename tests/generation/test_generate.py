@@ -1,4 +1,4 @@
-"""Tests of `generate` and `continue_text`: their results are those of forward passes."""
+"""Tests of `generate` and `continue_text`, whose results must agree with forward passes."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_the_same_key_gives_the_same_text_in_any_batch():
     np.testing.assert_array_equal(alone, first[b])
 
 
-def test_two_calls_continue_each_other():
+def test_a_second_call_continues_the_first():
   prompts, rngs = helpers.random_tokens(CONFIG, 2, 5), jax.random.split(jax.random.key(3), 2)
   one = generate(prompts, n=12, temperature=1.0, rng=rngs)
   first = generate(prompts, n=5, temperature=1.0, rng=rngs)
@@ -144,7 +144,7 @@ def test_a_stop_sequence_that_begins_in_the_prompt_does_not_end_the_text():
   stop = [[int(prompts[0, -1]), unstopped[0]]]
   out = generate(prompts, n=8, stop=stop)
   length = length_until(unstopped, stop)
-  assert length > 1  # it would be 1 with the prompt
+  assert length > 1  # it would be 1 if the prompt were part of the text
   assert out.lengths[0] == length
   assert out.tokens[0, :length].tolist() == unstopped[:length]
 
@@ -182,7 +182,7 @@ def test_an_encoder_cannot_generate():
     tvq.generate(params, config, prompts, max_new_tokens=1, rng=jax.random.key(0))
 
 
-def test_text_is_that_of_generate_after_an_eos():
+def test_text_equals_the_output_of_generate_for_a_prompt_after_an_eos():
   prompts = ["", "Anne", "Captain Wentworth"]
   texts = continue_text(prompts)
   for prompt, text in zip(prompts, texts, strict=True):

@@ -13,7 +13,7 @@ CONFIG = helpers.tiny()
 PARAMS = helpers.random_params(CONFIG)
 
 
-def test_prompts_are_read_as_each_alone_in_several_windows(monkeypatch):
+def test_prompts_in_several_windows_are_read_like_each_prompt_alone(monkeypatch):
   monkeypatch.setattr(prefill, "_MAX_WINDOW_LEN", 16)
   tokens, lengths = helpers.random_tokens(CONFIG, 2, 50), (50, 20)
   prompts = [row[:n] for row, n in zip(tokens, lengths, strict=True)]

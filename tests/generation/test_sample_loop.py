@@ -1,4 +1,4 @@
-"""Tests of the sampling loop: its end, and that the compiled program copies no large array."""
+"""Tests of the sampling loop: when it ends, and that the program copies no large array."""
 
 import re
 
@@ -106,7 +106,7 @@ def with_optimizations():
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_compiled_loop_copies_no_ring_buffer_or_cache(with_optimizations, batch_size):
-  # W = 25, S = 27 and V = 40 are the sizes of no other axis.
+  # No other axis has the same size as W = 25, S = 27 or V = 40.
   config = tiny(d_v=40, mem_len=24, n_code=27)
   program = sample_loop.sample_tokens.lower(
     config,

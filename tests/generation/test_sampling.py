@@ -1,4 +1,4 @@
-"""Tests of sampling one token: allowed tokens, their frequencies, keys for each prompt."""
+"""Tests of sampling one token: which tokens, how often, and the keys of each prompt."""
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def test_other_values_of_the_same_filters_do_not_recompile():
     sample(rng, logits, params)
   assert n_trace == 1
   sample(rng, logits, sampling.make_sampling_params(temperature=0.5, top_p=0.9))
-  assert n_trace == 2  # without min_p
+  assert n_trace == 2  # because min_p is disabled
 
 
 def test_top_p_keeps_only_some_of_equally_probable_tokens():

@@ -14,11 +14,11 @@ from tvq_haiku.model import transformer
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import checks
 
-_CHUNK_LEN = 16  # tokens sampled before each chunk of text
+_CHUNK_LEN = 16  # maximum number of tokens that are sampled for one chunk of text
 
 
 class Conversation:
-  """The state of a byte-level model, kept between prompts.
+  """A conversation with a byte-level model, whose state is kept between prompts.
 
   >>> import jax
   >>> config = TransformerConfig.tiny()
@@ -48,7 +48,7 @@ class Conversation:
       params: parameters of `make_transformer(config)`.
       config: configuration of the model, which must have the byte vocabulary.
       rng: one key, into which each prompt is folded.
-      state: the state that the first prompt continues; B = 1. None: it starts a new text.
+      state: the state that the first prompt continues; B = 1. None: the prompt starts a new text.
       temperature: as in `generate`.
       top_p: as in `generate`.
       top_k: as in `generate`.
@@ -69,7 +69,7 @@ class Conversation:
     self._params, self._config, self._rng = params, config, rng
     self._weights = decoder_weights.prepare_weights(params, config)
     self._initial_state = state  # None: the next prompt starts a new text
-    self._generation: sample_loop.GenerationState | None = None  # None: no prompt was read yet
+    self._generation: sample_loop.GenerationState | None = None  # None: no prompt has been read
 
   @property
   def state(self) -> transformer.TransformerState:
@@ -85,18 +85,19 @@ class Conversation:
   ) -> Iterator[str]:
     """Reads the prompt and yields the model's text in chunks, as it is sampled.
 
-    The chunks add up to what `continue_text` returns for the same prompt and key. A caller may
-    drop the iterator before its end: the conversation then continues after the last chunk, or a
-    few tokens later. If the model ends its text with an eos, the next prompt starts a new text.
+    Joined, the chunks are the text that `continue_text` returns for the same prompt and key. A
+    caller may drop the iterator before its end. Then the conversation continues after the last
+    sampled token, which may be a few tokens after the last chunk. If the model ends its text with
+    an eos, the next prompt starts a new text.
 
     Args:
-      prompt: text or UTF-8 bytes. May be empty, except after a given `state`.
+      prompt: text or UTF-8 bytes. May be empty, unless it is the first one and continues a `state`.
       max_new_tokens: maximum number of bytes to sample.
       stop: stop texts: the text ends before the first of them. The state includes the stop text.
 
     Returns:
-      An iterator of texts that are not empty. It raises a ValueError if an empty prompt is the
-      first after a given `state`.
+      An iterator of non-empty texts. It raises a ValueError if the prompt is empty, is the first
+      one, and continues the `state` that was given to the constructor.
 
     Raises:
       ValueError: an argument has a wrong value; the message names it.
@@ -113,7 +114,7 @@ class Conversation:
   def _write(
     self, prompt: np.ndarray, max_new_tokens: int, stop: stopping.StopConditions
   ) -> Iterator[str]:
-    """Yields the texts of `write`."""
+    """Yields the chunks of `write`."""
     if self._generation is None and self._initial_state is None:
       prompt = np.append(ByteVocabulary.EOS, prompt).astype(np.int32)
     self._read_prompt(prompt, stop)
@@ -140,18 +141,18 @@ class Conversation:
         yield chunk
 
   def _read_prompt(self, prompt: np.ndarray, stop: stopping.StopConditions) -> None:
-    """Reads the tokens [P] of a prompt after all text so far."""
+    """Reads the tokens [P] of a prompt, which follow all text so far."""
     logits = None if self._generation is None else self._generation.logits
     if not prompt.size and logits is None:
-      raise ValueError("Conversation: prompt must not be empty after a given state.")
+      raise ValueError("Conversation: the first prompt must not be empty if a `state` was given.")
     state, logits = prefill.prefill(self._params, self._config, [prompt], self.state, logits)
     self._generation = sample_loop.start_generation(self._config, state, logits, stop)
 
 
 class _TextStream:
-  """Decodes chunks of byte tokens to text that never has to be taken back.
+  """Decodes a stream of byte tokens to chunks of text that later tokens cannot change.
 
-  It holds back tokens that may be the beginning of a stop sequence, and the first bytes of a
+  It holds back tokens that may be the beginning of a stop sequence, and the bytes of an incomplete
   character.
   """
 

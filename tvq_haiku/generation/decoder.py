@@ -1,6 +1,6 @@
-"""The model, one token at a time: computes the same function as `Transformer`.
+"""Decoding: runs the model one token at a time, and computes the same function as `Transformer`.
 
-Letters: B batch, D model width, E outputs of a product, X vocabulary, N layers, H query heads, G
+Letters: B batch, D model width, E outputs of a projection, X vocabulary, N layers, H query heads, G
 key/value heads, K key width, V value width.
 """
 
@@ -33,25 +33,25 @@ class LayerBuffers(NamedTuple):
   """Ring buffers of one layer."""
 
   attention_1: decode.RingBuffer
-  attention_2: decode.RingBuffer | None  # None: there is an MLP
+  attention_2: decode.RingBuffer | None  # None: the layer has an MLP instead
 
 
 class DecodeState(NamedTuple):
-  """Memory of the model between two tokens: a `TransformerState` with ring buffers."""
+  """State of the model between two tokens: a `TransformerState` in the form of ring buffers."""
 
   document: Array  # [B] int32: document of the next token
-  position: Array  # [B] int32: number of tokens read of the document
-  n_read: Array  # [B] int32: number of tokens read in all
+  position: Array  # [B] int32: number of tokens read from the current document
+  n_read: Array  # [B] int32: total number of tokens read
   n_written: Array  # [B] int32: number of tokens read since `start_decoding`
-  buffers: tuple[LayerBuffers, ...]  # of N layers
+  buffers: tuple[LayerBuffers, ...]  # one for each of N layers
 
 
 def start_decoding(config: TransformerConfig, state: transformer.TransformerState) -> DecodeState:
-  """Returns the memory of `state` in ring buffers.
+  """Converts a state of the model to ring buffers, from which decoding starts.
 
   Args:
     config: configuration of the model.
-    state: from a call of the model, or from `initial_state`.
+    state: result of a call of the model, or of `initial_state`.
 
   Returns:
     The state for the first call of `decode_token`.
@@ -80,13 +80,13 @@ def _ring_buffer(
 
 @jax.jit
 def finish_decoding(state: DecodeState) -> transformer.TransformerState:
-  """Returns the state from which the model or `start_decoding` continues.
+  """Converts ring buffers back to a state, from which the model or `start_decoding` can continue.
 
   Args:
     state: from `start_decoding` or `decode_token`.
 
   Returns:
-    The state as a call of the model on the same tokens returns it.
+    The state that a call of the model on the same tokens returns.
   """
   return transformer.TransformerState(
     document=jnp.where(state.n_read > 0, state.document, NO_DOCUMENT),
@@ -109,11 +109,11 @@ def _stacked_state(
 
 
 class _TokenContext(NamedTuple):
-  """Facts about the current token that the attentions of all layers share."""
+  """Properties of the current token, which the attentions of all layers use."""
 
-  n_written: Array  # [] int32: number of tokens written before it to each active ring buffer
-  doc_id: Array  # [B] int32: its document
-  active: Array  # [B] bool
+  n_written: Array  # [] int32: number of earlier tokens written to each active ring buffer
+  doc_id: Array  # [B] int32: document of the token
+  active: Array  # [B] bool: see `decode_token`
 
 
 def decode_token(
@@ -123,7 +123,7 @@ def decode_token(
   state: DecodeState,
   active: Array,
 ) -> tuple[Array, DecodeState]:
-  """Reads one token per batch element.
+  """Reads one token per batch element, and computes the logits of the next one.
 
   Args:
     weights: from `prepare_weights`.
@@ -140,7 +140,7 @@ def decode_token(
   chex.assert_shape((tokens, active, state.document), jnp.shape(tokens)[:1])
   chex.assert_type((tokens, active), (int, bool))
   context = _TokenContext(
-    n_written=jnp.max(state.n_written),  # active batch elements have all written this number
+    n_written=jnp.max(state.n_written),  # the same for all active batch elements
     doc_id=state.document if c.doc_mask else jnp.zeros_like(state.document),
     active=active,
   )
@@ -194,7 +194,7 @@ def _attention(
   buffer: decode.RingBuffer,
   context: _TokenContext,
 ) -> tuple[Array, decode.RingBuffer]:
-  """Adds one attention to activations [B, D], and the token to its ring buffer."""
+  """Applies one attention with its residual to activations [B, D]; updates its ring buffer."""
   c = config
   H, G, K, V, B = c.n_head, c.kv_heads, c.d_k, c.d_v, x.shape[0]
   ends = [H * K, H * K + G * K, H * K + G * K + G * V]
@@ -221,14 +221,15 @@ def _attention(
 
 
 def _normalize(weights: NormWeights, x: Array) -> Array:
-  """Computes the RMSNorm of activations [B, D], in their dtype."""
+  """Applies an RMSNorm to activations [B, D]; the result has the dtype of `x`."""
   return (layers.rms_normalize(x) * weights.gain + weights.offset).astype(x.dtype)
 
 
 def _project(weights: Array, x: Array, *, preferred_element_type: jnp.dtype | None = None) -> Array:
-  """Multiplies activations [B, D] by weights [E, D]: [B, E] in the dtype of the weights.
+  """Multiplies activations [B, D] by weights [E, D]; returns [B, E].
 
-  `preferred_element_type` is the dtype of the result, as in `jnp.einsum`.
+  The product is computed in the dtype of the weights. The result has that dtype, too, unless
+  `preferred_element_type` is given, as in `jnp.einsum`.
   """
   chex.assert_shape(x, (None, weights.shape[1]))
   # CPUs compute [E, D] times [D, B] faster than [B, D] times [D, E]. The barrier keeps XLA from

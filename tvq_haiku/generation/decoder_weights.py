@@ -3,10 +3,10 @@
 Letters: D model width, X vocabulary, N layers, H query heads, G key/value heads, M memory length,
 W = M+1, S codes, K key width, V value width, F hidden width of the MLP, E outputs of a projection.
 
-A decoding step reads every weight once, so that its speed is limited by memory bandwidth. Hence
-every layer has its own arrays (a scan over stacked layers would copy each slice), in the policy's
-compute dtype, with one row per output. What does not depend on the token (the codebook and the
-relative keys) is computed in advance.
+A decoding step reads every weight once, so its speed is limited by memory bandwidth. For this
+reason, every layer has its own arrays (a scan over stacked layers would copy each slice), and
+projections are stored in the policy's compute dtype, with one row per output. The codebook and the
+relative keys do not depend on the token, and are computed in advance.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class NormWeights(NamedTuple):
 
 
 class AttentionWeights(NamedTuple):
-  """Weights of one attention, in the compute dtype."""
+  """Weights of one attention; projections and relative keys are in the compute dtype."""
 
   norm: NormWeights
   qkv: Array  # [H·K + G·K + G·V (+ H·V), D]: queries, keys, values (and gate)
-  decode_params: decode.DecodeParams  # biases, relative keys and codebook, scaled by K^(-1/4)
+  decode_params: decode.DecodeParams  # biases and relative keys scaled by K^(-1/4); codebook
   out: Array  # [D, H·V]
 
 
 class MLPWeights(NamedTuple):
-  """Weights of one MLP, in the compute dtype."""
+  """Weights of one MLP; projections are in the compute dtype."""
 
   norm: NormWeights
   up: Array  # [F, D]
@@ -52,17 +52,17 @@ class LayerWeights(NamedTuple):
   """Weights of one layer: two gated attentions, or one attention and an MLP."""
 
   attention_1: AttentionWeights
-  attention_2: AttentionWeights | None  # None: there is an MLP
-  mlp: MLPWeights | None  # None: there is a second attention
+  attention_2: AttentionWeights | None  # None: the layer has an MLP
+  mlp: MLPWeights | None  # None: the layer has a second attention
 
 
 class DecoderWeights(NamedTuple):
   """Weights of a model, from `prepare_weights`."""
 
   embeddings: Array  # [X, D] f32
-  position_scale: Array | None  # [] f32; None: no absolute positions
-  layers: tuple[LayerWeights, ...]  # of N layers
-  norm: NormWeights | None  # None: no norm before the logits
+  position_scale: Array | None  # [] f32; None: the model has no absolute positions
+  layers: tuple[LayerWeights, ...]  # one for each of N layers
+  norm: NormWeights | None  # None: the model has no norm before the logits
   unembedding: Array  # [X, D] in the compute dtype
   logit_bias: Array  # [X] f32
 
@@ -76,7 +76,7 @@ def prepare_weights(params: Params, config: TransformerConfig) -> DecoderWeights
     config: its configuration.
 
   Returns:
-    Weights for any number of calls of `decode_token`.
+    The weights, which `decode_token` takes.
   """
   c = config
   embedding = params["transformer/embedding"]
@@ -110,7 +110,7 @@ def _parameters_of_layer(params: Params, layer: int) -> Params:
 
 
 def _layer_weights(params: Params, config: TransformerConfig) -> LayerWeights:
-  """Lays out the parameters from `_parameters_of_layer`."""
+  """Lays out the parameters of one layer, from `_parameters_of_layer`."""
   return LayerWeights(
     attention_1=_attention_weights(params, config, "attention_1"),
     attention_2=_attention_weights(params, config, "attention_2") if config.gated else None,
@@ -119,7 +119,7 @@ def _layer_weights(params: Params, config: TransformerConfig) -> LayerWeights:
 
 
 def _mlp_weights(params: Params, config: TransformerConfig) -> MLPWeights:
-  """Lays out the parameters of the MLP of a layer."""
+  """Lays out the parameters of the MLP of one layer."""
   up, down = (
     _rows_per_output(params[f"mlp/{name}"]["kernel"], config.compute_dtype)
     for name in ("up", "down")
@@ -129,7 +129,7 @@ def _mlp_weights(params: Params, config: TransformerConfig) -> MLPWeights:
 
 
 def _attention_weights(params: Params, config: TransformerConfig, name: str) -> AttentionWeights:
-  """Lays out the parameters of the attention of a layer that is called `name`."""
+  """Lays out the parameters of one attention: `name` is "attention_1" or "attention_2"."""
   c, dtype = config, config.compute_dtype
   H, G, K = c.n_head, c.kv_heads, c.d_k
   kernels = {
@@ -160,5 +160,5 @@ def _attention_weights(params: Params, config: TransformerConfig, name: str) -> 
 
 
 def _rows_per_output(kernel: Array, dtype: jnp.dtype) -> Array:
-  """Returns a kernel [D, E] as [E, D] in `dtype`."""
+  """Transposes a kernel [D, E] to [E, D], and converts it to `dtype`."""
   return kernel.T.astype(dtype)

@@ -1,6 +1,6 @@
 """Generation: continues prompts of token ids (`generate`) or of text (`continue_text`).
 
-The prompts are read in windows, then tokens are sampled one by one in a compiled loop.
+The prompts are read in windows. Then tokens are sampled one at a time in a compiled loop.
 
 Letters: B batch, P prompt length, X vocabulary.
 """
@@ -30,7 +30,7 @@ class GenerateOutput(NamedTuple):
   logprobs: Array
   lengths: Array  # [B] int32: number of sampled tokens, including the eos or stop sequence
   state: transformer.TransformerState  # after the prompts and the sampled tokens
-  logits: Array  # [B, X] f32: of the token after those
+  logits: Array  # [B, X] f32: logits of the token after the sampled tokens
 
 
 def generate(
@@ -53,8 +53,8 @@ def generate(
 ) -> GenerateOutput:
   """Continues each prompt of a batch.
 
-  The result for a prompt does not depend on the rest of the batch, up to the rounding of matrix
-  products of a different shape. Memory does not depend on the length of the prompt or the text.
+  The result for a prompt does not depend on the rest of the batch, except that matrix products of
+  different shapes round differently. Memory does not depend on the length of prompt or text.
 
   Args:
     params: parameters of `make_transformer(config)`.
@@ -64,7 +64,7 @@ def generate(
     rng: one key, into which each prompt is folded, so that a text does not depend on the rest of
       the batch (equal prompts in a batch continue differently); or [B] keys, one for each prompt.
       The number of tokens before a token is folded into its key.
-    lengths: [B] integers: number of tokens of each prompt; the padding follows them. None: P.
+    lengths: [B] integers: number of tokens of each prompt; the padding follows them. None: P each.
     temperature: divides the logits; 0 takes the most probable token.
     top_p: samples from the smallest set of most probable tokens whose probabilities add up to at
       least this number; 1 disables the filter.
@@ -74,7 +74,7 @@ def generate(
     stop: sequences of tokens; a text ends when one of them has been sampled completely.
     state: the state that the prompts continue, such as `state` of an earlier output. None: each
       prompt starts a new document.
-    logits: [B, X] `logits` of the same output, required where a prompt is empty.
+    logits: [B, X]: `logits` of the same output, required if an empty prompt continues a text.
     show_progress: reports progress on standard error.
 
   Returns:
@@ -127,7 +127,7 @@ def _check_arguments(
   state: transformer.TransformerState | None,
   logits: Array | None,
 ) -> None:
-  """Raises a ValueError unless these arguments of `generate` fit each other."""
+  """Raises a ValueError unless these arguments of `generate` are valid and fit each other."""
   B, X = batch_size, config.n_vocab
   if not config.causal:
     raise ValueError("generate: causal=False: an encoder does not continue a text.")
@@ -168,8 +168,8 @@ def continue_text(
     max_new_tokens: maximum number of tokens (bytes, for the byte vocabulary) to sample for each
       prompt.
     rng: one key or [B] keys, as in `generate`.
-    stop: stop texts: a text ends before the first of them. A vocabulary of subwords finds a stop
-      text only where the model writes it with the same tokens as `vocabulary.encode`.
+    stop: stop texts: a text ends before the first of them. With a vocabulary of subwords, a stop
+      text is found only if the model writes it with the tokens of `vocabulary.encode`.
     vocabulary: vocabulary of the model.
     **settings: `temperature`, `top_p`, `top_k`, `min_p` and `show_progress` of `generate`.
 

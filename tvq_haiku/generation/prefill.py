@@ -19,11 +19,13 @@ from tvq_haiku.model import transformer
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import checks
 
-_MAX_WINDOW_LEN = 1024  # tokens of each prompt that one call of the model reads
+_MAX_WINDOW_LEN = 1024  # maximum number of tokens of each prompt in one call of the model
 
 
 def round_up_to_power_of_two(n: int) -> int:
-  """Returns the smallest power of two >= n: all lengths up to it share one compiled program.
+  """Returns the smallest power of two >= n.
+
+  Arrays whose lengths are rounded up in this way need few compiled programs.
 
   >>> [round_up_to_power_of_two(n) for n in (1, 2, 3, 8, 9)]
   [1, 2, 4, 8, 16]
@@ -45,7 +47,7 @@ def unpad_prompts(
     B arrays of int32, of the given lengths.
 
   Raises:
-    ValueError: a wrong shape, a length outside [0, P], or a token that is out of range.
+    ValueError: a shape is wrong, a length is not in [0, P], or a token is not in [0, X).
     TypeError: tokens or lengths are not integers.
   """
   prompts = np.asarray(prompts)
@@ -68,7 +70,7 @@ def unpad_prompts(
 def fill_empty_prompts(
   prompts: Sequence[np.ndarray], state: transformer.TransformerState, eos_id: int | None
 ) -> list[np.ndarray]:
-  """Replaces each empty prompt by the eos, which starts a new text.
+  """Replaces each empty prompt by the eos token, which starts a new text.
 
   Args:
     prompts: B arrays of int32 tokens.
@@ -79,14 +81,14 @@ def fill_empty_prompts(
     B arrays of at least one token.
 
   Raises:
-    ValueError: an empty prompt continues a text, or there is no eos.
+    ValueError: a prompt is empty, and it continues a text or `eos_id` is None.
   """
   is_new = np.asarray(state.document) < 0
   for b, prompt in enumerate(prompts):
     if prompt.size == 0 and not is_new[b]:
       raise ValueError(
-        f"generate: prompts[{b}] is empty, so that the logits of its next token are unknown: pass "
-        "the `logits` that came with `state`."
+        f"generate: prompts[{b}] is empty, so the logits of its next token are unknown: pass the "
+        "`logits` that came with `state`."
       )
     if prompt.size == 0 and eos_id is None:
       raise ValueError(f"generate: prompts[{b}] is empty: pass an `eos_id` to start the text with.")
@@ -107,10 +109,11 @@ def prefill(
     config: configuration of the model.
     prompts: B arrays of int32 tokens; an empty one leaves its batch element unchanged.
     state: the state that the prompts continue.
-    logits: [B, X] f32 that came with `state`, returned for empty prompts. None: zeros.
+    logits: [B, X] f32 of the next token after `state`, which are returned for empty prompts. None:
+      zeros.
 
   Returns:
-    The state after the prompts, and the logits [B, X] f32 of the token after each.
+    The state after the prompts, and the logits [B, X] f32 of the token after each prompt.
   """
   B = len(prompts)
   if logits is None:
@@ -137,7 +140,7 @@ def _read_window(
   state: transformer.TransformerState,
   logits: Array,
 ) -> tuple[transformer.TransformerState, Array]:
-  """Reads the first `lengths` [B] of `tokens` [B, T]; see `prefill`."""
+  """Reads the first `lengths[b]` tokens of each `tokens[b]`, [B, T]; see `prefill`."""
   B, T = tokens.shape
   chex.assert_shape(lengths, (B,))
   is_token = jnp.arange(T) < lengths[:, None]

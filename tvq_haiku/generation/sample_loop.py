@@ -23,25 +23,25 @@ from tvq_haiku.model import transformer
 from tvq_haiku.types import Array
 from tvq_haiku.utils import progress
 
-_MAX_CHUNK_LEN = 256  # tokens that one call samples on the device, which nothing can interrupt
+_MAX_CHUNK_LEN = 256  # maximum number of tokens per call, which Ctrl-C cannot interrupt
 
 
 class GenerationState(NamedTuple):
   """State of B texts between two sampled tokens."""
 
-  decode_state: decoder.DecodeState  # memory of the model, after the last token
-  logits: Array  # [B, X] f32: of the next token
-  ended: Array  # [B] bool: a stop condition is met
-  # [B, n] int32: the last n sampled tokens, where n = stop.max_len;
-  # -1 before the first token, so that no stop sequence is found in the prompt.
+  decode_state: decoder.DecodeState  # state of the model after the last token
+  logits: Array  # [B, X] f32: logits of the next token
+  ended: Array  # [B] bool: whether a stop condition is met
+  # [B, n] int32: the last n sampled tokens, where n = stop.max_len; -1 where fewer than n have been
+  # sampled. Tokens of the prompt are not included, so that no stop sequence begins in the prompt.
   recent_tokens: Array
 
 
 class SampledTokens(NamedTuple):
-  """Tokens that one call of `sample_tokens` has sampled."""
+  """Result of `sample_tokens`."""
 
   tokens: Array  # [B, T] int32; 0 after the end of a text
-  logprobs: Array  # [B, T] f32: of the model at temperature 1; 0 after the end of a text
+  logprobs: Array  # [B, T] f32: log-probabilities at temperature 1; 0 after the end of a text
   lengths: Array  # [B] int32: number of sampled tokens
 
 
@@ -90,11 +90,11 @@ def sample_in_chunks(
   Args:
     weights: from `prepare_weights`.
     config: configuration of the model.
-    state: from `start_generation`. Its memory is donated.
+    state: from `start_generation`. Its buffers are donated.
     rngs: [B] typed keys.
     sampling_params: from `make_sampling_params`.
-    max_new_tokens: maximum number of tokens for each text, at least 1.
-    stop: what ends a text.
+    max_new_tokens: maximum number of tokens to sample for each text, at least 1.
+    stop: conditions that end a text.
     show_progress: reports progress on standard error.
 
   Returns:
@@ -152,12 +152,12 @@ def sample_tokens(
   Args:
     weights: from `prepare_weights`.
     config: configuration of the model.
-    state: from `start_generation` or the previous call. Its memory is donated.
-    rngs: [B] typed keys; each token folds the number of tokens before it into them.
+    state: from `start_generation` or the previous call. Its buffers are donated.
+    rngs: [B] typed keys. The number of tokens before a token is folded into its key.
     sampling_params: from `make_sampling_params`.
     limit: [] int32: maximum number of tokens per text, at most `chunk_len`.
-    chunk_len: T, the length of the result. Each value compiles anew; `limit` does not.
-    stop: what ends a text.
+    chunk_len: T, the length of the result. A new value recompiles; a new `limit` does not.
+    stop: conditions that end a text.
 
   Returns:
     The sampled tokens, including the eos or stop sequence, and the state after them.
@@ -196,7 +196,7 @@ def _sample_step(
   sampling_params: SamplingParams,
   stop: StopConditions,
 ) -> tuple[Array, Array, GenerationState]:
-  """Samples one token for each text that has not ended, and reads it.
+  """Samples one token for each text that has not ended, and passes it to the model.
 
   Returns:
     The token [B] int32, its log-probability [B] f32 (both 0 for texts that have ended), and the
@@ -221,7 +221,7 @@ def _sample_step(
 def _sample_each(
   rngs: Array, n_read: Array, logits: Array, sampling_params: SamplingParams
 ) -> Array:
-  """Samples a token [B] from logits [B, X], each with its own key and number of tokens read."""
+  """Samples tokens [B] from logits [B, X]; `n_read` [B] is folded into the keys [B]."""
 
   def sample(rng: Array, n: Array, example_logits: Array) -> Array:
     return sampling.sample_token(jax.random.fold_in(rng, n), example_logits, sampling_params)

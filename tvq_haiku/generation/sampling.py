@@ -29,10 +29,10 @@ _ROUNDING = 1e-6  # relative error of a sum of probabilities in float32
 class SamplingParams:
   """Sampling parameters. None disables a filter; changing a value does not recompile.
 
-  `top_k` is the exception: it sets the size of an array, so each value compiles anew.
+  `top_k` is the exception: it sets the size of an array, so each new value recompiles.
   """
 
-  temperature: float | Array | None = None  # [] f32, > 0; None: take the most probable token
+  temperature: float | Array | None = None  # [] f32, > 0; None: always take the most probable token
   top_p: float | Array | None = None  # [] f32 in (0, 1)
   top_k: int | None = None  # >= 1
   min_p: float | Array | None = None  # [] f32 in [0, 1]
@@ -46,7 +46,7 @@ def make_sampling_params(
   min_p: float | None = None,
   caller: str = "make_sampling_params",
 ) -> SamplingParams:
-  """Checks sampling parameters as a user passes them.
+  """Checks sampling parameters and converts them to `SamplingParams`.
 
   Args:
     temperature: divides the logits; 0 takes the most probable token.
@@ -58,7 +58,7 @@ def make_sampling_params(
     caller: name of the public function, for error messages.
 
   Returns:
-    The same as `SamplingParams`, in which None stands for every disabled filter.
+    The parameters, with None for each disabled filter; all are None if `temperature` is 0.
 
   Raises:
     ValueError: a number is out of range; the message names it.
@@ -94,7 +94,7 @@ def sample_token(rng: Array, logits: Array, params: SamplingParams) -> Array:
 
   All filters apply to the probabilities of softmax(logits / temperature) over all X tokens, so
   their order does not matter. No filter ever excludes the most probable token. The logits are
-  sorted once with `top_p` or `top_k`, and never without both.
+  sorted once if `top_p` or `top_k` is given, and not at all otherwise.
 
   Args:
     rng: one typed key.
@@ -122,8 +122,8 @@ def sample_token(rng: Array, logits: Array, params: SamplingParams) -> Array:
   probabilities = jnp.exp(candidates - jax.nn.logsumexp(scaled))
   kept = jnp.ones(candidates.shape, bool)
   if params.top_p is not None:
-    # A token is kept if those before it have not yet reached p: the first one always is. A sum
-    # that is below p by rounding alone has reached it.
+    # A token is kept if the probabilities of the tokens before it add up to less than p, so the
+    # first token is always kept. A sum that is less than p only by rounding counts as p.
     mass_before = jnp.cumsum(probabilities) - probabilities
     kept &= mass_before < params.top_p * (1 - _ROUNDING)
   if params.min_p is not None:
@@ -133,10 +133,10 @@ def sample_token(rng: Array, logits: Array, params: SamplingParams) -> Array:
 
 
 def example_rngs(rng: Array, prompts: Sequence[np.ndarray]) -> Array:
-  """Derives one key for each prompt; it does not depend on the other prompts of the batch.
+  """Derives a key for each prompt, which does not depend on different prompts in the batch.
 
-  Folds a checksum of the prompt into `rng`, then the number of earlier prompts in the batch that
-  are equal to it: equal prompts continue differently.
+  Folds a checksum of the prompt into `rng`, and then the number of earlier prompts in the batch
+  that are equal to it. So equal prompts get different keys.
 
   Args:
     rng: one key; or [B] keys, one for each prompt, which are returned as they are.
@@ -146,7 +146,7 @@ def example_rngs(rng: Array, prompts: Sequence[np.ndarray]) -> Array:
     [B] typed keys.
 
   Raises:
-    ValueError: `rng` has another shape.
+    ValueError: `rng` has a different shape.
 
   >>> a, b = np.array([1, 2]), np.array([3])
   >>> rng = jax.random.key(0)

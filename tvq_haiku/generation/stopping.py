@@ -1,6 +1,6 @@
 """Conditions that end a text: an eos token, and stop sequences of several tokens.
 
-Letters: B batch, n number of tokens.
+Letters: B batch, X vocabulary, n number of tokens.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from tvq_haiku.types import Array
 
 
 class StopConditions(NamedTuple):
-  """Conditions that end a text. Static under jit: each value compiles its own program."""
+  """Conditions that end a text: a static argument under jit, so each new value recompiles."""
 
-  eos_id: int | None = None  # a token in [0, X) that ends a text; None: there is no such token
+  eos_id: int | None = None  # token in [0, X) that ends a text; None: there is no such token
   sequences: tuple[tuple[int, ...], ...] = ()  # stop sequences of at least one token each
 
   @property
   def max_len(self) -> int:
-    """Number of recent tokens that `ends_text` needs."""
+    """Number of most recent tokens that `ends_text` needs."""
     return max([1, *map(len, self.sequences)])
 
 
 def make_stop_conditions(eos_id: int | None, sequences: Iterable[Iterable[int]]) -> StopConditions:
-  """Converts tokens as a user passes them (lists, arrays) to hashable stop conditions."""
+  """Converts an eos and stop sequences (lists or arrays of tokens) to hashable stop conditions."""
   return StopConditions(
     eos_id=None if eos_id is None else int(eos_id),
     sequences=tuple(tuple(int(token) for token in sequence) for sequence in sequences),
@@ -35,10 +35,11 @@ def make_stop_conditions(eos_id: int | None, sequences: Iterable[Iterable[int]])
 
 
 def ends_text(recent_tokens: Array, stop: StopConditions) -> Array:
-  """Returns whether the last sampled token ends each text.
+  """Returns, for each text, whether its last sampled token ends it.
 
   Args:
-    recent_tokens: [B, n] int32: the last n >= stop.max_len sampled tokens; -1 before the first.
+    recent_tokens: [B, n] int32: the last n >= stop.max_len sampled tokens; -1 where fewer than n
+      tokens have been sampled.
     stop: the conditions.
 
   Returns:
@@ -61,7 +62,7 @@ def ends_text(recent_tokens: Array, stop: StopConditions) -> Array:
 
 
 def strip_stop_sequence(tokens: list[int], sequences: Sequence[Sequence[int]]) -> list[int]:
-  """Removes the longest of the stop sequences that `tokens` ends with, if it ends with one.
+  """Removes the longest stop sequence that `tokens` ends with, if there is one.
 
   >>> strip_stop_sequence([5, 1, 2], [[2], [1, 2], [7]])
   [5]
@@ -71,7 +72,7 @@ def strip_stop_sequence(tokens: list[int], sequences: Sequence[Sequence[int]]) -
 
 
 def partial_match_len(tokens: list[int], sequences: Sequence[Sequence[int]]) -> int:
-  """Returns how many of the last tokens may be the beginning of a stop sequence.
+  """Returns the length of the longest suffix of `tokens` that is a proper prefix of a sequence.
 
   >>> partial_match_len([5, 1, 2], [[1, 2, 3], [2, 9]])
   2
