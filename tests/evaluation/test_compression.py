@@ -1,4 +1,4 @@
-"""Compression: lossless, as small as the score predicts, and aware of damage."""
+"""Compression is lossless, as small as the score predicts, and detects damage."""
 
 import struct
 import zlib
@@ -12,7 +12,7 @@ from tvq_haiku.evaluation import compression
 import helpers
 
 CONFIG = tvq.TransformerConfig.tiny(n_layer=1)
-# Small logits, so that no byte costs more than the smallest probability of the coder.
+# The logits are small, so that no probability is below the smallest one that the coder can use.
 PARAMS = {
   module: {
     name: 0.05 * x if module == "transformer/unembedding" else x for name, x in leaves.items()
@@ -36,7 +36,7 @@ def test_compressed_size_matches_the_score():
   assert size > 500
 
 
-def test_lanes_are_contiguous_and_equal_but_for_the_last():
+def test_lanes_are_contiguous_and_equally_long_except_at_the_end():
   assert compression._lane_starts(10, 3) == [0, 4, 8, 10]
   assert compression._lane_starts(2, 3) == [0, 1, 2, 2]
   assert compression._lane_starts(0, 2) == [0, 0, 0]
@@ -60,7 +60,7 @@ def test_a_lane_does_not_depend_on_the_bytes_of_other_lanes(monkeypatch):
 
 
 def test_file_format():
-  """The layout that earlier releases have written: it must not change."""
+  """The layout must not change, so that files of earlier releases can be read."""
   data = b"It is a truth universally acknowledged"
   packed = tvq.compress(PARAMS, CONFIG, data, rows=2)
   magic, version, n_lane, n_byte, fingerprint, data_crc, checksum = struct.unpack_from(
@@ -99,7 +99,7 @@ def test_damage_is_detected(damage, message):
 
 
 def test_different_probabilities_are_detected(monkeypatch):
-  """What another machine or another version would do: the same model, other probabilities."""
+  """Simulates a different machine or version: the same model with different probabilities."""
   packed = tvq.compress(PARAMS, CONFIG, b"Anne Elliot")
   other = helpers.random_params(CONFIG)
   monkeypatch.setattr(compression, "_fingerprint", lambda *_: packed[16:24])

@@ -1,4 +1,4 @@
-"""Arithmetic costs: the count agrees with the matrix products of the compiled model."""
+"""Arithmetic costs: the count agrees with the matrix products in the program of the model."""
 
 import math
 
@@ -25,7 +25,7 @@ CONFIG = tvq.TransformerConfig(
 
 
 def counted_products(jaxpr):
-  """Returns the multiply-adds of all matrix products of a program, those in loops included."""
+  """Counts the multiply-adds of all matrix products of a program, including those in loops."""
   total = 0
   for equation in jaxpr.eqns:
     if equation.primitive.name == "dot_general":

@@ -1,4 +1,4 @@
-"""The likelihood of a stream: every token counts once, whatever the batch and the window."""
+"""The likelihood of a stream: every token counts once, for any batch size and window length."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Estimates of memory and traffic: exact for what is known, close to the compiled program."""
+"""Estimates of memory and traffic, compared with exact numbers and with the compiled program."""
 
 import jax
 import numpy as np
@@ -54,7 +54,7 @@ def test_fsdp_devices_share_parameters_and_optimizer():
   one, four = (memory_plan.plan_memory(CONFIG, TRAIN, {"fsdp": n}) for n in (1, 4))
   for purpose in ("parameters", "optimizer"):
     assert 0.25 <= four.memory[purpose] / one.memory[purpose] < 0.3  # small arrays are replicated
-  # Gathered for the forward and the backward pass, and the gradients scattered.
+  # Parameters are gathered for the forward and the backward pass, and gradients are scattered.
   assert four.traffic == {"fsdp": 3 * 4 * N_PARAM * 3 // 4}
   assert four.memory["layer"] == 4 * N_PARAM // CONFIG.n_layer
 

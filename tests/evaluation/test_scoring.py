@@ -1,4 +1,4 @@
-"""Scores of texts: each as if the text were alone, at any length."""
+"""Scores of texts: each text of a batch is scored as if it were alone, at any length."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_bits_per_byte_of_an_empty_text_are_infinite():
   np.testing.assert_allclose(scores.bits_per_byte[1], -scores.logprobs[1] / math.log(2) / 4)
 
 
-def test_no_texts_have_no_scores():
+def test_empty_list_of_texts_has_no_scores():
   assert all(len(field) == 0 for field in tvq.score(PARAMS, CONFIG, []))
 
 

@@ -1,4 +1,4 @@
-"""General-purpose compressors: the baseline for a model's bits per byte."""
+"""General-purpose compressors, as baselines for the bits per byte of a model."""
 
 from __future__ import annotations
 

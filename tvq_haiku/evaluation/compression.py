@@ -1,6 +1,6 @@
 """Lossless compression: an arithmetic coder driven by the probabilities of a model.
 
-The size of a compressed file proves a figure of bits per byte. A file consists of
+The size of a compressed file verifies the bits per byte of a model. A file consists of
   header:   magic number, version, number of lanes, number of bytes, fingerprint of the model,
             CRC-32 of the data
   checksum: CRC-32 of the header and the words
@@ -8,8 +8,8 @@ The size of a compressed file proves a figure of bits per byte. A file consists 
 The data are split into contiguous lanes of equal length, one for each batch element of the model;
 the coder takes one byte of each lane in turn. Compression and decompression must compute the same
 probabilities, bit for bit, so both run the same compiled step, one token at a time. A file can
-therefore be read only on a machine of the same kind, with the same versions of the software; any
-difference is detected.
+therefore be read only on a machine of the same kind, with the same versions of the software;
+otherwise `decompress` raises an error.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def compress(
   rows: int = 1,
   show_progress: bool = False,
 ) -> bytes:
-  """Compresses data to their negative log-likelihood under a model, plus 32 bytes.
+  """Compresses data to about their negative log-likelihood under a model, plus 32 bytes.
 
   Args:
     params: parameters of a model with the byte vocabulary.
@@ -114,8 +114,8 @@ def decompress(
     The data.
 
   Raises:
-    CompressionError: `packed` does not come from `compress`, is damaged, or comes from another
-      model, another kind of machine or other software versions.
+    CompressionError: `packed` does not come from `compress`, is damaged, or was compressed with a
+      different model, kind of machine or version of the software.
     ValueError: the model cannot predict bytes, or `params` do not fit it.
     ImportError: the package `constriction` is not installed.
   """
@@ -130,7 +130,7 @@ def decompress(
 
   def decode(position: int, distribution: Any) -> int:
     token = decoder.decode(distribution)
-    # Special tokens can only come from wrong probabilities: the CRC of the data will not match.
+    # Only wrong probabilities can yield a special token. The CRC of the data then does not match.
     data[position] = max(token - ByteVocabulary.OFFSET, 0)
     return token
 
@@ -168,7 +168,7 @@ def _code_lanes(
     config: the model.
     starts: from `_lane_starts`.
     code: encodes or decodes one byte: (position in the data, its distribution) -> its token.
-    report: shows the number of bytes that are done.
+    report: shows how many bytes are done.
   """
   categorical = _constriction().model.Categorical
   n_lane, n_byte = len(starts) - 1, starts[-1]

@@ -1,4 +1,4 @@
-"""Arithmetic cost of a model, and the peak of a device to compare it with.
+"""Arithmetic cost of a model, and the peak speed of a device.
 
 Letters: D model width, H query heads, G key/value heads, K key width, V value width, L block
 length, M memory length, S codes, N layers, X vocabulary.
@@ -14,17 +14,17 @@ import jax.numpy as jnp
 
 from tvq_haiku.config import TransformerConfig
 
-_N_TIMED = 3  # matrix products that are timed; the median counts
+_N_TIMED = 3  # number of timed matrix products, of which the median is used
 
 
 def forward_multiply_adds(config: TransformerConfig, seq_len: int) -> int:
   """Counts the multiply-adds of the matrix products in a forward pass over one sequence.
 
-  Counted are projections, distances to codes, scores (content, position and codes), weighted
-  values and logits. Windows count as M + L keys whether or not some are masked. Not counted are
-  elementwise operations, sums of values by code (they only add, even if computed as a product),
-  and rematerialization; so a training step takes 3 * 2 times this number of FLOPs. Full attention
-  counts only the pairs of tokens that are not masked.
+  The count includes projections, distances to codes, scores (content, position and codes), weighted
+  values and logits. All keys of a window count, even those that are masked; in full attention, only
+  the pairs of tokens that are not masked count. The count excludes elementwise operations, sums of
+  values by code (they only add, even if they are computed as a product), and rematerialization. A
+  training step takes 3 * 2 times this number of FLOPs.
 
   Args:
     config: the model.
@@ -39,7 +39,7 @@ def forward_multiply_adds(config: TransformerConfig, seq_len: int) -> int:
   """
   c = config
   D, K, G = c.d_model, c.d_k, c.kv_heads
-  width = c.n_head * c.d_v  # of the values of all heads, and of the gate
+  width = c.n_head * c.d_v  # width of the values of all heads, and of the gate
   projections = D * (c.n_head * K + G * K + G * c.d_v + width + (width if c.gated else 0))
   n_distance = _n_distance(config)
   attention = _attention_multiply_adds(config, seq_len)
@@ -70,7 +70,7 @@ def _attention_multiply_adds(config: TransformerConfig, seq_len: int) -> float:
   n_side = 1 if c.causal else 2  # an encoder has a memory and a cache on either side
   window = c.block_len + n_side * c.mem_len
   n_code = c.n_code if c.agg_cache else 0
-  n_score = window + n_code + _n_distance(config)  # both caches share their scores
+  n_score = window + n_code + _n_distance(config)  # both caches use the same scores
   return c.kv_heads * c.n_code * K + H * (n_score * K + (window + n_side * n_code) * V)
 
 
@@ -89,11 +89,11 @@ def measured_peak(dtype: jnp.dtype, *, size: int | None = None) -> float:
   """Measures the FLOP/s of a product of square matrices on one device.
 
   Args:
-    dtype: of the matrices.
+    dtype: dtype of the matrices.
     size: number of rows and of columns. None: 2048 on a CPU, 8192 elsewhere.
 
   Returns:
-    FLOP/s; the reference for the utilization of a training step.
+    FLOP/s, with which the speed of a training step can be compared.
   """
   size = size or (2048 if jax.default_backend() == "cpu" else 8192)
   x = jax.random.normal(jax.random.key(0), (size, size), dtype)

@@ -35,7 +35,7 @@ class Likelihood(NamedTuple):
   """Likelihood of a text under a model."""
 
   nats: float  # negative log-likelihood of all tokens
-  tokens: int  # number of tokens, those that end documents included
+  tokens: int  # number of tokens, including those that end documents
 
   @property
   def nats_per_token(self) -> float:
@@ -43,7 +43,7 @@ class Likelihood(NamedTuple):
     return self.nats / self.tokens
 
   def bits_per(self, units: int) -> float:
-    """Computes the bits per unit, such as a byte or an image dimension, of a text of n units.
+    """Computes the bits per unit of a text with `units` units, such as bytes or image dimensions.
 
     >>> Likelihood(nats=math.log(2) * 16, tokens=9).bits_per(8)
     2.0
@@ -51,9 +51,9 @@ class Likelihood(NamedTuple):
     return self.nats / math.log(2) / units
 
   def perplexity_per(self, units: int) -> float:
-    """Computes exp(nats per unit), such as the perplexity per word, of a text of n units.
+    """Computes exp(nats per unit), the perplexity of a text with `units` units, such as words.
 
-    The result is infinite from 700 nats per unit on, and for a text of no units.
+    The result is infinite if there are no units, or at least 700 nats per unit.
 
     >>> round(Likelihood(nats=math.log(20) * 3, tokens=5).perplexity_per(3), 9)
     20.0
@@ -79,8 +79,8 @@ def make_eval_step(
   Args:
     config: the model.
     train_cfg: if given, batches must have `global_batch_size` elements. None: any number.
-    mesh: devices that share the work; parameters and state must be on it, and every process must
-      pass the complete batch. None: one device.
+    mesh: devices that share the work; parameters and state must be on these devices, and every
+      process must pass the complete batch. None: one device.
 
   Returns:
     The function. `batch` holds `inputs` and `targets` [B, T], and optionally `doc_ids` and
@@ -142,7 +142,8 @@ def evaluate(
   """Computes the likelihood of a stream; every token counts once.
 
   The stream is split into `batch_size` contiguous parts, which are read in parallel, each with a
-  state of its own. With one part every token has all the context there is; more are faster.
+  state of its own. With one part, every token has all earlier tokens as context; more parts are
+  faster.
 
   Args:
     params: parameters of the model.
@@ -181,7 +182,7 @@ def evaluate(
         return None
       sums, state = eval_step(params, batch, state)
       if window_sums:
-        # While the device evaluates this window, the sums of the previous one are ready to fetch.
+        # Fetches the sums of the previous window while the device evaluates this one.
         window_sums[-1] = jax.device_get(window_sums[-1])
       window_sums.append(sums)
       report(len(window_sums))

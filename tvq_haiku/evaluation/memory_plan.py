@@ -1,17 +1,17 @@
-"""Memory and traffic of a training step on a mesh, estimated from shapes: no device is needed.
+"""Memory and traffic of a training step on a mesh, estimated from shapes, without any device.
 
 Memory of one device:
-  parameters    exact, by the rules of `sharding`; float32
-  gradients     the same
-  optimizer     exact, by the rules of `sharding`
-  layer         the parameters of one layer, gathered where fsdp has split them, in the dtype of
-                matrix products
+  parameters    exact, from the rules of `sharding`; float32
+  gradients     the same as parameters
+  optimizer     the optimizer state; exact, from the rules of `sharding`
+  layer         the gathered parameters of one layer, if fsdp shards them, in the dtype of matrix
+                products
   activations   an estimate of what the backward pass keeps: see `remat.activation_bytes`
   logits        three float32 arrays of the shape of the logits
   states        exact: what the model carries from window to window
 
-Bytes that one device sends per update, and as many that it receives, on an axis of n devices, for
-P bytes of float32 parameters:
+Traffic of one device: the bytes that it sends per update along an axis of n devices; it receives
+the same number. P is the number of bytes of the float32 parameters.
   fsdp      (n-1)/n of all parameters in the dtype of matrix products, gathered once in the forward
             and once in the backward pass of each part of a batch; (n-1)/n P to reduce and scatter
             the gradients
@@ -19,7 +19,7 @@ P bytes of float32 parameters:
   model     2 (n-1)/n of the activations [tokens, D] to sum the output of each of the 2N branches,
             in the forward and in the backward pass
   sequence  log2(n) + 1 times the states, in the forward and in the backward pass
-Where other axes have split the parameters or the batch too, P and tokens are the share of a device.
+If other axes also shard the parameters or the batch, P and tokens are the share of one device.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tvq_haiku.types import ArrayTree
 
 
 class Plan(NamedTuple):
-  """Memory and traffic of one device of a mesh; what is zero is left out."""
+  """Memory and traffic of one device of a mesh; entries of zero bytes are left out."""
 
   memory: dict[str, int]  # bytes, by purpose
   traffic: dict[str, int]  # bytes sent per update, by axis of the mesh; as many are received
@@ -56,7 +56,7 @@ def plan_memory(
   """Estimates the memory and the traffic of one device.
 
   Args:
-    config: the model. `remat='auto'` is resolved for a device like the one of this process.
+    config: the model. `remat='auto'` is resolved for a device like that of this process.
     train_cfg: the optimizer and the batch.
     mesh_sizes: axis of the mesh -> number of devices. None: one device.
 
@@ -139,12 +139,12 @@ def _traffic(
 
 
 def tree_bytes(tree: ArrayTree) -> int:
-  """Returns the bytes of all arrays, or shapes of arrays, of a tree, before any sharding."""
+  """Returns the total bytes of a tree of arrays or `jax.ShapeDtypeStruct`s, without sharding."""
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _bytes_per_device(shapes: ArrayTree, shardings: ArrayTree) -> int:
-  """Returns the bytes of one shard of every array of a tree."""
+  """Returns the total bytes of one shard of each array in a tree."""
 
   def shard_bytes(x: jax.ShapeDtypeStruct, placement: jax.sharding.Sharding) -> int:
     return math.prod(placement.shard_shape(x.shape)) * x.dtype.itemsize

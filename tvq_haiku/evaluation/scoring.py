@@ -26,13 +26,13 @@ from tvq_haiku.utils import progress
 class Scores(NamedTuple):
   """Log-probabilities and lengths of n texts."""
 
-  logprobs: np.ndarray  # [n] f64: nats, not positive; the closing eos included
-  n_token: np.ndarray  # [n] int64: the closing eos included
+  logprobs: np.ndarray  # [n] f64: in nats; including the eos that ends the text
+  n_token: np.ndarray  # [n] int64: including the eos
   n_byte: np.ndarray  # [n] int64
 
   @property
   def bits_per_byte(self) -> np.ndarray:
-    """Bits per byte [n] f64; infinite for an empty text, because its eos has a cost too."""
+    """Bits per byte [n] f64; infinite for an empty text, because its eos has a cost, too."""
     with np.errstate(divide="ignore"):
       return -self.logprobs / math.log(2) / self.n_byte
 
@@ -48,15 +48,14 @@ def score(
 ) -> Scores:
   """Computes the log-probability of each text under a byte-level model, in constant memory.
 
-  Every text starts from the initial state and is closed by an eos, like a document in training;
-  every byte has all earlier bytes of its text as context. Texts of different lengths may share a
-  batch.
+  Every text starts from the initial state and ends with an eos, like a document in training. Every
+  byte has all earlier bytes of its text as context. Texts of different lengths may share a batch.
 
   Args:
     params: parameters of a model with the byte vocabulary.
     config: the model.
     texts: a sequence of str, which are encoded as UTF-8, or bytes.
-    batch_size: B, the maximal number of texts in a batch.
+    batch_size: B, the maximum number of texts in a batch.
     window_len: T, the number of tokens of each text in a step; the result does not depend on it.
     show_progress: whether to show progress on standard error.
 
@@ -109,7 +108,7 @@ def score(
 def _windows(documents: Sequence[np.ndarray], window_len: int) -> Iterator[HostBatch]:
   """Yields the windows [B, T] of B documents, one per batch element; the rest is padding.
 
-  A single window is no longer than the longest document.
+  If all documents fit into one window, it is only as long as the longest document.
   """
   eos = ByteVocabulary.EOS
   closed = [np.concatenate([[eos], document, [eos]]) for document in documents]
