@@ -1,4 +1,4 @@
-"""The best checkpoint and validation.json, whenever the process dies."""
+"""The best checkpoint and validation.json, also after the process has died between both."""
 
 import math
 

@@ -48,7 +48,7 @@ def test_same_data_is_accepted(tmp_path):
 @pytest.mark.parametrize(
   "field, value", [("n_byte", 91), ("n_token", 91), ("checksum", 8), ("vocabulary", "other")]
 )
-def test_other_data_is_rejected_by_the_name_of_the_difference(tmp_path, field, value):
+def test_other_data_is_rejected_and_the_difference_is_named(tmp_path, field, value):
   data_statistics.save_statistics(tmp_path, splits())
   message = f"train {field} is {getattr(STATISTICS, field)!r} in the run, {value!r} here. Use"
   with pytest.raises(tvq.CheckpointError, match=f"data mismatch with the run in .*: {message}"):

@@ -41,7 +41,7 @@ def test_limited_validation_reads_complete_images(runs, max_tokens, n):
   experiment, checkpoint = runs["images"]
   params, split = checkpoint.train_state.params, experiment.open_split("test")
   metrics = experiment.measure_split(params, checkpoint.config, split, max_tokens=max_tokens)
-  assert metrics.keys() == {"loss_lm"}  # the measures are defined for the whole split
+  assert metrics.keys() == {"loss_lm"}  # the measures are defined for the complete split
   want = tvq.evaluate(params, checkpoint.config, split.stream.head(n), batch_size=1)
   assert want.tokens == n
   np.testing.assert_allclose(metrics["loss_lm"], want.nats_per_token, rtol=1e-5)
@@ -76,7 +76,7 @@ def test_best_checkpoint_has_the_lowest_validation_loss(runs):
   assert int(last.train_state.step) == int(checkpoint.train_state.step) == 8
 
 
-def test_newest_checkpoint_is_loaded_if_none_is_the_best(tmp_path):
+def test_newest_checkpoint_is_loaded_if_there_is_no_best_one(tmp_path):
   tvq.save_checkpoint(tmp_path, helpers.make_checkpoint(4))
   assert int(experiment_lib.load_run(tmp_path).train_state.step) == 4
 

@@ -33,14 +33,14 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture
 def workdir(uninterrupted, tmp_path):
-  """A copy of its directory."""
+  """A copy of the directory of the uninterrupted run."""
   workdir = shutil.copytree(uninterrupted[0], tmp_path / "run")
   assert run_directory.saved_steps(workdir) == [10, 12]
   return workdir
 
 
 class TestDamage:
-  # Orbax leaves coroutines behind when it fails.
+  # Orbax leaves unfinished coroutines when it fails.
   @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
   @pytest.mark.parametrize("kind", ["one bit flipped", "directory without permission"])
   def test_run_resumes_from_the_newest_intact_checkpoint(
@@ -56,7 +56,9 @@ class TestDamage:
     assert_same(tvq.load_checkpoint(workdir).train_state, uninterrupted[1].train_state)
     assert [p.name for p in (workdir / "damaged").iterdir()] == ["12"]
 
-  def test_run_resumes_before_an_incomplete_checkpoint(self, uninterrupted, workdir, capsys):
+  def test_run_resumes_from_the_checkpoint_before_an_incomplete_one(
+    self, uninterrupted, workdir, capsys
+  ):
     steps = workdir / "checkpoints"
     (steps / "12").rename(steps / "12.orbax-checkpoint-tmp-7")
     end = trainer.fit(CONFIG, TRAIN, helpers.run_batches(), workdir)
@@ -81,7 +83,7 @@ class TestOtherResources:
     train_cfg = TRAIN.replace(n_accumulate=n_accumulate)
     end = trainer.fit(config, train_cfg, helpers.run_batches(), workdir)
     assert int(end.train_state.step) == 12
-    if n_accumulate == 1:  # each part of a batch has its own dropout
+    if n_accumulate == 1:  # with more, each part of a batch has its own dropout
       helpers.assert_trees_close(
         end.train_state.params, uninterrupted[1].train_state.params, atol=5e-5
       )

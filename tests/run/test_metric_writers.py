@@ -1,4 +1,4 @@
-"""Metrics are written once each, whatever ends the process, and files stay bounded."""
+"""Metrics are written once, even if a process dies, and the size of the files is bounded."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ class TestJsonl:
     write(tmp_path, [2], step=1, tensorboard=False)
     assert steps_of(tmp_path) == [1, 2]
 
-  def test_line_without_its_end_does_not_damage_the_next_one(self, tmp_path):
+  def test_line_without_a_line_break_does_not_damage_the_next_one(self, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss_lm": 0.1}')
     write(tmp_path, [2], step=1, tensorboard=False)
     assert steps_of(tmp_path) == [2]
@@ -64,7 +64,7 @@ class TestJsonl:
     ]
 
   def test_validation_is_written_once(self, tmp_path):
-    """The process died before it noted that the validation is done."""
+    """The process died before it recorded in validation.json that the validation is done."""
     for _ in range(2):
       with metric_writers.open_writers(tmp_path, step=4, tensorboard=False) as writers:
         writers.write(4, {"validation_loss_lm": 2.0})
@@ -116,7 +116,7 @@ class TestTensorBoard:
     ]
 
   def test_full_disk_is_an_error(self, tmp_path, monkeypatch):
-    """The writer must not wait until there is space."""
+    """The writer must raise an error, and not wait until there is space."""
 
     def fail(descriptor):
       raise OSError(errno.ENOSPC, "No space left on device")
@@ -145,7 +145,7 @@ class TestTensorBoard:
 
 @pytest.fixture
 def wandb(monkeypatch):
-  """Replaces the service by a list of the calls that it gets."""
+  """Replaces the package `wandb` by one that only records the calls."""
   calls = types.SimpleNamespace(inits=[], logs=[], n_finished=0)
 
   class Run:

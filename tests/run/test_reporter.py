@@ -1,4 +1,4 @@
-"""What the training loop shows, logs and records."""
+"""The progress line, the warnings and the metrics of a training run."""
 
 import math
 
@@ -15,7 +15,7 @@ TOKENS_PER_STEP = 64
 
 
 class Recorder:
-  """A reporter, and what it shows and records."""
+  """A reporter with lists of all notes that it showed and of all metrics that it recorded."""
 
   def __init__(self, **options):
     self.shown, self.records = [], []
@@ -35,7 +35,7 @@ class Recorder:
 
 @pytest.fixture
 def clock(monkeypatch):
-  """A clock that stands still unless a test moves it."""
+  """A clock that changes only when a test sets it."""
   seconds = [0.0]
   monkeypatch.setattr("time.monotonic", lambda: seconds[0])
   return seconds
@@ -50,7 +50,7 @@ def test_steps_are_reported_one_step_late():
     (2, {"loss": 2.0, "loss_lm": 2.0, "grad_norm": 2.0, "skipped": 0.0, "skipped_since_start": 0})
   ]
   recorder.reporter.flush()
-  recorder.reporter.flush()  # nothing is left
+  recorder.reporter.flush()  # has nothing left to report
   assert [(update, record["loss_lm"]) for update, record in recorder.records] == [
     (2, 2.0),
     (4, 5.0),
@@ -72,7 +72,7 @@ def test_progress_shows_a_moving_average_in_bits():
 
 
 def test_speed_is_measured_from_record_to_record(clock):
-  """The first step, which compiles, and validations don't count."""
+  """The time of the first step, which compiles, and of validations is not counted."""
   recorder = Recorder(peak_flops=1e9)
   for seconds in (100.0, 1.0, 1.0, 4.0):
     recorder.report(2, [1.0, 1.0])

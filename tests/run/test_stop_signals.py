@@ -1,4 +1,4 @@
-"""Signals become stop requests, and only while the context is open."""
+"""Signals become stop requests, but only while the context is open."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The training loop: when it saves, validates and stops, and that a resumed run is the same run."""
+"""The training loop: when it saves, validates and stops, and that resuming changes no result."""
 
 import os
 import signal
@@ -52,13 +52,13 @@ def call_before_step(monkeypatch, n, function):
 
 
 def losses_in_turn(losses):
-  """Makes a validation that finds one loss after the other."""
+  """Returns a validation function that returns one of `losses` at each call, in order."""
   remaining = iter(losses)
   return lambda params, stop: {"loss_lm": next(remaining)}
 
 
 def test_stopped_and_resumed_run_equals_an_uninterrupted_one(uninterrupted, tmp_path, monkeypatch):
-  """Bit for bit."""
+  """The states are equal bit for bit."""
   for i, number in enumerate((signal.SIGINT, signal.SIGTERM)):
     with monkeypatch.context() as patch:
       call_before_step(patch, 2, lambda: os.kill(os.getpid(), number))
@@ -81,12 +81,12 @@ def test_resuming_is_logged(tmp_path, capsys, monkeypatch):
 
 
 def test_last_batch_is_completed(tmp_path):
-  """Batches of 2 updates make 12 updates where 11 are configured."""
+  """The last batch of 2 updates makes the 12th update, although 11 are configured."""
   end = trainer.fit(CONFIG, TRAIN.replace(n_max_step=11), make_batches(), tmp_path)
   assert int(end.train_state.step) == 12 and end.data_step == 6
 
 
-def test_one_batch_is_a_run(tmp_path, capsys):
+def test_run_of_a_single_batch(tmp_path, capsys):
   train_cfg = TRAIN.replace(n_max_step=1, n_warmup_step=0)
   end = trainer.fit(CONFIG, train_cfg, make_batches(), tmp_path)
   assert int(end.train_state.step) == 2 and "training 2/2" in capsys.readouterr().err
@@ -115,8 +115,8 @@ def test_metrics_are_recorded_and_the_best_checkpoint_is_kept(tmp_path):
   assert all(names <= metrics.keys() for _, metrics in training)
 
 
-def test_intervals_between_batches_end_at_the_next_batch(tmp_path):
-  """With 2 updates per batch, every 3 updates means after updates 4, 6, 10 and 12."""
+def test_interval_ends_with_the_batch_that_reaches_it(tmp_path):
+  """With 2 updates per batch, `log_every=3` records after updates 4, 6, 10 and 12."""
   steps = []
   trainer.fit(
     CONFIG,
@@ -187,10 +187,10 @@ def test_interrupted_last_validation_is_repeated(uninterrupted, tmp_path):
     end = trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=validate)
     assert_same(end.train_state, uninterrupted[1].train_state)
     assert best_checkpoint.read_validations(tmp_path).step == step
-  trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=losses_in_turn([]))  # not again
+  trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path, validate=losses_in_turn([]))  # not called
 
 
-def test_every_batch_is_saved_without_an_interval(tmp_path):
+def test_every_batch_is_saved_if_save_seconds_is_zero(tmp_path):
   records, options = (
     [],
     TrainerOptions(save_seconds=0.0, log_every=1, peak_flops=1e9, max_to_keep=9),
@@ -237,7 +237,7 @@ def test_second_compilation_is_an_error(tmp_path, monkeypatch):
     trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path)
 
 
-def test_finished_run_is_left_alone(uninterrupted, monkeypatch):
+def test_finished_run_is_not_trained_again(uninterrupted, monkeypatch):
   workdir, checkpoint = uninterrupted
   call_before_step(monkeypatch, 1, lambda: pytest.fail("a step was made"))
   again = trainer.fit(CONFIG, TRAIN, make_batches(), workdir)
@@ -255,7 +255,7 @@ def test_loop_runs_outside_of_the_main_thread(tmp_path):
   assert int(results[0].train_state.step) == 4
 
 
-def test_returned_checkpoint_is_the_one_on_disk(uninterrupted):
+def test_returned_checkpoint_equals_the_newest_on_disk(uninterrupted):
   workdir, checkpoint = uninterrupted
   loaded = tvq.load_checkpoint(workdir)
   assert (loaded.config, loaded.train_cfg, loaded.data_step) == (CONFIG, TRAIN, 6)
@@ -277,7 +277,7 @@ def test_another_seed_is_rejected(uninterrupted):
     trainer.fit(CONFIG, TRAIN, make_batches(), uninterrupted[0], seed=99)
 
 
-def test_another_configuration_is_rejected_by_the_names_of_its_fields(uninterrupted):
+def test_another_configuration_is_rejected_and_its_fields_are_named(uninterrupted):
   config, train_cfg = CONFIG.replace(n_code=7), TRAIN.replace(lr_max=0.02)
   message = r"n_code is 6 in the run, 7 here; lr_max is 0.01 in the run, 0.02 here"
   with pytest.raises(tvq.CheckpointError, match=message):

@@ -1,4 +1,4 @@
-"""The options of the training loop are checked when they are made."""
+"""The options of the training loop are checked when they are created."""
 
 import math
 

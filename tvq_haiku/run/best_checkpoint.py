@@ -1,7 +1,7 @@
 """The checkpoint with the lowest validation loss.
 
 best/              a run directory that holds only this checkpoint
-validation.json    step and loss of the validations so far
+validation.json    the steps of the last and the best validation so far, and the lowest loss
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _VALIDATION_FILE = "validation.json"
 class ValidationStatus(NamedTuple):
   """Outcome of the validations of a run so far; the content of validation.json."""
 
-  step: int = -1  # updates made before the last validation; -1: there was none
-  best_step: int = -1  # updates made before the validation with the lowest loss; -1: there is none
-  best_loss: float = math.inf  # its loss in nats per token
+  step: int = -1  # updates made before the last validation; -1: none
+  best_step: int = -1  # updates made before the validation with the lowest loss; -1: none
+  best_loss: float = math.inf  # loss of that validation in nats per token
 
 
 def read_validations(directory: str | os.PathLike) -> ValidationStatus:
@@ -67,8 +67,8 @@ def keep_best(
   status = read_validations(path)
   is_best = bool(multihost.broadcast(loss < status.best_loss))
   if is_best:
-    # Later checkpoints are left over from before the run resumed from an older one. The checkpoint
-    # of this step exists if the process died before it could write validation.json.
+    # If the run was resumed from an older checkpoint, best/ may hold a later one. It holds this
+    # one already if an earlier process died before it wrote validation.json.
     run_directory.set_aside_later(best_directory, after=step)
     if step not in run_directory.saved_steps(best_directory):
       checkpoint_writer.save_checkpoint(best_directory, checkpoint, max_to_keep=1)

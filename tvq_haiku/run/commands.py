@@ -41,11 +41,11 @@ def train(
   Args:
     experiment: the experiment.
     params: parameters to initialize a new run from; None: random parameters.
-    validate_tokens: maximum number of tokens that a validation reads; None: the whole split.
+    validate_tokens: maximum number of tokens that a validation reads; None: the complete split.
     tensorboard: whether to write TensorBoard event files.
     wandb: Weights & Biases project to send the metrics to; None: don't send them.
-    options: when to save, log, validate and give up; None: the defaults. The unit of the loss and
-      the peak FLOP/s are those of the experiment.
+    options: options of the training loop; None: the defaults. The experiment determines
+      `token_name` and `peak_flops`.
 
   Returns:
     The last checkpoint; its step is less than `n_max_step` if the run was stopped by a signal.
@@ -98,7 +98,7 @@ def train(
 
 @contextlib.contextmanager
 def _lock(workdir: pathlib.Path) -> Iterator[None]:
-  """Prevents other runs from training in the directory; process 0 holds the lock for all."""
+  """Prevents other runs from training in the directory; process 0 of the run holds the lock."""
   with contextlib.ExitStack() as stack:
     if multihost.is_main_process():
       try:
@@ -128,7 +128,7 @@ def _training_batches(experiment: Experiment, split: token_cache.Split) -> packi
 def _save_inputs(
   experiment: Experiment, workdir: pathlib.Path, splits: Mapping[str, token_cache.Split]
 ) -> None:
-  """Saves the vocabulary, so that the run can be used without the original file, and data.json."""
+  """Saves data.json, and the vocabulary, so that the run does not need the original file."""
   if isinstance(experiment.vocabulary, PieceVocabulary):
     files.write_atomically(workdir / VOCABULARY_FILE, experiment.vocabulary.file.read_bytes())
   data_statistics.save_statistics(workdir, splits)
@@ -137,7 +137,7 @@ def _save_inputs(
 def _trainer_options(
   experiment: Experiment, options: trainer.TrainerOptions | None
 ) -> trainer.TrainerOptions:
-  """Returns the options with the experiment's unit of the loss and measured peak FLOP/s."""
+  """Returns the options with the experiment's unit of the loss, and the measured peak FLOP/s."""
   mesh = experiment.mesh
   if mesh is None:
     n_peaks = 1
@@ -155,7 +155,7 @@ def _trainer_options(
 def evaluate(
   experiment: Experiment, checkpoint: checkpoints.Checkpoint, split_name: str
 ) -> dict[str, float]:
-  """Computes the metrics of a checkpoint on a whole split, and writes them to SPLIT.figures.json.
+  """Computes the metrics of a checkpoint on a complete split; writes them to SPLIT.figures.json.
 
   Args:
     experiment: the experiment of the checkpoint.
@@ -163,8 +163,9 @@ def evaluate(
     split_name: "train", "validation" or "test".
 
   Returns:
-    `loss_lm` in nats per token, the measures of the experiment, and what they were computed from:
-    the `step` of the checkpoint, `tokens`, `bytes`, and the number of `rows` read side by side.
+    `loss_lm` in nats per token, the measures of the experiment, the `step` of the checkpoint, the
+    numbers of `tokens` and `bytes` of the split, and the number of `rows`: parts of the split that
+    were read in parallel.
 
   Raises:
     CheckpointError: the run was trained with a different vocabulary.
@@ -241,7 +242,7 @@ def sample_images(
     **sampling: sampling parameters of `generate.generate`, such as `temperature`.
 
   Returns:
-    The file.
+    The path of the file.
   """
   size = experiment.image_size
   out = generate_lib.generate(

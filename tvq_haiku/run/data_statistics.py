@@ -1,6 +1,6 @@
 """The file data.json of a run: statistics of the splits that it is trained and validated on.
 
-A run must be resumed on the data, and used with the vocabulary, that it was started with.
+A run must be resumed with the data, and used with the vocabulary, that it was started with.
 """
 
 from __future__ import annotations

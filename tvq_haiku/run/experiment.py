@@ -1,11 +1,11 @@
 """An experiment: a model, the data that it is trained on, and a directory for the results.
 
-WORKDIR/                  a run, see `checkpoint.checkpoints`, with its best/ checkpoint
+WORKDIR/                  a training run, see `checkpoint.run_directory`
         vocab.model       the SentencePiece vocabulary, if tokens are not bytes
         data.json         statistics of the training data, see `data_statistics`
         metrics.jsonl     metrics of training and validation, see `metric_writers`
-        tensorboard/      the same as TensorBoard event files
-        SPLIT.figures.json    metrics of a whole split, see `commands.evaluate`
+        tensorboard/      the same metrics as TensorBoard event files
+        SPLIT.figures.json    metrics of a complete split, see `commands.evaluate`
         samples/          generated texts and images, see `commands`
 """
 
@@ -30,7 +30,8 @@ from tvq_haiku.training import size_checks
 from tvq_haiku.types import Params, StopRequest
 
 VOCABULARY_FILE = "vocab.model"
-# The metrics that papers report, from the likelihood of a whole split and the counts in its files.
+# Name of a metric that papers report -> function that computes it from the likelihood of a complete
+# split and the statistics of the split.
 MEASURES: Mapping[str, Callable[[likelihood.Likelihood, token_cache.SplitStatistics], float]] = {
   "bits_per_byte": lambda total, statistics: total.bits_per(statistics.n_byte),
   "bits_per_dim": lambda total, statistics: total.bits_per(statistics.n_byte),
@@ -42,18 +43,18 @@ MEASURES: Mapping[str, Callable[[likelihood.Likelihood, token_cache.SplitStatist
 class Experiment:
   """A model, its training, its data and its directories."""
 
-  source: Source | None  # the dataset; None: only samples are generated
+  source: Source | None  # the dataset; None if the run is only used to sample
   vocabulary: Vocabulary
   config: TransformerConfig
   train_cfg: TrainConfig
   workdir: pathlib.Path  # directory of the run
-  cache_dir: pathlib.Path  # directory of tokenized splits, which runs share
+  cache_dir: pathlib.Path  # directory of tokenized splits, which several runs may share
   measures: Sequence[str]  # names in MEASURES
   token_name: str  # unit of the loss in the progress line, such as "byte"
-  image_size: int | None = None  # height and width in pixels, if every document is an image
-  seed: int = 0  # of the initial parameters, dropout, the order of the data, and samples
-  eval_rows: int = 8  # B in evaluation
-  eval_window: int = 512  # T in evaluation
+  image_size: int | None = None  # height and width in pixels; None: documents are not images
+  seed: int = 0  # seed of the initial parameters, dropout, the order of the data, and samples
+  eval_rows: int = 8  # batch size of evaluation: number of parts of a split read in parallel
+  eval_window: int = 512  # number of tokens of each part in one step of evaluation
   mesh: jax.sharding.Mesh | None = None  # devices for training and validation; None: one device
 
   def __post_init__(self):
@@ -72,11 +73,11 @@ class Experiment:
 
   @property
   def align(self) -> int:
-    """The number of tokens per image, or 1: sequences start at its multiples."""
+    """The number of tokens per image, or 1 without images; sequences start at multiples of it."""
     return 3 * self.image_size**2 if self.image_size else 1
 
   def open_split(self, split: str) -> token_cache.Split:
-    """Returns the tokens of a split, and tokenizes it if that has not been done before."""
+    """Returns the tokens of a split; tokenizes the split first if the cache does not hold it."""
     return token_cache.open_split(self.source, split, self.vocabulary, self.cache_dir)
 
   def measure_split(
@@ -95,13 +96,13 @@ class Experiment:
       config: configuration of the model.
       params: its parameters.
       split: the tokens.
-      max_tokens: number of tokens to read, from the start of the split, rounded down to complete
-        images but at least one; None: all.
+      max_tokens: maximum number of tokens to read from the start of the split, rounded down to
+        complete images, but at least one image (or token); None: all.
       stop: ends the computation when it becomes true.
       mesh: devices that hold the parameters; None: the default device.
 
     Returns:
-      `loss_lm` in nats per token and, if the whole split was read, the `measures`; None if the
+      `loss_lm` in nats per token and, if the complete split was read, the `measures`; None if the
       computation was stopped.
     """
     n = split.statistics.n_token
@@ -122,7 +123,7 @@ class Experiment:
       return None
     if total.tokens != n:
       raise RuntimeError(f"the evaluation read {total.tokens} tokens of a split of {n}.")
-    # The words and bytes of a part of the split were not counted.
+    # The statistics count words and bytes of the complete split only.
     measures = self.measures if n == split.statistics.n_token else ()
     return {"loss_lm": total.nats_per_token} | {
       name: MEASURES[name](total, split.statistics) for name in measures
@@ -142,7 +143,7 @@ def load_run(
 
   Raises:
     CheckpointError: there is no checkpoint, or it is damaged.
-    ValueError: the changed configuration has parameters of other shapes.
+    ValueError: the changed configuration needs parameters of different shapes.
   """
   best = workdir / run_directory.BEST_DIRECTORY
   if weights == "best" and run_directory.has_checkpoint(best):

@@ -43,9 +43,9 @@ class MetricWriter(Protocol):
 
 
 class JsonlWriter:
-  """Appends metrics to metrics.jsonl, flushed after every line.
+  """Appends metrics to metrics.jsonl, which is flushed after every line.
 
-  Opening removes the lines of steps after `step`: the resumed run writes them again.
+  Opening removes the lines of steps after `step`, because the resumed run writes them again.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int):
@@ -74,7 +74,7 @@ class TensorBoardWriter:
   """Writes metrics as scalars to TensorBoard event files.
 
   If `directory` holds events of an earlier process, a session start tells TensorBoard to discard
-  those of steps after `step`: the resumed run writes them again.
+  those of steps after `step`, because the resumed run writes them again.
   """
 
   def __init__(self, directory: pathlib.Path, step: int):
@@ -158,12 +158,12 @@ class MetricWriters:
     self,
     workdir: pathlib.Path,
     writers: Sequence[MetricWriter],
-    written: Set[tuple[int, bool]],  # step and kind of what an earlier process wrote
+    written: Set[tuple[int, bool]],  # `_step_and_kind` of records that an earlier process wrote
   ):
     self._workdir, self._writers, self._written = workdir, writers, written
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Writes `metrics` as measured after `step` updates, unless an earlier process did.
+    """Writes `metrics` as measured after `step` updates, unless an earlier process did so.
 
     Raises:
       OSError: a file cannot be written, for instance because the disk is full.
@@ -189,8 +189,8 @@ def open_writers(
 ) -> Iterator[MetricWriters]:
   """Opens the writers of a run that starts, or resumes, after `step` updates.
 
-  Metrics of later steps, which a process wrote before it died, are discarded: the resumed run
-  computes them again.
+  Metrics of later steps, which a process wrote before it died, are discarded, because the resumed
+  run computes them again.
 
   Args:
     workdir: directory of the run; created if it is missing.
@@ -237,9 +237,8 @@ def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
     for line in file.read_text(errors="replace").splitlines():
       with contextlib.suppress(ValueError):
         record = json.loads(line)
-        if (
-          isinstance(record, dict) and "step" in record
-        ):  # an incomplete line may parse as a number
+        # An incomplete line may be valid JSON, such as a number.
+        if isinstance(record, dict) and "step" in record:
           records.append(record)
   return records
 

@@ -1,4 +1,4 @@
-"""Reports of the training loop: the progress line, warnings about skipped updates, and metrics."""
+"""Reports of a training run: the progress line, warnings about skipped updates, and metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Reporter:
 
   Attributes:
     skipped: number of updates skipped since the process started.
-    skipped_in_a_row: number of consecutive skipped updates, up to the last reported one.
+    skipped_in_a_row: number of consecutive skipped updates up to and including the last reported
+      update; 0 if that one was not skipped.
     last_skipped: number of the last skipped update, counted from 1; None if there is none.
   """
 
@@ -56,7 +57,7 @@ class Reporter:
     self._validation_note = ""
 
   def report_step(self, update: int, metrics: Mapping[str, Array], *, record: bool) -> None:
-    """Takes the metrics of a step, and reports those of the previous one.
+    """Stores the metrics of a step, and reports those of the previous step.
 
     Args:
       update: number of updates made so far, including this step's.
@@ -86,7 +87,7 @@ class Reporter:
       self.restart_clock()  # speed is measured from one record to the next
 
   def report_validation(self, update: int, metrics: Mapping[str, float]) -> None:
-    """Writes the metrics of a validation, and keeps its loss in the progress line.
+    """Writes the metrics of a validation, and shows its loss in the progress line from then on.
 
     Args:
       update: number of updates made so far.
@@ -97,7 +98,7 @@ class Reporter:
       self._record(update, {f"validation_{name}": value for name, value in metrics.items()})
 
   def restart_clock(self) -> None:
-    """Restarts the measurement of speed, which excludes the time since the last step."""
+    """Restarts the measurement of speed, which then excludes the time since the last step."""
     self._speed.restart()
 
   def _count_skipped(self, update: int, metrics: Mapping[str, np.ndarray]) -> None:
@@ -128,7 +129,7 @@ class Reporter:
     return f"{bits:.3f} bits per {self._options.token_name}{speed}{self._validation_note}{skipped}"
 
   def _step_record(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Returns the means over the updates of a step, with the counts and speeds of the process."""
+    """Returns the means over the updates of a step, the skipped updates so far, and the speed."""
     record = {name: float(np.mean(values)) for name, values in metrics.items()}
     record["skipped_since_start"] = self.skipped
     rate = self._speed.tokens_per_second
@@ -154,10 +155,10 @@ class _SpeedMeter:
     self.tokens_per_second: float | None = None  # None until the second step
     self._tokens_per_step = tokens_per_step
     self._start: float | None = None  # seconds on the monotonic clock
-    self._steps = 0  # since the start
+    self._steps = 0  # number of steps since the start
 
   def restart(self) -> None:
-    """Measures from now on."""
+    """Starts a new measurement."""
     self._start, self._steps = time.monotonic(), 0
 
   def count_step(self) -> None:

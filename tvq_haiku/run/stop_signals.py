@@ -23,7 +23,8 @@ class SignalStopRequest:
   def handle_signal(self, signal_number: int, frame: types.FrameType | None) -> None:
     """Requests the stop, and lets the next signal end the process at once.
 
-    Ending at once loses the updates since the last checkpoint; checkpoints are written atomically.
+    If the process ends at once, the updates since the last checkpoint are lost. Checkpoints are
+    written atomically.
     """
     del signal_number, frame
     self._is_requested = True
@@ -35,8 +36,8 @@ class SignalStopRequest:
 def stop_on_signals() -> Iterator[SignalStopRequest]:
   """Turns SIGINT (Ctrl-C) and SIGTERM into a stop request, so that a step is never interrupted.
 
-  The previous handlers are restored when the context ends. Outside of the main thread, which alone
-  can receive signals, the request stays false.
+  The previous handlers are restored when the context ends. Only the main thread can receive
+  signals; in other threads, the request stays false.
   """
   request = SignalStopRequest()
   if threading.current_thread() is not threading.main_thread():

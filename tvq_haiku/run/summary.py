@@ -14,7 +14,7 @@ from tvq_haiku.model import transformer
 
 
 def count_params(config: TransformerConfig) -> int:
-  """Returns the number of scalar parameters of the model, codebooks included.
+  """Returns the number of scalar parameters of the model, including its codebooks.
 
   >>> count_params(TransformerConfig.enwik8())
   187679750
@@ -23,7 +23,7 @@ def count_params(config: TransformerConfig) -> int:
 
 
 def state_bytes(config: TransformerConfig) -> int:
-  """Returns the bytes of the model's state per batch element, at any context length."""
+  """Returns the bytes per batch element of the model's state, for a context of any length."""
   return memory_plan.tree_bytes(jax.eval_shape(lambda: transformer.initial_state(config, 1)))
 
 

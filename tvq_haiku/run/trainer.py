@@ -1,4 +1,4 @@
-"""The training loop: restores a run, trains it, saves and validates it, and stops it."""
+"""The training loop: starts or resumes a run, trains, saves, validates, and stops on signals."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tvq_haiku.training import train_step as train_step_lib
 from tvq_haiku.types import Batch, Params, StopRequest
 from tvq_haiku.utils import files, progress
 
-# Takes parameters and a stop request; returns the metrics of the validation split, with `loss_lm`
-# in nats per token, or None if it was stopped.
+# Takes parameters and a stop request. Returns the metrics of the validation split, with `loss_lm`
+# in nats per token, or None if the validation was stopped.
 Validate = Callable[[Params, StopRequest], Mapping[str, float] | None]
 
 
@@ -88,8 +88,8 @@ def fit(
 
   Saves a checkpoint every `save_seconds`, before each validation, at the end, and before stopping
   on SIGINT (Ctrl-C) or SIGTERM; checkpoints are written in the background. The last batch is always
-  completed, even if it makes more updates than `n_max_step`. Updates with a non-finite loss or
-  gradient are skipped.
+  completed, even if the run then has more than `n_max_step` updates. Updates with a non-finite loss
+  or gradient are skipped.
 
   Args:
     config: configuration of the model.
@@ -99,11 +99,12 @@ def fit(
     workdir: directory of the run, shared by all processes.
     seed: seed of the initial parameters and of dropout.
     mesh: devices that share the work; None: the default device.
-    checkpoint: result of `resume_or_initialize` with the same arguments; None: call it.
-    record: writes metrics (means over the updates of the last batch), speed and use of the codes.
-      With several processes, only process 0 needs it.
-    validate: computes the validation metrics; the best checkpoint is kept under best/.
-    options: when to save, log, validate and give up; None: the defaults.
+    checkpoint: result of `resume_or_initialize` with the same arguments; None: it is called.
+    record: writes the metrics of training (means over the updates of a batch, and the speed) and of
+      validation; None: they are not written. With several processes, only process 0 needs it.
+    validate: computes the validation metrics; the checkpoint with the lowest loss is kept under
+      best/. None: no validation.
+    options: options of the training loop; None: the defaults.
 
   Returns:
     The last checkpoint; its step is less than `n_max_step` if the run was stopped by a signal.
@@ -155,7 +156,7 @@ def fit(
 
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
-  """The state of a run between two batches, and what is done after each of them.
+  """The state of a training run between two batches, and the actions after each batch.
 
   All processes save, validate and stop after the same batch; `fit` creates the trainer.
   """
@@ -197,7 +198,7 @@ class Trainer:
   def _train_on(self, batch: Batch, n: int) -> None:
     """Runs the training step of batch `n`, counted from 1, and reports the previous step.
 
-    With `debug_nans`, this step is reported, too: the host waits for the devices.
+    With `debug_nans`, it reports this step, too, for which the host waits for the devices.
     """
     debug_nans = self.options.debug_nans
     state_before = jax.tree.map(jnp.copy, self._train_state) if debug_nans else None
@@ -216,7 +217,7 @@ class Trainer:
       )
 
   def _save_and_validate(self, n: int) -> bool:
-    """Saves and validates after batch `n` where due; returns whether to continue."""
+    """Saves and validates after batch `n` if that is due; returns whether to continue."""
     is_validation_due = self.validate is not None and self._is_due(n, self.options.validate_every)
     is_save_due = time.monotonic() - self._last_save > self.options.save_seconds
     stop, is_save_due = self._votes(self.stop_request, is_save_due)
@@ -231,14 +232,14 @@ class Trainer:
     return not stop
 
   def _save(self, n: int) -> None:
-    """Saves a checkpoint after batch `n`, unless too many of the last updates were skipped."""
+    """Saves a checkpoint after batch `n`; raises if too many consecutive updates were skipped."""
     self.reporter.flush()
     self._check_skipped(self._last_batch)
     self.checkpoint = self.checkpoint._replace(train_state=self._train_state, data_step=n)
     self.writer.save(self.checkpoint)
 
   def _catch_up_validation(self) -> bool:
-    """Runs the validation that is due at the initial checkpoint, if the run ended before it.
+    """Validates the initial checkpoint if that is due and an earlier process has not completed it.
 
     Returns:
       Whether to continue; False if a stop was requested during the validation.
@@ -276,7 +277,7 @@ class Trainer:
 
     Args:
       batch: batch of the last reported step; None if there is none.
-      state_before: train state before that step; None: not kept.
+      state_before: train state before that step; None: it was not kept.
 
     Raises:
       NumericalError: the limit is reached.
@@ -303,8 +304,8 @@ class Trainer:
     if jax.process_count() > 1:
       return "the first non-finite tensor can only be found in a run of a single process"
     if state_before is None:
-      # Skipped updates change only the step, and at most one batch was trained on since; so the
-      # current state differs from the one before the step by that batch at most.
+      # Skipped updates change only `step`, and at most one batch has been trained on after them. So
+      # the current state is the state before them, apart from `step` and the updates of that batch.
       n = self.train_cfg.updates_per_step
       step = (self.reporter.last_skipped - 1) // n * n
       state_before = self._train_state._replace(step=jnp.full_like(self._train_state.step, step))

@@ -18,11 +18,11 @@ class TrainerOptions:
   save_seconds: float = 60.0  # seconds between two checkpoints; 0: one after every batch
   max_to_keep: int = 2  # number of most recent checkpoints to keep
   log_every: int = 10  # updates between two records of metrics
-  validate_every: int = 1000  # updates between two validations; the last update is validated, too
+  validate_every: int = 1000  # updates between two validations; the last update is followed by one
   max_skipped: int = 20  # consecutive skipped updates that end the run
-  debug_nans: bool = False  # end the run at the first skipped update; keeps a copy of the state
+  debug_nans: bool = False  # end the run at the first skipped update; needs a copy of the state
   token_name: str = "token"  # unit of the loss in the progress line, such as "byte"
-  peak_flops: float | None = None  # FLOP/s of all devices; None: don't record the share used
+  peak_flops: float | None = None  # peak of all devices, FLOP/s; None: `of_peak` is not recorded
 
   def __post_init__(self):
     for name in ("max_to_keep", "log_every", "validate_every", "max_skipped"):
