@@ -76,8 +76,8 @@ def write_config(
 
   Args:
     directory: the directory of the run.
-    config: the model.
-    train_cfg: the training.
+    config: configuration of the model.
+    train_cfg: configuration of its training.
   """
   content = {
     "format": _FORMAT_VERSION,

@@ -67,7 +67,7 @@ def compress(
 
   Args:
     params: parameters of a model with the byte vocabulary.
-    config: the model.
+    config: configuration of the model.
     data: any bytes.
     rows: number of lanes, in [1, 65535]. More lanes are faster, but each starts without context.
     show_progress: whether to show progress on standard error.
@@ -106,7 +106,7 @@ def decompress(
 
   Args:
     params: the parameters that the data were compressed with.
-    config: the model that the data were compressed with.
+    config: configuration of the model that the data were compressed with.
     packed: result of `compress`.
     show_progress: whether to show progress on standard error.
 
@@ -165,7 +165,7 @@ def _code_lanes(
 
   Args:
     params: parameters of the model.
-    config: the model.
+    config: configuration of the model.
     starts: from `_lane_starts`.
     code: encodes or decodes one byte: (position in the data, its distribution) -> its token.
     report: shows how many bytes are done.

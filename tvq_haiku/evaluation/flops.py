@@ -27,7 +27,7 @@ def forward_multiply_adds(config: TransformerConfig, seq_len: int) -> int:
   training step takes 3 * 2 times this number of FLOPs.
 
   Args:
-    config: the model.
+    config: configuration of the model.
     seq_len: number of tokens, read from the initial state.
 
   Returns:

@@ -77,7 +77,7 @@ def make_eval_step(
   It is compiled once for each shape of a batch.
 
   Args:
-    config: the model.
+    config: configuration of the model.
     train_cfg: if given, batches must have `global_batch_size` elements. None: any number.
     mesh: devices that share the work; parameters and state must be on these devices, and every
       process must pass the complete batch. None: one device.
@@ -147,7 +147,7 @@ def evaluate(
 
   Args:
     params: parameters of the model.
-    config: its configuration.
+    config: configuration of the model.
     stream: tokens to evaluate.
     batch_size: B, the number of parts.
     window_len: T, the number of tokens of each part in a step; the result does not depend on it.

@@ -56,8 +56,8 @@ def plan_memory(
   """Estimates the memory and the traffic of one device.
 
   Args:
-    config: the model. `remat='auto'` is resolved for a device like that of this process.
-    train_cfg: the optimizer and the batch.
+    config: configuration of the model; `remat='auto'` is resolved for a device like that of this process.
+    train_cfg: configuration of its training.
     mesh_sizes: axis of the mesh -> number of devices. None: one device.
 
   Returns:
@@ -158,8 +158,8 @@ def describe_plan(
   """Formats the plan for a mesh in a few lines of text.
 
   Args:
-    config: the model.
-    train_cfg: the optimizer and the batch.
+    config: configuration of the model.
+    train_cfg: configuration of its training.
     mesh_sizes: axis of the mesh -> number of devices.
   """
   plan = plan_memory(config, train_cfg, mesh_sizes)

@@ -53,7 +53,7 @@ def score(
 
   Args:
     params: parameters of a model with the byte vocabulary.
-    config: the model.
+    config: configuration of the model.
     texts: a sequence of str, which are encoded as UTF-8, or bytes.
     batch_size: B, the maximum number of texts in a batch.
     window_len: T, the number of tokens of each text in a step; the result does not depend on it.

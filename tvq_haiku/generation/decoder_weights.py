@@ -73,7 +73,7 @@ def prepare_weights(params: Params, config: TransformerConfig) -> DecoderWeights
 
   Args:
     params: parameters of the model.
-    config: its configuration.
+    config: configuration of the model.
 
   Returns:
     The weights, which `decode_token` takes.

@@ -93,8 +93,8 @@ class Experiment:
     """Computes the metrics of a model on a split.
 
     Args:
+      params: parameters of the model.
       config: configuration of the model.
-      params: its parameters.
       split: the tokens.
       max_tokens: maximum number of tokens to read from the start of the split, rounded down to
         complete images, but at least one image (or token); None: all.
