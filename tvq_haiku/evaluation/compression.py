@@ -6,7 +6,7 @@ The size of a compressed file verifies the bits per byte of a model. A file cons
   checksum: CRC-32 of the header and the words
   words:    32 bits each, little-endian, from one range coder
 The data are split into contiguous lanes of equal length, one for each batch element of the model;
-the coder takes one byte of each lane in turn. Compression and decompression must compute the same
+each step codes one byte of every lane. Compression and decompression must compute the same
 probabilities, bit for bit, so both run the same compiled step, one token at a time. A file can
 therefore be read only on a machine of the same kind, with the same versions of the software;
 otherwise `decompress` raises an error.

@@ -56,7 +56,8 @@ def plan_memory(
   """Estimates the memory and the traffic of one device.
 
   Args:
-    config: configuration of the model; `remat='auto'` is resolved for a device like that of this process.
+    config: configuration of the model. `remat='auto'` is resolved for a device like that of this
+      process.
     train_cfg: configuration of its training.
     mesh_sizes: axis of the mesh -> number of devices. None: one device.
 
