@@ -31,7 +31,7 @@ def test_a_grid_contains_every_image():
 
 
 def test_bad_arrays_are_named():
-  with pytest.raises(ValueError, match=r"tokens must have shape \[n, 12\], got \(1, 11\)"):
+  with pytest.raises(ValueError, match=r"tokens must have shape \[n, 3·h·w=12\], got \(1, 11\)"):
     tvq.images_from_tokens(np.zeros((1, 11), np.int32), height=2, width=2)
   with pytest.raises(ValueError, match=r"\[0, 259\), got 0...259"):
     tvq.images_from_tokens(np.array([[0] * 11 + [259]]), height=2, width=2)

@@ -20,8 +20,15 @@ class TestArrays:
       "f", dims, q=(jnp.ones((2, 3)), "TK", jnp.floating), k=(None, "TV", jnp.floating)
     )
     assert (dims.T, dims.K) == (2, 3)
-    with pytest.raises(ValueError, match=r"f: k must have shape \[T=2, 5, V\], got \(2, 4, 1\)\."):
-      checks.check_arrays("f", dims, k=(jnp.ones((2, 4, 1)), ("T", 5, "V"), jnp.floating))
+    with pytest.raises(
+      ValueError, match=r"f: k must have shape \[T=2, K\+2=5, V\], got \(2, 4, 1\)\."
+    ):
+      axes = ("T", ("K+2", 5), "V")
+      checks.check_arrays("f", dims, k=(jnp.ones((2, 4, 1)), axes, jnp.floating))
+
+  def test_anything_but_an_array_is_refused(self):
+    with pytest.raises(TypeError, match=r"f: x must be an array, got list\."):
+      checks.check_arrays("f", chex.Dimensions(), x=([[1.0]], "BT", jnp.floating))
 
   def test_dtype(self):
     with pytest.raises(TypeError, match=r"f: docs must be integer, got float32\."):

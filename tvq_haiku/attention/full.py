@@ -130,7 +130,7 @@ def _check_arrays(
 ) -> chex.Dimensions:
   """Returns the sizes B, T, H, K, G, V and M; raises if the arrays do not fit together."""
   dims = chex.Dimensions(M=state.memory_docs.shape[1])
-  n_distance = dims.M + 1 if is_causal else 2 * dims.M + 1
+  n_distance = ("M+1", dims.M + 1) if is_causal else ("2M+1", 2 * dims.M + 1)
   real = jnp.floating
   arrays = {
     "q": (q, "BTHK", real),

@@ -80,7 +80,7 @@ def check_settings(
   Raises:
     ValueError: a size or setting is out of range.
   """
-  for name, n in (("T", dims.T), ("block_len", block_len), ("mem_len", mem_len)):
+  for name, n in (("B", dims.B), ("T", dims.T), ("block_len", block_len), ("mem_len", mem_len)):
     if n is not None and (not isinstance(n, (int, np.integer)) or n < 1):
       raise ValueError(f"vq_attention: {name}={n!r} must be an integer, at least 1.")
   if reduction not in REDUCTIONS:
@@ -134,6 +134,6 @@ def check_relative_keys(
   Raises:
     ValueError, TypeError: `relative_keys` does not fit.
   """
-  n_distance = mem_len + 1 if is_causal else 2 * mem_len + 1
+  n_distance = ("M+1", mem_len + 1) if is_causal else ("2M+1", 2 * mem_len + 1)
   axes = (n_distance, "G", "K")
   checks.check_arrays("vq_attention", dims, relative_keys=(relative_keys, axes, jnp.floating))

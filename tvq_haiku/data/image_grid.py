@@ -42,7 +42,7 @@ def images_from_tokens(tokens: npt.ArrayLike, *, height: int, width: int) -> np.
   [[0, 1, 2], [3, 4, 5]]
   """
   tokens = np.asarray(tokens)
-  axes = ("n", 3 * height * width)
+  axes = ("n", ("3·h·w", 3 * height * width))
   checks.check_arrays("images_from_tokens", chex.Dimensions(), tokens=(tokens, axes, jnp.integer))
   if tokens.size and not 0 <= tokens.min() <= tokens.max() < ByteVocabulary.SIZE:
     raise ValueError(

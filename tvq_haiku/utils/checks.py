@@ -18,7 +18,8 @@ import numpy as np
 
 from tvq_haiku.types import Array, ArrayTree
 
-Axes = str | tuple[int | str, ...]  # one letter per axis, or a tuple of letters and sizes
+# One letter per axis; or a tuple of letters and, for a given size, of (expression, size).
+Axes = str | tuple[str | tuple[str, int], ...]
 
 
 def check_arrays(
@@ -29,12 +30,12 @@ def check_arrays(
   Args:
     caller: name of the function, for the message.
     dims: letter -> size, as far as sizes are known; the letters of `arrays` are added to it.
-    **arrays: name of the argument -> (array, axes, abstract dtype). The axes are one letter each,
-      or a tuple of letters and sizes. An argument that is None is not checked.
+    **arrays: name of the argument -> (array, axes, abstract dtype), with a letter for each axis, or
+      an expression in letters and its value, such as ("M+1", 5). None is not checked.
 
   Raises:
     ValueError: an array has a wrong shape.
-    TypeError: an array has a wrong dtype.
+    TypeError: an array has a wrong dtype, or an argument is not an array.
 
   >>> dims = chex.Dimensions()
   >>> check_arrays("f", dims, q=(jnp.ones((2, 3)), "TK", jnp.floating))
@@ -47,26 +48,28 @@ def check_arrays(
   for name, (x, axes, dtype) in arrays.items():
     if x is None:
       continue
+    _check_is_array(f"{caller}: {name}", x)
     # A size that is not known yet is None, which chex matches with any size.
-    sizes = [a if isinstance(a, int) else getattr(dims, a, None) for a in axes]
-    shape = jnp.shape(x)
+    sizes = [(a, getattr(dims, a, None)) if isinstance(a, str) else a for a in axes]
     try:
-      chex.assert_shape(x, sizes)
+      chex.assert_shape(x, [n for _, n in sizes])
     except AssertionError:
-      expected = ", ".join(
-        str(a) if isinstance(a, int) or n is None else f"{a}={n}"
-        for a, n in zip(axes, sizes, strict=True)
-      )
-      message = f"{caller}: {name} must have shape [{expected}], got {shape}."
+      expected = ", ".join(axis if n is None else f"{axis}={n}" for axis, n in sizes)
+      message = f"{caller}: {name} must have shape [{expected}], got {x.shape}."
       raise ValueError(message) from None
     try:
       chex.assert_type(x, dtype)
     except AssertionError:
       message = f"{caller}: {name} must be {dtype.__name__}, got {jnp.result_type(x)}."
       raise TypeError(message) from None
-    for axis, n in zip(axes, shape, strict=True):
-      if not isinstance(axis, int):
+    for axis, n in zip(axes, x.shape, strict=True):
+      if isinstance(axis, str):
         dims[axis] = (n,)
+
+
+def _check_is_array(name: str, x: Array) -> None:
+  if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+    raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
 
 
 def check_heads(caller: str, n_head: int, n_kv_head: int) -> None:
@@ -100,8 +103,7 @@ def check_tokens(tokens: Array, n_vocab: int) -> None:
     ValueError: `tokens` has a wrong shape, or a value that is out of range.
     TypeError: `tokens` is not an array of integers.
   """
-  if not hasattr(tokens, "shape"):
-    raise TypeError(f"tokens must be an array, got {type(tokens).__name__}.")
+  _check_is_array("tokens", tokens)
   if len(tokens.shape) != 2 or 0 in tokens.shape:
     raise ValueError(f"tokens must be [B, T] with B, T >= 1, got shape {tokens.shape}.")
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -192,6 +194,7 @@ def check_batch(batch: Mapping[str, Array], shape: tuple[int, int], n_vocab: int
   if unknown:
     raise ValueError(f"batch has unknown keys {unknown}.")
   for key, value in batch.items():
+    _check_is_array(f"batch[{key!r}]", value)
     if value.shape != shape:
       raise ValueError(f"batch[{key!r}] must have shape {shape} [B, T], got {value.shape}.")
     if key in ("inputs", "targets"):
