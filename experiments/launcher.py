@@ -60,7 +60,7 @@ def _parse_flags(name: str, argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    _fail(name, error, EXIT_BAD_FLAGS)
+    _fail(name, str(error), EXIT_BAD_FLAGS)
 
 
 def _run(name: str, main: Callable[..., None], argument: str | None, argv: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def _run(name: str, main: Callable[..., None], argument: str | None, argv: Seque
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
   except flags.Error as error:
-    _fail(name, error, EXIT_BAD_FLAGS)
+    _fail(name, str(error), EXIT_BAD_FLAGS)
   except Exception as error:
     _report_error(name, error)
 
@@ -129,9 +129,9 @@ def _shorten(error: Exception) -> str:
   return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _fail(name: str, message: object, status: int) -> NoReturn:
+def _fail(name: str, message: str, status: int) -> NoReturn:
   """Ends the process with `status`, and with one line on standard error."""
-  line = " ".join(str(message).split())
+  line = " ".join(message.split())
   print(f"{name}: {line}", file=sys.stderr, flush=True)
   if multihost.is_initialized():
     # A normal exit would wait for the other processes, which may wait for this one.

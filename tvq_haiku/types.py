@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import chex
 import haiku as hk
@@ -16,6 +16,9 @@ ArrayTree = chex.ArrayTree  # arrays in nested containers
 Batch = Mapping[str, Array]  # "inputs", "targets", "doc_ids", "loss_mask": [B, T] int32
 HostBatch = dict[str, np.ndarray]  # the same in host memory, before it is copied to devices
 OptState = optax.OptState  # state of the optimizer, in the containers of optax
+Tree = TypeVar(
+  "Tree"
+)  # nested containers, where the result of a function has those of its argument
 Params = hk.Params  # module path -> parameter name -> array, or `jax.ShapeDtypeStruct`
 
 

@@ -9,24 +9,23 @@ M memory length, K key width, V value width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from tvq_haiku.ops import scan as scan_lib
-from tvq_haiku.types import Array, ArrayTree
+from tvq_haiku.types import Array, ArrayTree, Tree
 
 _MAX_SLICES = 32  # `preceding_windows` gathers instead of concatenating more slices
 
 
-def concatenate(*sequences: Any) -> Any:
+def concatenate(*sequences: Tree) -> Tree:
   """Concatenates sequences along axis 2."""
   return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *sequences)
 
 
-def slice_tokens(sequence: Any, start: int, stop: int) -> Any:
+def slice_tokens(sequence: Tree, start: int, stop: int) -> Tree:
   """Returns tokens (or blocks) start, ..., stop-1.
 
   Args:
@@ -37,24 +36,24 @@ def slice_tokens(sequence: Any, start: int, stop: int) -> Any:
   return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, stop, axis=2), sequence)
 
 
-def split_blocks(sequence: Any, n_block: int) -> Any:
+def split_blocks(sequence: Tree, n_block: int) -> Tree:
   """Splits [B, ?, R·L, ...] into [B, ?, R, L, ...]."""
   return jax.tree.map(
     lambda x: x.reshape(*x.shape[:2], n_block, x.shape[2] // n_block, *x.shape[3:]), sequence
   )
 
 
-def merge_blocks(blocks: Any) -> Any:
+def merge_blocks(blocks: Tree) -> Tree:
   """Merges [B, ?, R, L, ...] into [B, ?, R·L, ...]: the inverse of `split_blocks`."""
   return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:]), blocks)
 
 
-def reverse(sequence: Any) -> Any:
+def reverse(sequence: Tree) -> Tree:
   """Reverses axis 2."""
   return jax.tree.map(lambda x: jnp.flip(x, axis=2), sequence)
 
 
-def pad_tokens(sequence: Any, n: int, filler: Any) -> Any:
+def pad_tokens(sequence: Tree, n: int, filler: ArrayTree) -> Tree:
   """Appends n tokens to a sequence.
 
   Args:
@@ -101,7 +100,7 @@ def restore_layout(values: Array, length: int) -> Array:
   return values.transpose(0, 2, 4, 1, 3, 5).reshape(B, R * L, G * P, V)[:, :length]
 
 
-def preceding_windows(sequence: Any, mem_len: int, n_block: int, block_len: int) -> Any:
+def preceding_windows(sequence: Tree, mem_len: int, n_block: int, block_len: int) -> Tree:
   """Returns the M tokens before each block: for block r, slots r·L, ..., r·L+M-1 of the sequence.
 
   The first L tokens of all windows are one slice of the sequence, split into blocks; the next L

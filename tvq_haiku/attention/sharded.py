@@ -33,7 +33,7 @@ from tvq_haiku.attention.key_values import KeyValues
 from tvq_haiku.attention.state import AttentionState, KeyValueState
 from tvq_haiku.attention.vq import AttentionOutput, vq_attention
 from tvq_haiku.parallel import sharding
-from tvq_haiku.types import Array, ArrayTree
+from tvq_haiku.types import Array, ArrayTree, Tree
 
 SEQUENCE = "sequence"  # the mesh axis
 
@@ -48,7 +48,7 @@ class _Operands(NamedTuple):
 
 
 def sharded_attention(
-  attention: Callable[..., Any],
+  attention: Callable[..., Tree],
   q: Array,
   k: Array,
   v: Array,
@@ -60,7 +60,7 @@ def sharded_attention(
   position_bias: Array | None = None,
   relative_keys: Array | None = None,
   **settings: Any,
-) -> Any:
+) -> Tree:
   """Computes `attention(q, k, v, *codebook, state=state, ...)`, sharded over the mesh in use.
 
   Without a mesh, it only calls `attention`.
@@ -105,7 +105,7 @@ def sharded_attention(
   out_shapes = _output_shapes(q, k, v, state if is_causal else None, is_full=not codebook)
   spec_tree = _specs_for(k.shape[2], mesh_sizes, sequence_axis)
 
-  def attend_locally(operands: _Operands, arrays: dict[str, Any]) -> Any:
+  def attend_locally(operands: _Operands, arrays: dict[str, ArrayTree]) -> Tree:
     return attention(*(x for x in operands if x is not None), **arrays, **settings)
 
   operands = _Operands(q, k, v, *codebook)
@@ -139,7 +139,7 @@ def _output_shapes(
 
 def _specs_for(
   n_kv_head: int, mesh_sizes: dict[str, int], sequence_axis: str | None
-) -> Callable[[Any], Any]:
+) -> Callable[[ArrayTree], ArrayTree]:
   """Returns a function that maps a tree of named arrays to a tree of partition specs."""
   heads, width = sharding.HEADS, sharding.WIDTH
   tokens = (sharding.BATCH_AXES, sequence_axis)
@@ -158,7 +158,7 @@ def _specs_for(
   }
   mesh_axes = sharding.head_axes(n_kv_head)  # what heads and width stand for
 
-  def spec(path: Any, leaf: Any) -> PartitionSpec:
+  def spec(path: jax.tree_util.KeyPath, leaf: Array) -> PartitionSpec:
     field = path[-1]
     axes = rules[field.name if isinstance(field, jax.tree_util.GetAttrKey) else field.key]
     axes = [mesh_axes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes]

@@ -62,7 +62,7 @@ class Projection(hk.Module):
       boundaries = list(itertools.accumulate(self._widths[:-1]))
       parts = jnp.split(sharding.constrain(kernel), boundaries, axis=1)
     outputs = tuple(
-      matmul.project(x, sharding.constrain(part, self._rows, columns))
+      matmul.project(x, sharding.constrain(part, self._rows, columns))  # ...d,de->...e
       for part, columns in zip(parts, self._columns, strict=True)
     )
     return outputs if len(outputs) > 1 else outputs[0]
@@ -142,7 +142,8 @@ class TokenEmbedding(hk.Module):
     chex.assert_shape(x, (None, None, self._shape[1]))
     embeddings, bias = self._parameters()
     kernel = embeddings.T.astype(x.dtype)
-    return matmul.project(x, kernel, preferred_element_type=jnp.float32) + bias
+    logits = matmul.project(x, kernel, preferred_element_type=jnp.float32)  # btd,dx->btx
+    return logits + bias
 
 
 class Unembedding(hk.Module):
@@ -157,7 +158,8 @@ class Unembedding(hk.Module):
     chex.assert_rank(x, 3)
     kernel = sharding.constrain(_kernel(x.shape[-1], self._n_vocab), None, "model").astype(x.dtype)
     bias = hk.get_parameter("bias", (self._n_vocab,), jnp.float32, init=jnp.zeros)
-    return matmul.project(x, kernel, preferred_element_type=jnp.float32) + bias
+    logits = matmul.project(x, kernel, preferred_element_type=jnp.float32)  # btd,dx->btx
+    return logits + bias
 
 
 class AbsolutePositions(hk.Module):

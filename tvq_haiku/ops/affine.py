@@ -59,7 +59,7 @@ def _repeat_forward(vector: Array, n_row: int) -> tuple[Array, None]:
 
 def _repeat_backward(n_row: int, _: None, gradient: Array) -> tuple[Array]:
   ones = jnp.ones((1, n_row), gradient.dtype)
-  return (matmul.project(ones, gradient, precision=matmul.EXACT)[0],)
+  return (matmul.project(ones, gradient, precision=matmul.EXACT)[0],)  # in,nd->id
 
 
 _repeat.defvjp(_repeat_forward, _repeat_backward)

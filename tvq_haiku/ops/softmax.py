@@ -43,7 +43,8 @@ def softmax_weights(scores: Sequence[Array]) -> list[Array]:
 def plain_softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   """Computes what `softmax_mix` does, by concatenation and automatic differentiation."""
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(values[0].dtype)
-  return matmul.mix(weights, jnp.concatenate(values, axis=-2), **_F32).astype(values[0].dtype)
+  mixed = matmul.mix(weights, jnp.concatenate(values, axis=-2), **_F32)  # ...an,...nv->...av
+  return mixed.astype(values[0].dtype)
 
 
 def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:

@@ -17,14 +17,13 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import math
 import re
-from typing import Any
 
 import chex
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from tvq_haiku.types import Array
+from tvq_haiku.types import Array, Tree
 
 AxisNames = str | tuple[str, ...] | None  # the mesh axes that split one dimension of an array
 
@@ -123,7 +122,7 @@ def make_mesh(text: str) -> Mesh:
   )
 
 
-def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
   """Sets the mesh that `constrain` and `axis_sizes` refer to while a function is traced."""
   return (
     contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
@@ -201,7 +200,7 @@ def param_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Par
   return fit_spec((None, *axes) if "/layers/" in path else axes, shape, sizes)
 
 
-def train_state_shardings(shapes: Any, mesh: Mesh) -> Any:
+def train_state_shardings(shapes: Tree, mesh: Mesh) -> Tree:
   """Returns the shardings of a `TrainState`.
 
   Optimizer state with the shape of a parameter is sharded like this parameter; other optimizer
@@ -220,7 +219,7 @@ def train_state_shardings(shapes: Any, mesh: Mesh) -> Any:
     for name, leaf in leaves.items()
   }
 
-  def leaf_sharding(path: Sequence[Any], leaf: Any) -> NamedSharding:
+  def leaf_sharding(path: jax.tree_util.KeyPath, leaf: Array) -> NamedSharding:
     keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
     name = "/".join(keys[-2:])
     spec = PartitionSpec()
@@ -231,7 +230,7 @@ def train_state_shardings(shapes: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(leaf_sharding, shapes)
 
 
-def state_shardings(state: Any, mesh: Mesh, n_kv_head: int) -> Any:
+def state_shardings(state: Tree, mesh: Mesh, n_kv_head: int) -> Tree:
   """Returns the shardings of a `TransformerState`.
 
   Args:
@@ -244,7 +243,7 @@ def state_shardings(state: Any, mesh: Mesh, n_kv_head: int) -> Any:
   """
   model_axes = head_axes(n_kv_head, mesh.shape)
 
-  def leaf_sharding(path: Sequence[Any], leaf: Any) -> NamedSharding:
+  def leaf_sharding(path: jax.tree_util.KeyPath, leaf: Array) -> NamedSharding:
     axes = [
       model_axes.get(axis, axis) if isinstance(axis, str) else axis
       for axis in STATE_RULES[path[-1].name]
