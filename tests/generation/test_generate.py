@@ -170,6 +170,24 @@ def test_invalid_arguments_are_refused(settings, message):
     generate(helpers.random_tokens(CONFIG, 2, 5), **settings)
 
 
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    (dict(rng=0), r"rng must be a key, such as jax.random.key\(0\), got int"),
+    (dict(logits=[[0.0] * 11] * 2), "generate: logits must be an array, got list"),
+  ],
+)
+def test_arguments_of_a_wrong_type_are_refused(settings, message):
+  with pytest.raises(TypeError, match=message):
+    generate(helpers.random_tokens(CONFIG, 2, 5), **settings)
+
+
+def test_logits_of_lower_precision_are_accepted():
+  logits = jax.nn.one_hot(jnp.array([3, 4]), 11, dtype=jnp.bfloat16)
+  out = generate(np.zeros((2, 0), np.int32), n=1, logits=logits, temperature=0.0)
+  assert out.tokens[:, 0].tolist() == [3, 4] and out.logits.dtype == jnp.float32
+
+
 def test_tokens_out_of_range_are_refused():
   with pytest.raises(ValueError, match=r"\[0, 11\), got 11...11"):
     generate(np.full((1, 3), 11))

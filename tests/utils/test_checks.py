@@ -82,6 +82,7 @@ class TestBatch:
       ({"mask": tokens}, ValueError, r"batch has unknown keys \['mask'\]"),
       ({"doc_ids": tokens[:1]}, ValueError, r"batch\['doc_ids'\] must have shape \(2, 3\)"),
       ({"inputs": tokens + 5}, ValueError, r"batch\['inputs'\]: tokens must lie in \[0, 5\)"),
+      ({"loss_mask": [1.0]}, TypeError, r"batch\['loss_mask'\] must be an array, got list"),
       ({"inputs": tokens + 0.5}, TypeError, r"batch\['inputs'\]: tokens must be integers"),
     ],
   )
@@ -143,6 +144,11 @@ class TestArgumentsOfTheModel:
   def test_masks_of_a_different_shape(self, name):
     with pytest.raises(ValueError, match=rf"{name} must have the shape of tokens, \(2, 5\)"):
       self.call(jnp.zeros((2, 5), jnp.int32), **{name: jnp.zeros((2, 4), jnp.int32)})
+
+  @pytest.mark.parametrize("name", ["doc_ids", "loss_mask"])
+  def test_masks_must_be_arrays(self, name):
+    with pytest.raises(TypeError, match=rf"{name} must be an array, got list"):
+      self.call(jnp.zeros((1, 2), jnp.int32), tvq.initial_state(self.config, 1), **{name: [[0, 0]]})
 
   def test_doc_ids_must_be_signed(self):
     with pytest.raises(TypeError, match="doc_ids must be signed integers, got uint32"):

@@ -10,9 +10,9 @@ import numpy as np
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.generation import decoder, decoder_weights, prefill, sample_loop, sampling, stopping
+from tvq_haiku.model import state as state_lib
 from tvq_haiku.model import transformer
 from tvq_haiku.types import Array, Params
-from tvq_haiku.utils import checks
 
 _CHUNK_LEN = 16  # maximum number of tokens that are sampled for one chunk of text
 
@@ -62,7 +62,7 @@ class Conversation:
       raise ValueError("Conversation: causal=False: an encoder does not continue a text.")
     transformer.check_params(params, config)
     if state is not None:
-      checks.check_state(state, transformer.initial_state, config, 1)
+      state_lib.check_state(state, config, 1)
     self._sampling = sampling.make_sampling_params(
       temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, caller="Conversation"
     )

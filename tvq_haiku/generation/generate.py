@@ -17,6 +17,7 @@ import numpy as np
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
 from tvq_haiku.generation import decoder, decoder_weights, prefill, sample_loop, sampling, stopping
+from tvq_haiku.model import state as state_lib
 from tvq_haiku.model import transformer
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import checks
@@ -144,7 +145,7 @@ def _check_arguments(
       "one token."
     )
   if state is not None:
-    checks.check_state(state, transformer.initial_state, config, B)
+    state_lib.check_state(state, config, B)
   checks.check_arrays("generate", chex.Dimensions(B=B, X=X), logits=(logits, "BX", jnp.floating))
 
 

@@ -109,7 +109,7 @@ def prefill(
     config: configuration of the model.
     prompts: B arrays of int32 tokens; an empty one leaves its batch element unchanged.
     state: the state that the prompts continue.
-    logits: [B, X] f32 of the next token after `state`, which are returned for empty prompts. None:
+    logits: [B, X] of the next token after `state`, which are returned for empty prompts. None:
       zeros.
 
   Returns:
@@ -118,6 +118,7 @@ def prefill(
   B = len(prompts)
   if logits is None:
     logits = jnp.zeros((B, config.n_vocab), jnp.float32)
+  logits = jnp.asarray(logits, jnp.float32)
   chex.assert_shape((state.document, logits), [(B,), (B, config.n_vocab)])
   lengths = np.array([len(prompt) for prompt in prompts])
   longest = int(lengths.max())

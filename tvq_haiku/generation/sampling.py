@@ -153,6 +153,8 @@ def example_rngs(rng: Array, prompts: Sequence[np.ndarray]) -> Array:
   >>> bool(example_rngs(rng, [a, b])[1] == example_rngs(rng, [b])[0])
   True
   """
+  if not hasattr(rng, "dtype"):
+    raise TypeError(f"rng must be a key, such as jax.random.key(0), got {type(rng).__name__}.")
   if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
     rng = jax.random.wrap_key_data(rng)
   if rng.shape == (len(prompts),):

@@ -60,6 +60,30 @@ def _initial_state(config: TransformerConfig, batch_size: int) -> TransformerSta
   )
 
 
+def check_state(state: TransformerState, config: TransformerConfig, batch_size: int) -> None:
+  """Checks that a state fits a configuration and a batch size.
+
+  Args:
+    state: the state that the user passed.
+    config: configuration of the model.
+    batch_size: B.
+
+  Raises:
+    ValueError: a field has a wrong shape or dtype; the message names the first such field.
+  """
+  expected = jax.eval_shape(lambda: initial_state(config, batch_size))
+  fields, structure = jax.tree_util.tree_flatten_with_path(expected)
+  if jax.tree.structure(state) != structure:
+    raise ValueError(f"state must come from tvq_haiku.initial_state, got {type(state).__name__}.")
+  for (path, field), value in zip(fields, jax.tree.leaves(state), strict=True):
+    if (field.shape, field.dtype) != (jnp.shape(value), jnp.result_type(value)):
+      name = jax.tree_util.keystr(path)
+      raise ValueError(
+        f"state{name} must be {field.dtype}{list(field.shape)} for this config and a batch of "
+        f"{batch_size}, got {jnp.result_type(value)}{list(jnp.shape(value))}."
+      )
+
+
 def map_batch_axis(
   function: Callable[[Array, int], Array], state: TransformerState, *, first: int = 0
 ) -> TransformerState:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import attention_layer, layers
 from tvq_haiku.model import remat as remat_lib
-from tvq_haiku.model.state import TransformerState, initial_state
+from tvq_haiku.model.state import TransformerState, check_state, initial_state
 from tvq_haiku.ops import padding
 from tvq_haiku.parallel import sharding
 from tvq_haiku.types import Array, Params
@@ -134,7 +134,7 @@ class Transformer(hk.Module):
     checks.check_mask("doc_ids", doc_ids, tokens)
     checks.check_mask("loss_mask", loss_mask, tokens)
     if state is not None:
-      checks.check_state(state, initial_state, self._config, tokens.shape[0])
+      check_state(state, self._config, tokens.shape[0])
 
   @hk.transparent
   def _embed(

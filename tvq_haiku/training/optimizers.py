@@ -8,7 +8,7 @@ scales each parameter, see the shape of the parameter of a single layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ import optax
 
 from tvq_haiku.config import TrainConfig
 from tvq_haiku.types import Array, Params
+
+Leaf = TypeVar("Leaf")
 
 _CODEBOOK = ("c_sum", "c_count")
 _LR_MIN_FRACTION = 0.1  # the final learning rate as a fraction of lr_max
@@ -65,7 +67,9 @@ def is_stacked(module_name: str) -> bool:
   return "/layers/attention_" in module_name
 
 
-def _map_named(function: Callable[[str, str, Any], Any], params: Params) -> Any:
+def _map_named(
+  function: Callable[[str, str, Array], Leaf], params: Params
+) -> dict[str, dict[str, Leaf]]:
   """Replaces each parameter by `function(module path, parameter name, value)`."""
   return {
     module: {name: function(module, name, value) for name, value in leaves.items()}
@@ -94,10 +98,10 @@ def map_codebook(
   )
 
 
-def _decay_mask(params: Params) -> Any:
+def _decay_mask(params: Params) -> dict[str, dict[str, bool]]:
   """Returns True for each parameter with weight decay: for all but vectors, so for scalars, too."""
 
-  def decays(module: str, name: str, value: Any) -> bool:
+  def decays(module: str, name: str, value: Array | optax.MaskedNode) -> bool:
     if isinstance(value, optax.MaskedNode):
       return False
     return value.ndim - is_stacked(module) != 1

@@ -8,7 +8,7 @@ passed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvq_haiku.types import Array, ArrayTree
+from tvq_haiku.types import Array
 
 # One letter per axis; or a tuple of letters and, for a given size, of (expression, size).
 Axes = str | tuple[str | tuple[str, int], ...]
@@ -140,39 +140,13 @@ def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
   """
   if mask is None:
     return
+  _check_is_array(name, mask)
   if jnp.shape(mask) != tokens.shape:
     raise ValueError(
       f"{name} must have the shape of tokens, {tokens.shape}, got {jnp.shape(mask)}."
     )
   if name == "doc_ids" and not jnp.issubdtype(jnp.result_type(mask), jnp.signedinteger):
     raise TypeError(f"{name} must be signed integers, got {jnp.result_type(mask)}.")
-
-
-def check_state(
-  state: ArrayTree, initial_state: Callable[[Any, int], ArrayTree], config: Any, batch_size: int
-) -> None:
-  """Checks that a state fits a configuration and a batch size.
-
-  Args:
-    state: the state that the user passed.
-    initial_state: returns the state before the first token.
-    config: argument of `initial_state`.
-    batch_size: B.
-
-  Raises:
-    ValueError: a field has a wrong shape or dtype; the message names the first such field.
-  """
-  expected = jax.eval_shape(lambda: initial_state(config, batch_size))
-  fields, structure = jax.tree_util.tree_flatten_with_path(expected)
-  if jax.tree.structure(state) != structure:
-    raise ValueError(f"state must come from tvq_haiku.initial_state, got {type(state).__name__}.")
-  for (path, field), value in zip(fields, jax.tree.leaves(state), strict=True):
-    if (field.shape, field.dtype) != (jnp.shape(value), jnp.result_type(value)):
-      name = jax.tree_util.keystr(path)
-      raise ValueError(
-        f"state{name} must be {field.dtype}{list(field.shape)} for this config and a batch of "
-        f"{batch_size}, got {jnp.result_type(value)}{list(jnp.shape(value))}."
-      )
 
 
 def check_batch(batch: Mapping[str, Array], shape: tuple[int, int], n_vocab: int) -> None:
