@@ -158,10 +158,10 @@ def _describe_result(
   experiment: experiment_lib.Experiment, run: tvq.Checkpoint, *, is_multihost: bool
 ) -> str:
   """Returns a message with the progress, the best validation loss and the commands to run next."""
-  n_update, n_max = int(run.train_state.step), run.train_cfg.n_max_step
+  n_update, n_all = int(run.train_state.step), run.train_cfg.n_update
   resume = command_line.resume_command(multihost=is_multihost)
-  if n_update < n_max:
-    return f"Stopped after {n_update} of {n_max} updates and saved. To resume: {resume}"
+  if n_update < n_all:
+    return f"Stopped after {n_update} of {n_all} updates and saved. To resume: {resume}"
   validations = best_checkpoint.read_validations(experiment.workdir)
   if validations.step < n_update:
     return (

@@ -61,6 +61,7 @@ def test_error_names_an_invalid_model_setting(changes, message):
     (dict(grad_clip=0.0), "grad_clip=0.0: must be positive, or None"),
     (dict(update_len=100), "sequence_len=512, update_len=100: update_len must divide"),
     (dict(n_warmup_step=1000), "n_warmup_step=1000, n_max_step=1000: n_warmup_step must be less"),
+    (dict(n_extra_step=-1), "n_extra_step=-1: must be at least 0"),
     (dict(global_batch_size=0), "global_batch_size=0: must be at least 1"),
     (dict(n_accumulate=3), "global_batch_size=8, n_accumulate=3: n_accumulate must divide"),
   ],

@@ -275,8 +275,8 @@ class TransformerConfig(Settings):
 class TrainConfig(Settings):
   """Optimizer, learning-rate schedule and batch size.
 
-  A training step reads a batch of `[global_batch_size, sequence_len]` tokens and makes
-  `sequence_len / update_len` optimizer updates.
+  Training makes `sequence_len / update_len` optimizer updates on each batch of
+  `[global_batch_size, sequence_len]` tokens.
 
   >>> TrainConfig(sequence_len=512, update_len=128).updates_per_step
   4
@@ -292,7 +292,12 @@ class TrainConfig(Settings):
   n_warmup_step: int = setting(
     100, "Number of updates of linear warm-up from 0; must be less than n_max_step."
   )
-  n_max_step: int = setting(1000, "Number of updates of the training run.")
+  n_max_step: int = setting(1000, "Number of updates of the learning-rate schedule.")
+  n_extra_step: int = setting(
+    0,
+    "Number of updates after n_max_step, at the last learning rate of the schedule. A run, even a "
+    "finished one, continues if it is resumed with a larger number.",
+  )
   grad_clip: float | None = setting(
     0.1, "Maximum global norm of all gradients except the codebooks'. None: no clipping."
   )
@@ -314,7 +319,7 @@ class TrainConfig(Settings):
     self._check_types()
     self._check_choice("optimizer", OPTIMIZERS)
     self._check_choice("lr_schedule", LR_SCHEDULES)
-    self._check_minimum(0, "lr_max wd_lam n_warmup_step")
+    self._check_minimum(0, "lr_max wd_lam n_warmup_step n_extra_step")
     self._check_minimum(1, "n_max_step sequence_len update_len global_batch_size n_accumulate")
     self._require(
       self.grad_clip is None or self.grad_clip > 0.0,
@@ -338,8 +343,13 @@ class TrainConfig(Settings):
     )
 
   @property
+  def n_update(self) -> int:
+    """Number of updates of the training run: n_max_step + n_extra_step."""
+    return self.n_max_step + self.n_extra_step
+
+  @property
   def updates_per_step(self) -> int:
-    """Number of optimizer updates per training step."""
+    """Number of optimizer updates per batch."""
     return self.sequence_len // self.update_len
 
   @classmethod

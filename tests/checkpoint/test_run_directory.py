@@ -77,6 +77,25 @@ def test_fields_that_do_not_change_results_may_differ(run):
   run_directory.check_same_run(run, *changed)
 
 
+def test_run_can_be_extended_but_not_shortened(run):
+  longer = TRAIN.replace(n_extra_step=4)
+  run_directory.check_same_run(run, CONFIG, longer)
+  run_directory.extend(run, TRAIN)
+  assert run_directory.load_config(run) == (CONFIG, TRAIN)
+  run_directory.extend(run, longer.replace(n_accumulate=2))
+  assert run_directory.load_config(run) == (CONFIG, longer)
+  message = "n_extra_step is 4 in the run, 0 here. n_extra_step can be raised, but not lowered"
+  with pytest.raises(CheckpointError, match=message):
+    run_directory.check_same_run(run, CONFIG, TRAIN)
+
+
+def test_refusal_of_more_updates_names_both_ways_to_make_them(run):
+  with pytest.raises(CheckpointError, match="n_max_step is 12 in the run, 16 here") as error:
+    run_directory.check_same_run(run, CONFIG, TRAIN.replace(n_max_step=16))
+  assert "set n_extra_step (--config.n_extra_step=N)" in str(error.value)
+  assert f"--init={run} --workdir=OTHER" in str(error.value)
+
+
 def test_later_checkpoints_are_set_aside(run):
   (run / "damaged" / "12").mkdir(parents=True)  # set aside earlier
   run_directory.set_aside_later(run, after=4)

@@ -1,11 +1,13 @@
 """The training loop: when it saves, validates and stops, and that resuming changes no result."""
 
 import os
+import shutil
 import signal
 import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 
 import tvq_haiku as tvq
@@ -242,6 +244,25 @@ def test_finished_run_is_not_trained_again(uninterrupted, monkeypatch):
   call_before_step(monkeypatch, 1, lambda: pytest.fail("a step was made"))
   again = trainer.fit(CONFIG, TRAIN, make_batches(), workdir)
   assert_same(again.train_state, checkpoint.train_state)
+
+
+def test_extended_run_equals_one_that_was_longer_from_the_start(uninterrupted, tmp_path):
+  """A finished run goes on at the last learning rate of its schedule."""
+  longer, rates = TRAIN.replace(n_extra_step=4), {}
+  extended_dir = shutil.copytree(uninterrupted[0], tmp_path / "extended")
+  extended = trainer.fit(
+    CONFIG,
+    longer,
+    make_batches(),
+    extended_dir,
+    record=lambda step, metrics: rates.update({step: metrics["learning_rate"]}),
+    options=TrainerOptions(log_every=1),
+  )
+  assert int(extended.train_state.step) == 16 and extended.train_cfg == longer
+  np.testing.assert_allclose([rates[14], rates[16]], 0.1 * TRAIN.lr_max, rtol=1e-6)
+  assert tvq.load_checkpoint(extended_dir).train_cfg == longer
+  from_start = trainer.fit(CONFIG, longer, make_batches(), tmp_path / "from start")
+  assert_same(extended.train_state, from_start.train_state)
 
 
 def test_loop_runs_outside_of_the_main_thread(tmp_path):

@@ -127,15 +127,27 @@ def test_moment_dtypes():
 
 
 @pytest.mark.parametrize(
-  "name, middle", [("cosine", 0.55), ("linear", 0.55), ("inv_sqrt", (10 / 55) ** 0.5)]
+  "name, middle, last",
+  [
+    ("cosine", 0.55, 0.1),
+    ("linear", 0.55, 0.1),
+    ("inv_sqrt", (10 / 55) ** 0.5, (10 / 100) ** 0.5),
+  ],
 )
-def test_schedules_warm_up_from_zero_and_decay_to_a_tenth(name, middle):
-  train_cfg = tvq.TrainConfig(lr_max=2.0, lr_schedule=name, n_warmup_step=10, n_max_step=100)
+def test_schedules_warm_up_from_zero_decay_and_end_at_n_max_step(name, middle, last):
+  train_cfg = tvq.TrainConfig(
+    lr_max=2.0, lr_schedule=name, n_warmup_step=10, n_max_step=100, n_extra_step=200
+  )
   schedule = optimizers.learning_rate_schedule(train_cfg)
-  rates = np.array([schedule(i) for i in range(3000)])
+  rates = np.array([schedule(i) for i in range(300)])
   np.testing.assert_allclose(rates[:11], 2.0 * np.arange(11) / 10, rtol=1e-6)
   np.testing.assert_allclose(rates[55], 2.0 * middle, rtol=1e-5)
-  np.testing.assert_allclose(rates[-1], 0.2, rtol=1e-5)
-  assert (np.diff(rates[10:]) <= 0).all()
+  np.testing.assert_allclose(rates[100:], 2.0 * last, rtol=1e-5)
+  assert (np.diff(rates[10:101]) < 0).all()
   without = optimizers.learning_rate_schedule(train_cfg.replace(n_warmup_step=0))
   np.testing.assert_allclose(without(0), 2.0, rtol=1e-6)
+
+
+def test_inverse_square_root_is_at_least_a_tenth():
+  train_cfg = tvq.TrainConfig(lr_schedule="inv_sqrt", n_warmup_step=1, n_max_step=1000, lr_max=1.0)
+  np.testing.assert_allclose(optimizers.learning_rate_schedule(train_cfg)(500), 0.1, rtol=1e-6)

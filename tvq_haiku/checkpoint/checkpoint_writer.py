@@ -52,6 +52,8 @@ class CheckpointWriter:
     self._path = files.prepare_directory(directory)
     if run_directory.has_checkpoint(self._path):
       run_directory.check_same_run(self._path, config, train_cfg)
+      if multihost.is_main_process():
+        run_directory.extend(self._path, train_cfg)
     elif multihost.is_main_process():
       run_directory.write_config(self._path, config, train_cfg)
     multihost.barrier("writer")

@@ -9,10 +9,12 @@ best/                  a directory of the same form with the checkpoint of lowes
 
 from __future__ import annotations
 
+from collections.abc import Container
 import contextlib
 import json
 import os
 import pathlib
+from typing import Any
 
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.parallel import multihost
@@ -115,9 +117,10 @@ def load_config(directory: str | os.PathLike) -> tuple[TransformerConfig, TrainC
 def check_same_run(
   directory: str | os.PathLike, config: TransformerConfig, train_cfg: TrainConfig
 ) -> None:
-  """Raises unless the run in `directory` has the given configurations.
+  """Raises unless the run in `directory` can be resumed with the given configurations.
 
-  Fields that change how a result is computed, but not the result, may differ.
+  Fields that change how a result is computed, but not the result, may differ; n_extra_step may be
+  larger than in the run.
 
   Args:
     directory: directory of the run.
@@ -127,17 +130,50 @@ def check_same_run(
   Raises:
     CheckpointError: a field differs; the message names all such fields with both values.
   """
-  differences = [
-    f"{name} is {getattr(saved, name)!r} in the run, {value!r} here"
+  differences = {
+    name: f"{name} is {getattr(saved, name)!r} in the run, {value!r} here"
     for given, saved in zip((config, train_cfg), load_config(directory), strict=True)
     for name, value in json.loads(given.to_json()).items()
-    if name not in _EXECUTION_FIELDS and getattr(saved, name) != value
-  ]
+    if not _may_resume(name, getattr(saved, name), value)
+  }
   if differences:
     raise CheckpointError(
-      f"{directory} holds a run with a different configuration: {'; '.join(differences)}. "
-      "Use another directory or the settings of that run."
+      f"{directory} holds a run with a different configuration: {'; '.join(differences.values())}. "
+      + _how_to_go_on(directory, differences)
     )
+
+
+def _may_resume(name: str, saved: Any, given: Any) -> bool:
+  """Returns whether a run with the value `saved` of a field may be resumed with the value `given`.
+
+  Args:
+    name: name of the field.
+    saved: its value in the run.
+    given: its value now.
+  """
+  if name == "n_extra_step":
+    return given >= saved
+  return name in _EXECUTION_FIELDS or given == saved
+
+
+def _how_to_go_on(directory: str | os.PathLike, differences: Container[str]) -> str:
+  """Returns the end of the message about fields that differ: what the user can do."""
+  if "n_max_step" in differences:
+    return (
+      "To make more updates, keep n_max_step and set n_extra_step (--config.n_extra_step=N), which "
+      "continues at the last learning rate. For other settings or data, start a new run from the "
+      f"parameters of this one: --init={directory} --workdir=OTHER."
+    )
+  if "n_extra_step" in differences:
+    return "n_extra_step can be raised, but not lowered."
+  return "Use the settings of that run, or another directory (--workdir)."
+
+
+def extend(directory: pathlib.Path, train_cfg: TrainConfig) -> None:
+  """Writes the n_extra_step of `train_cfg` to `config.json` if it is larger than the saved one."""
+  config, saved = load_config(directory)
+  if train_cfg.n_extra_step > saved.n_extra_step:
+    write_config(directory, config, saved.replace(n_extra_step=train_cfg.n_extra_step))
 
 
 def set_aside_later(directory: str | os.PathLike, *, after: int) -> None:

@@ -48,7 +48,7 @@ def train(
       `token_name` and `peak_flops`.
 
   Returns:
-    The last checkpoint; its step is less than `n_max_step` if the run was stopped by a signal.
+    The last checkpoint; it has fewer updates than `n_update` if the run was stopped by a signal.
 
   Raises:
     CheckpointError: the directory holds a run with a different configuration, seed or dataset, or

@@ -65,7 +65,7 @@ def resume_or_initialize(
         "the run, or another directory."
       )
     run_directory.set_aside_later(workdir, after=int(saved.train_state.step))
-    return saved
+    return saved._replace(config=config, train_cfg=train_cfg)
   multihost.barrier("start")  # no process may write before all have seen that there is no run
   state = train_step_lib.init_train_state(config, train_cfg, init_rng, params, mesh=mesh)
   return checkpoints.Checkpoint(config, train_cfg, state, rng, data_step=0)
@@ -84,11 +84,11 @@ def fit(
   validate: Validate | None = None,
   options: TrainerOptions | None = None,
 ) -> checkpoints.Checkpoint:
-  """Trains a run to `n_max_step` updates, from its newest checkpoint if it has one.
+  """Trains a run to the end of its updates, from its newest checkpoint if it has one.
 
   Saves a checkpoint every `save_seconds`, before each validation, at the end, and before stopping
   on SIGINT (Ctrl-C) or SIGTERM; checkpoints are written in the background. The last batch is always
-  completed, even if the run then has more than `n_max_step` updates. Updates with a non-finite loss
+  completed, even if the run then has more than `n_update` updates. Updates with a non-finite loss
   or gradient are skipped.
 
   Args:
@@ -107,7 +107,7 @@ def fit(
     options: options of the training loop; None: the defaults.
 
   Returns:
-    The last checkpoint; its step is less than `n_max_step` if the run was stopped by a signal.
+    The last checkpoint; it has fewer updates than `n_update` if the run was stopped by a signal.
 
   Raises:
     CheckpointError: see `resume_or_initialize`.
@@ -319,8 +319,8 @@ class Trainer:
 
 
 def _n_batches(train_cfg: TrainConfig) -> int:
-  """Returns the number of batches that make at least `n_max_step` updates."""
-  return -(-train_cfg.n_max_step // train_cfg.updates_per_step)
+  """Returns the number of batches that make at least `n_update` updates."""
+  return -(-train_cfg.n_update // train_cfg.updates_per_step)
 
 
 def _is_validated(workdir: pathlib.Path, checkpoint: checkpoints.Checkpoint) -> bool:

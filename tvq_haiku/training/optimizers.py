@@ -28,8 +28,9 @@ def learning_rate_schedule(train_cfg: TrainConfig) -> optax.Schedule:
 
   It grows linearly from 0 to lr_max over n_warmup_step updates, and then decays to 0.1·lr_max:
   `cosine` and `linear` reach that value at n_max_step; `inv_sqrt` is
-  lr_max · sqrt(n_warmup_step / update), but at least that value. (The schedule of this name in the
-  paper's code is a polynomial of power -0.5 whose rate grows; none of its launch scripts uses it.)
+  lr_max · sqrt(n_warmup_step / update), but at least that value. After n_max_step, the rate no
+  longer changes. (The schedule named inv_sqrt in the paper's code is a polynomial of power -0.5
+  whose rate grows; none of its launch scripts uses it.)
 
   >>> schedule = learning_rate_schedule(
   ...     TrainConfig(lr_max=1.0, lr_schedule="linear", n_warmup_step=2, n_max_step=12))
@@ -51,7 +52,7 @@ def learning_rate_schedule(train_cfg: TrainConfig) -> optax.Schedule:
     return _LR_MIN_FRACTION + (1.0 - _LR_MIN_FRACTION) * fraction
 
   def schedule(update: Array) -> Array:
-    update = jnp.asarray(update, jnp.float32)
+    update = jnp.minimum(jnp.asarray(update, jnp.float32), total)
     return peak * jnp.minimum(update / max(warmup, 1) if warmup else 1.0, 1.0) * decay(update)
 
   return schedule
