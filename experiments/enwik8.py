@@ -3,7 +3,7 @@
 python -m experiments.enwik8 --data_dir=DIRECTORY                    # train, or resume
 python -m experiments.enwik8 --data_dir=DIRECTORY --command=test
 python -m experiments.enwik8 --command=sample
-python -m experiments.enwik8 --smoke                                 # check all steps in seconds
+python -m experiments.enwik8 --smoke                                 # check everything in seconds
 """
 
 from __future__ import annotations

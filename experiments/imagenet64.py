@@ -3,7 +3,7 @@
 python -m experiments.imagenet64 --data_dir=DIRECTORY                # train, or resume
 python -m experiments.imagenet64 --data_dir=DIRECTORY --command=test
 python -m experiments.imagenet64 --command=sample                    # write a grid of images
-python -m experiments.imagenet64 --smoke                             # check all steps in seconds
+python -m experiments.imagenet64 --smoke                             # check everything in seconds
 """
 
 from __future__ import annotations

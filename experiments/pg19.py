@@ -4,7 +4,7 @@ python -m experiments.pg19 --data_dir=DIRECTORY --command=train_vocab
 python -m experiments.pg19 --data_dir=DIRECTORY                      # train, or resume
 python -m experiments.pg19 --data_dir=DIRECTORY --command=test
 python -m experiments.pg19 --command=sample --prompt='It was '
-python -m experiments.pg19 --smoke                                   # check all steps in seconds
+python -m experiments.pg19 --smoke                                   # check everything in seconds
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Trains a small byte-level Transformer-VQ on five novels and tests it on a sixth.
 
   python -m experiments.quickstart            # takes minutes on two CPU cores
-  python -m experiments.quickstart --smoke    # checks all steps in seconds
+  python -m experiments.quickstart --smoke    # checks everything in seconds
 
 Ctrl-C stops the run and saves it; the same command resumes it. At the end, the command prints the
 bits per byte of the held-out novel for the model, and for gzip, bzip2 and xz, which are given the
@@ -43,7 +43,7 @@ _SEED = flags.DEFINE_integer(
 _SMOKE = flags.DEFINE_boolean(
   "smoke",
   False,
-  "Use a tiny model and little text, to check in seconds that all steps work. The results are "
+  "Use a tiny model and little text, to check in seconds that everything works. The results are "
   "meaningless.",
 )
 

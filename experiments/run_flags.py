@@ -46,8 +46,8 @@ flags.DEFINE_enum(
 flags.DEFINE_boolean(
   "smoke",
   False,
-  "Use a tiny model and a small data set that needs no download, to check in seconds that all "
-  "steps work. The results are meaningless.",
+  "Use a tiny model and a small data set that needs no download, to check in seconds that "
+  "everything works. The results are meaningless.",
 )
 flags.DEFINE_integer(
   "seed",

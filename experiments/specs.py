@@ -58,7 +58,7 @@ TEXT_CPU = SizePreset(
   ),
 )
 
-# A byte-level text model that trains in seconds, to check that all steps work; it learns little.
+# A byte-level text model that trains in seconds, to check that everything works; it learns little.
 TEXT_SMOKE = SizePreset(
   tvq.TransformerConfig.tiny(n_layer=1, remat="none"),
   tvq.TrainConfig(

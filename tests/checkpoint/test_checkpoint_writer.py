@@ -41,7 +41,8 @@ def test_only_the_most_recent_checkpoints_are_kept(tmp_path):
 def test_steps_must_increase(tmp_path, step):
   tvq.save_checkpoint(tmp_path, helpers.make_checkpoint(4))
   with pytest.raises(
-    tvq.CheckpointError, match=f"holds a checkpoint of step 4; a checkpoint of step {step} would"
+    tvq.CheckpointError,
+    match=f"holds a checkpoint of update 4; one of update {step} would",
   ):
     tvq.save_checkpoint(tmp_path, helpers.make_checkpoint(step))
 
@@ -88,7 +89,7 @@ def test_full_disk_is_named(tmp_path, monkeypatch):
     raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
   with pytest.raises(
-    OSError, match=r"cannot write the checkpoint of step 0 to .*: no space left on the device"
+    OSError, match=r"cannot write the checkpoint of update 0 to .*: no space left on the device"
   ):
     with writer:
       monkeypatch.setattr(writer._manager, "wait_until_finished", raise_disk_full)

@@ -65,7 +65,9 @@ def test_missing_directory_is_named_and_not_created(tmp_path):
 
 
 def test_missing_steps_are_named(run):
-  with pytest.raises(tvq.CheckpointError, match="no checkpoint of step 2; it holds steps 10, 12"):
+  with pytest.raises(
+    tvq.CheckpointError, match="no checkpoint of update 2; it holds those of updates 10, 12"
+  ):
     tvq.load_checkpoint(run, step=2)
   shutil.rmtree(run / "checkpoints")
   with pytest.raises(tvq.CheckpointError, match="holds no checkpoint: checkpoints/ is empty"):
@@ -91,7 +93,7 @@ def test_newest_intact_checkpoint_is_loaded(saved, run, capsys, kind):
   assert_same(loaded.train_state, saved[1][0].train_state)
   log = capsys.readouterr().err
   assert f"warning: {run}/checkpoints/12 is damaged or incomplete: " in log
-  assert "Loading step 10 instead." in log
+  assert "Loading the checkpoint of update 10 instead." in log
   assert run_directory.saved_steps(run) == [10, 12]  # loading changes no files
 
 

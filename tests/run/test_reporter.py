@@ -30,7 +30,7 @@ class Recorder:
   def report(self, update, losses, skipped=(0.0, 0.0), *, record=True):
     metrics = {name: np.array(losses) for name in ("loss", "loss_lm", "grad_norm")}
     metrics["skipped"] = np.array(skipped)
-    self.reporter.report_step(update, metrics, record=record)
+    self.reporter.report_batch(update, metrics, record=record)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def clock(monkeypatch):
   return seconds
 
 
-def test_steps_are_reported_one_step_late():
+def test_batches_are_reported_one_batch_late():
   recorder = Recorder()
   recorder.report(2, [1.0, 3.0])
   assert recorder.shown == [(2, "compiled")] and not recorder.records
@@ -57,7 +57,7 @@ def test_steps_are_reported_one_step_late():
   ]
 
 
-def test_steps_are_recorded_on_demand_and_always_shown():
+def test_batches_are_recorded_on_demand_and_always_shown():
   recorder = Recorder()
   recorder.report(2, [1.0, 1.0], record=False)
   recorder.reporter.flush()
@@ -72,7 +72,7 @@ def test_progress_shows_a_moving_average_in_bits():
 
 
 def test_speed_is_measured_from_record_to_record(clock):
-  """The time of the first step, which compiles, and of validations is not counted."""
+  """The time of the first batch, which compiles, and of validations is not counted."""
   recorder = Recorder(peak_flops=1e9)
   for seconds in (100.0, 1.0, 1.0, 4.0):
     recorder.report(2, [1.0, 1.0])
@@ -91,7 +91,7 @@ def test_speed_is_measured_from_record_to_record(clock):
   assert "  32 tokens/s" in recorder.shown[-1][1]
 
 
-def test_speed_between_two_records_covers_all_steps(clock):
+def test_speed_between_two_records_covers_all_batches(clock):
   recorder = Recorder()
   recorder.report(2, [1.0, 1.0])
   for update, seconds in ((4, 1.0), (6, 2.0), (8, 3.0)):

@@ -39,7 +39,7 @@ def test_model_is_described_with_all_settings_and_resources():
   assert resources["FLOPs per token"] == (
     f"{forward:,.0f} forward, {flops.training_flops(CONFIG, 48):,.0f} in training"
   )
-  assert resources["Per update"] == f"{n_token} tokens; 2 updates per step"
+  assert resources["Per update"] == f"{n_token} tokens; 2 updates per batch"
   assert resources["All updates"] == f"{8 * n_token} tokens"
   memory = memory_plan.plan_memory(CONFIG, TRAIN_CONFIG).memory
   assert f"about {sum(memory.values()) / 1e6:.1f} MB (" in resources["Training memory"]

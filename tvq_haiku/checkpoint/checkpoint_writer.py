@@ -57,7 +57,7 @@ class CheckpointWriter:
     elif multihost.is_main_process():
       run_directory.write_config(self._path, config, train_cfg)
     multihost.barrier("writer")
-    self._pending: int | None = None  # step of the checkpoint that is being written
+    self._pending: int | None = None  # updates of the checkpoint that is being written
     self._error: Exception | None = None  # why the pending checkpoint failed
     self._thread: threading.Thread | None = None
     orbax = checkpoints.orbax()
@@ -79,7 +79,7 @@ class CheckpointWriter:
     their device buffers.
 
     Raises:
-      CheckpointError: the directory holds a checkpoint of the same or a later step.
+      CheckpointError: the directory holds a checkpoint of the same or a later update.
       OSError: the previous checkpoint could not be written, or this one could not be started.
     """
     self.wait()
@@ -87,11 +87,11 @@ class CheckpointWriter:
     newest = max(run_directory.saved_steps(self._path), default=None)
     if newest is not None and newest >= step:
       raise CheckpointError(
-        f"{self._path} already holds a checkpoint of step {newest}; a checkpoint of step {step} "
-        "would not be newer. Use another directory."
+        f"{self._path} already holds a checkpoint of update {newest}; one of update {step} would "
+        "not be newer. Use another directory."
       )
     tree = checkpoints.to_tree(checkpoint)
-    with _raising_os_errors(f"the checkpoint of step {step}", self._steps):
+    with _raising_os_errors(f"the checkpoint of update {step}", self._steps):
       self._manager.save(step, args=checkpoints.orbax().args.StandardSave(tree), force=True)
     self._pending = step
     # A thread writes the manifest as soon as the checkpoint is complete, because the process may
@@ -115,7 +115,7 @@ class CheckpointWriter:
     if error is not None:
       for draft in self._steps.glob(f"{step}.*tmp*"):
         shutil.rmtree(draft, ignore_errors=True)
-      with _raising_os_errors(f"the checkpoint of step {step}", self._steps):
+      with _raising_os_errors(f"the checkpoint of update {step}", self._steps):
         raise error
 
   @property
@@ -164,7 +164,7 @@ def save_checkpoint(
 
   Raises:
     CheckpointError: the directory holds a run with a different configuration, or a checkpoint of
-      the same or a later step.
+      the same or a later update.
     ValueError: the parameters do not fit the model configuration.
     OSError: the checkpoint could not be written.
   """

@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
   config: TransformerConfig
   train_cfg: TrainConfig
   train_state: train_step_lib.TrainState  # parameters, optimizer state and number of updates
-  rng: Array  # [] typed PRNG key from which every training step derives its own key
+  rng: Array  # [] typed PRNG key from which the key of every batch is derived
   data_step: int  # number of training batches read
 
 
@@ -60,7 +60,8 @@ def load_checkpoint(
   if step is not None:
     if step not in steps:
       raise CheckpointError(
-        f"{path} holds no checkpoint of step {step}; it holds steps {', '.join(map(str, steps))}."
+        f"{path} holds no checkpoint of update {step}; it holds those of updates "
+        f"{', '.join(map(str, steps))}."
       )
     return _load(run_directory.step_directory(path, step), abstract)
   checkpoint = _load_newest(path, steps, abstract)
@@ -74,7 +75,7 @@ def _load_newest(path: pathlib.Path, steps: list[int], abstract: Checkpoint) -> 
 
   Args:
     path: directory of the run.
-    steps: steps of its checkpoints, in ascending order.
+    steps: numbers of updates of its checkpoints, in ascending order.
     abstract: see `_load`.
 
   Returns:
@@ -94,7 +95,7 @@ def _load_newest(path: pathlib.Path, steps: list[int], abstract: Checkpoint) -> 
       continue
     if multihost.is_main_process():
       for problem in problems:
-        progress.log(f"warning: {problem} Loading step {step} instead.")
+        progress.log(f"warning: {problem} Loading the checkpoint of update {step} instead.")
     return checkpoint
   if not problems:
     return None

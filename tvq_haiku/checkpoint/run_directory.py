@@ -1,8 +1,8 @@
-"""The directory of a training run: its files, its configuration and the steps it has saved.
+"""The directory of a training run: its files, its configuration and its checkpoints.
 
 config.json            the model and training configurations
-checkpoints/<step>/    a checkpoint in orbax's format, and manifest.json with the size and checksum
-                       of each of its files
+checkpoints/<n>/       a checkpoint after n updates in orbax's format, and manifest.json with the
+                       size and checksum of each of its files
 damaged/               checkpoints that were set aside because they could not be loaded
 best/                  a directory of the same form with the checkpoint of lowest validation loss
 """
@@ -47,27 +47,27 @@ def has_checkpoint(directory: str | os.PathLike) -> bool:
   if steps.is_dir() and any(steps.iterdir()):
     raise CheckpointError(
       f"{path} holds checkpoints but no {CONFIG_FILE}, and they cannot be loaded without it. "
-      "Restore the file or use another directory."
+      "Restore the file or use another directory (--workdir)."
     )
   return False
 
 
 def saved_steps(directory: str | os.PathLike) -> list[int]:
-  """Returns the steps (numbers of updates) of all complete checkpoints in ascending order."""
+  """Returns the numbers of updates of all complete checkpoints, in ascending order."""
   path = pathlib.Path(directory).absolute() / STEPS_DIRECTORY
   # Orbax writes to a directory with another name, and renames it when the checkpoint is complete.
   return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
-  """Returns the step of the newest checkpoint, or None if there is no checkpoint."""
+  """Returns the number of updates of the newest checkpoint, or None if there is none."""
   if not (pathlib.Path(directory).absolute() / CONFIG_FILE).is_file():
     return None
   return max(saved_steps(directory), default=None)
 
 
 def step_directory(directory: pathlib.Path, step: int) -> pathlib.Path:
-  """Returns the path of the checkpoint of `step` in the run's directory."""
+  """Returns the path of the checkpoint after `step` updates in the run's directory."""
   return directory / STEPS_DIRECTORY / str(step)
 
 
@@ -177,9 +177,10 @@ def extend(directory: pathlib.Path, train_cfg: TrainConfig) -> None:
 
 
 def set_aside_later(directory: str | os.PathLike, *, after: int) -> None:
-  """Moves the checkpoints of steps greater than `after` to `damaged/`.
+  """Moves the checkpoints of more than `after` updates to `damaged/`.
 
-  A run calls this before it resumes from step `after`, because it will save the later steps again.
+  A run calls this before it resumes after `after` updates, because it will save the later ones
+  again.
   All processes must call it.
 
   Raises:
@@ -198,6 +199,6 @@ def set_aside_later(directory: str | os.PathLike, *, after: int) -> None:
     except OSError as error:
       raise CheckpointError(
         f"{source} can be neither loaded nor moved to {target} ({error.strerror}). Remove it to "
-        f"resume from step {after}."
+        f"resume after {after} updates."
       ) from error
   multihost.barrier("set aside")

@@ -27,6 +27,8 @@ class _Epoch(NamedTuple):
 class PackedBatches:
   """An endless, seeded iterator over training batches, whose only state is `step`.
 
+  `step` is the number of batches read so far.
+
   Each epoch divides the stream into sequences, from an offset that differs between epochs, and
   shuffles them. Batch `step` is a pure function of (seed, step): assigning to `step` moves the
   iterator to any batch in constant time.

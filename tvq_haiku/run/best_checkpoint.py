@@ -1,7 +1,7 @@
 """The checkpoint with the lowest validation loss.
 
 best/              a run directory that holds only this checkpoint
-validation.json    the steps of the last and the best validation so far, and the lowest loss
+validation.json    the updates before the last and the best validation so far, and the lowest loss
 """
 
 from __future__ import annotations

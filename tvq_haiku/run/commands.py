@@ -105,7 +105,8 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
         stack.enter_context(files.lock(workdir / ".lock", wait=False))
       except BlockingIOError as error:
         raise run_directory.CheckpointError(
-          f"another process trains in {workdir}. Wait until it ends, or use another directory."
+          f"another process trains in {workdir}. Wait until it ends, or use another directory "
+          "(--workdir)."
         ) from error
     yield
 

@@ -36,7 +36,7 @@ def check_same_data(workdir: pathlib.Path, splits: Mapping[str, Split]) -> None:
   if differences:
     raise run_directory.CheckpointError(
       f"data mismatch with the run in {workdir}: {'; '.join(differences)}. Use the data of the "
-      "run, or another directory."
+      "run, or another directory (--workdir)."
     )
 
 

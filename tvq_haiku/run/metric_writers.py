@@ -1,6 +1,6 @@
 """Writers of a run's metrics: JSON lines, TensorBoard, and Weights & Biases on request.
 
-metrics.jsonl    one JSON object per line, with its `step`; at 64 MB (about 100,000 lines) the file
+metrics.jsonl    one JSON object per line; its `step` is the number of updates; at 64 MB (about 100,000 lines) the file
                  is renamed to metrics-older.jsonl, which replaces the previous file of that name
 tensorboard/     event files, at most 128 MB in total
 wandb_id         the id of the Weights & Biases run, so that a resumed run continues it
@@ -45,7 +45,7 @@ class MetricWriter(Protocol):
 class JsonlWriter:
   """Appends metrics to metrics.jsonl, which is flushed after every line.
 
-  Opening removes the lines of steps after `step`, because the resumed run writes them again.
+  Opening removes the lines of updates after `step`, because the resumed run writes them again.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int):
@@ -74,7 +74,7 @@ class TensorBoardWriter:
   """Writes metrics as scalars to TensorBoard event files.
 
   If `directory` holds events of an earlier process, a session start tells TensorBoard to discard
-  those of steps after `step`, because the resumed run writes them again.
+  those of updates after `step`, because the resumed run writes them again.
   """
 
   def __init__(self, directory: pathlib.Path, step: int):
@@ -189,7 +189,7 @@ def open_writers(
 ) -> Iterator[MetricWriters]:
   """Opens the writers of a run that starts, or resumes, after `step` updates.
 
-  Metrics of later steps, which a process wrote before it died, are discarded, because the resumed
+  Metrics of later updates, which a process wrote before it died, are discarded, because the resumed
   run computes them again.
 
   Args:

@@ -21,7 +21,7 @@ from tvq_haiku.utils import progress
 
 
 class Reporter:
-  """Reports the metrics of each training step one step late, so that no device waits for the host.
+  """Reports the metrics of each batch one batch late, so that no device waits for the host.
 
   Attributes:
     skipped: number of updates skipped since the process started.
@@ -52,27 +52,27 @@ class Reporter:
     self._options, self._show_progress, self._record = options, show_progress, record
     self._flops_per_token = flops.training_flops(config, train_cfg.sequence_len)
     self._speed = _SpeedMeter(train_cfg.global_batch_size * train_cfg.sequence_len)
-    self._pending: _StepMetrics | None = None
+    self._pending: _BatchMetrics | None = None
     self._average_loss: float | None = None  # nats per token; exponential moving average
     self._validation_note = ""
 
-  def report_step(self, update: int, metrics: Mapping[str, Array], *, record: bool) -> None:
-    """Stores the metrics of a step, and reports those of the previous step.
+  def report_batch(self, update: int, metrics: Mapping[str, Array], *, record: bool) -> None:
+    """Stores the metrics of a batch, and reports those of the previous batch.
 
     Args:
-      update: number of updates made so far, including this step's.
-      metrics: [T/update_len] f32 each: one value per update of the step.
+      update: number of updates made so far, including those of this batch.
+      metrics: [T/update_len] f32 each: one value per update of the batch.
       record: whether to write these metrics; the progress line is shown in any case.
     """
     chex.assert_rank(list(metrics.values()), 1)
     chex.assert_equal_shape(list(metrics.values()))
     self.flush()
-    self._pending = _StepMetrics(update, metrics, record)
+    self._pending = _BatchMetrics(update, metrics, record)
     if self._average_loss is None:
       self._show_progress(update, "compiled")
 
   def flush(self) -> None:
-    """Reports the metrics of the last step; waits until the devices have computed them."""
+    """Reports the metrics of the last batch; waits until the devices have computed them."""
     if self._pending is None:
       return
     update, metrics, record = self._pending
@@ -80,10 +80,10 @@ class Reporter:
     self._pending = None
     self._count_skipped(update, metrics)
     self._update_average_loss(metrics)
-    self._speed.count_step()
+    self._speed.count_batch()
     self._show_progress(update, self._progress_note())
     if record and self._record:
-      self._record(update, self._step_record(metrics))
+      self._record(update, self._batch_record(metrics))
       self.restart_clock()  # speed is measured from one record to the next
 
   def report_validation(self, update: int, metrics: Mapping[str, float]) -> None:
@@ -98,7 +98,7 @@ class Reporter:
       self._record(update, {f"validation_{name}": value for name, value in metrics.items()})
 
   def restart_clock(self) -> None:
-    """Restarts the measurement of speed, which then excludes the time since the last step."""
+    """Restarts the measurement of speed, which then excludes the time since the last batch."""
     self._speed.restart()
 
   def _count_skipped(self, update: int, metrics: Mapping[str, np.ndarray]) -> None:
@@ -128,8 +128,8 @@ class Reporter:
     skipped = f"  {self.skipped} updates skipped" if self.skipped else ""
     return f"{bits:.3f} bits per {self._options.token_name}{speed}{self._validation_note}{skipped}"
 
-  def _step_record(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Returns the means over the updates of a step, the skipped updates so far, and the speed."""
+  def _batch_record(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns the means over the updates of a batch, the skipped updates so far, and the speed."""
     record = {name: float(np.mean(values)) for name, values in metrics.items()}
     record["skipped_since_start"] = self.skipped
     rate = self._speed.tokens_per_second
@@ -140,31 +140,33 @@ class Reporter:
     return record
 
 
-class _StepMetrics(NamedTuple):
-  """Metrics of a training step that are not reported yet."""
+class _BatchMetrics(NamedTuple):
+  """Metrics of a batch that are not reported yet."""
 
-  update: int  # number of updates made, including the step's
+  update: int  # number of updates made, including the batch's
   metrics: Mapping[str, Array]  # [T/update_len] f32 each
   record: bool  # whether to write them
 
 
 class _SpeedMeter:
-  """Measures the tokens per second of training, without the first step, which compiles."""
+  """Measures the tokens per second of training, without the first batch, which compiles."""
 
-  def __init__(self, tokens_per_step: int):
-    self.tokens_per_second: float | None = None  # None until the second step
-    self._tokens_per_step = tokens_per_step
+  def __init__(self, tokens_per_batch: int):
+    self.tokens_per_second: float | None = None  # None until the second batch
+    self._tokens_per_batch = tokens_per_batch
     self._start: float | None = None  # seconds on the monotonic clock
-    self._steps = 0  # number of steps since the start
+    self._batches = 0  # since the start
 
   def restart(self) -> None:
     """Starts a new measurement."""
-    self._start, self._steps = time.monotonic(), 0
+    self._start, self._batches = time.monotonic(), 0
 
-  def count_step(self) -> None:
-    """Counts a step that has just ended."""
+  def count_batch(self) -> None:
+    """Counts a batch that has just ended."""
     if self._start is None:
       self.restart()
       return
-    self._steps += 1
-    self.tokens_per_second = self._steps * self._tokens_per_step / (time.monotonic() - self._start)
+    self._batches += 1
+    self.tokens_per_second = (
+      self._batches * self._tokens_per_batch / (time.monotonic() - self._start)
+    )

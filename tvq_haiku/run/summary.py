@@ -43,7 +43,7 @@ def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
       "",
       f"Parameters:        {count_params(config):,}",
       f"FLOPs per token:   {forward:,.0f} forward, {training:,.0f} in training",
-      f"Per update:        {tokens:,} tokens; {train_cfg.updates_per_step} updates per step",
+      f"Per update:        {tokens:,} tokens; {train_cfg.updates_per_step} updates per batch",
       f"All updates:       {tokens * train_cfg.n_update:,} tokens",
       f"Training memory:   about {_format_bytes(sum(memory.values()))} ("
       + ", ".join(f"{name} {_format_bytes(n)}" for name, n in memory.items())

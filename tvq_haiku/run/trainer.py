@@ -62,7 +62,7 @@ def resume_or_initialize(
     if (jax.random.key_data(saved.rng) != jax.random.key_data(rng)).any():
       raise run_directory.CheckpointError(
         f"seed mismatch: {workdir} holds a run with a different seed than {seed}. Use the seed of "
-        "the run, or another directory."
+        "the run, or another directory (--workdir)."
       )
     run_directory.set_aside_later(workdir, after=int(saved.train_state.step))
     return saved._replace(config=config, train_cfg=train_cfg)
@@ -196,15 +196,15 @@ class Trainer:
     return n * updates // every > (n - 1) * updates // every or n == self._n_batches
 
   def _train_on(self, batch: Batch, n: int) -> None:
-    """Runs the training step of batch `n`, counted from 1, and reports the previous step.
+    """Trains on batch `n`, counted from 1, and reports the previous batch.
 
-    With `debug_nans`, it reports this step, too, for which the host waits for the devices.
+    With `debug_nans`, it reports this batch, too, for which the host waits for the devices.
     """
     debug_nans = self.options.debug_nans
     state_before = jax.tree.map(jnp.copy, self._train_state) if debug_nans else None
     self._train_state, metrics = self.train_step(self._train_state, batch, self.checkpoint.rng)
     update = n * self.train_cfg.updates_per_step
-    self.reporter.report_step(update, metrics, record=self._is_due(n, self.options.log_every))
+    self.reporter.report_batch(update, metrics, record=self._is_due(n, self.options.log_every))
     self._check_skipped(self._last_batch)  # `batch` itself is not reported yet
     self._last_batch = batch
     if debug_nans:
@@ -276,8 +276,8 @@ class Trainer:
     """Ends the run if too many consecutive updates were skipped.
 
     Args:
-      batch: batch of the last reported step; None if there is none.
-      state_before: train state before that step; None: it was not kept.
+      batch: the last reported batch; None if there is none.
+      state_before: train state before that batch; None: it was not kept.
 
     Raises:
       NumericalError: the limit is reached.
@@ -295,12 +295,12 @@ class Trainer:
       + (
         "No checkpoint was saved yet."
         if saved is None
-        else f"The newest checkpoint in {self.workdir} is of step {saved}."
+        else f"The newest checkpoint in {self.workdir} is of update {saved}."
       )
     )
 
   def _non_finite_cause(self, batch: Batch, state_before: train_step_lib.TrainState | None) -> str:
-    """Repeats the step of the last skipped update, and names its first non-finite tensor."""
+    """Repeats the batch of the last skipped update; names the first non-finite tensor."""
     if jax.process_count() > 1:
       return "the first non-finite tensor can only be found in a run of a single process"
     if state_before is None:
