@@ -79,6 +79,31 @@ def test_docstrings_have_the_common_form(file):
   assert problems == []
 
 
+def texts_in(file):
+  """Returns the strings of several words in a file, without docstrings."""
+  tree = ast.parse(file.read_text())
+  documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+  docstrings = {
+    node.body[0].value
+    for node in ast.walk(tree)
+    if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)
+  }
+  return [
+    node.value
+    for node in set(ast.walk(tree)) - docstrings
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
+  ]
+
+
+def test_messages_and_help_texts_speak_of_updates_and_batches():
+  """A step could be either, so only names of fields, metrics and functions contain the word."""
+  folders = ("experiments", "tvq_haiku/run", "tvq_haiku/checkpoint", "tvq_haiku/training")
+  files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+  texts = [text for file in (*files, ROOT / "tvq_haiku/config.py") for text in texts_in(file)]
+  assert len(texts) > 300
+  assert [text for text in texts if re.search(r"\bsteps?\b", text)] == []
+
+
 @pytest.mark.parametrize("package", ["tvq_haiku", "tvq_haiku.data"])
 def test_public_names_are_documented(package):
   namespace = vars(importlib.import_module(package))

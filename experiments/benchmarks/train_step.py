@@ -40,7 +40,7 @@ _SIZE = flags.DEFINE_enum(
 _SEQ_LENS = flags.DEFINE_list(
   "seq_lens",
   ["2048"],
-  "Sequence lengths T in tokens; each step is one update on complete sequences.",
+  "Sequence lengths T in tokens; each call makes one update on complete sequences.",
 )
 _HEAD_TYPES = flags.DEFINE_list("head_types", ["shga"], "Head types: shga, mha, mqa.")
 _REDUCTIONS = flags.DEFINE_list(

@@ -235,7 +235,7 @@ def test_second_compilation_is_an_error(tmp_path, monkeypatch):
     return recompiled_step
 
   monkeypatch.setattr(train_step_lib, "make_train_step", make)
-  with pytest.raises(RuntimeError, match="the training step was compiled again at update 2"):
+  with pytest.raises(RuntimeError, match="training was compiled again at update 2"):
     trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path)
 
 

@@ -1,7 +1,8 @@
 """Writers of a run's metrics: JSON lines, TensorBoard, and Weights & Biases on request.
 
-metrics.jsonl    one JSON object per line; its `step` is the number of updates; at 64 MB (about 100,000 lines) the file
-                 is renamed to metrics-older.jsonl, which replaces the previous file of that name
+metrics.jsonl    one JSON object per line; its `step` is the number of updates. At 64 MB (about
+                 100,000 lines), the file is renamed to metrics-older.jsonl, which replaces the
+                 previous file of that name
 tensorboard/     event files, at most 128 MB in total
 wandb_id         the id of the Weights & Biases run, so that a resumed run continues it
 """
