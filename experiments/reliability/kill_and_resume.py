@@ -41,7 +41,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the times at which the run is k
 _UPDATES = flags.DEFINE_integer("updates", 1500, "Number of updates of the run.", lower_bound=1)
 
 # Metrics that may differ between two equal runs: they depend on the speed or on the last start.
-_NOT_REPRODUCIBLE = ("tokens_per_second", "of_peak", "skipped_since_start")
+_NOT_REPRODUCIBLE = ("tokens_per_second", "flops_per_second", "skipped_since_start")
 _TIMEOUT_SECONDS = 300
 _VALIDATE_EVERY = 200  # updates
 

@@ -86,7 +86,9 @@ class TestTrain:
     assert [record["step"] for record in training] == [2, 4, 6, 8]
     assert {"loss", "loss_commit", "grad_norm", "learning_rate", "code_use"} <= training[-1].keys()
     assert 1 <= training[-1]["code_perplexity"] <= CONFIG.n_code
-    assert training[-1]["tokens_per_second"] > 0 and training[-1]["of_peak"] > 0
+    assert training[-1]["tokens_per_second"] > 0 and training[-1]["flops_per_second"] > 0
+    # The peak speed of a machine varies, so no record claims a fraction of it.
+    assert not any("peak" in name for record in records for name in record)
     validation = [record for record in records if "validation_loss_lm" in record]
     assert [record["step"] for record in validation] == [4, 8]
     assert validation[-1].keys() == {"step", "validation_loss_lm", "validation_bits_per_byte"}
@@ -114,7 +116,7 @@ class TestTrain:
 
     def records_without_speed(workdir):
       return [
-        {name: x for name, x in record.items() if name not in ("tokens_per_second", "of_peak")}
+        {name: x for name, x in record.items() if not name.endswith("_per_second")}
         for record in metric_writers.read_records(workdir)
       ]
 

@@ -1,4 +1,4 @@
-"""Arithmetic cost of a model, and the peak speed of a device.
+"""Arithmetic cost of a model.
 
 Letters: D model width, H query heads, G key/value heads, K key width, V value width, L block
 length, M memory length, S codes, N layers, X vocabulary.
@@ -6,15 +6,7 @@ length, M memory length, S codes, N layers, X vocabulary.
 
 from __future__ import annotations
 
-import statistics
-import time
-
-import jax
-import jax.numpy as jnp
-
 from tvq_haiku.config import TransformerConfig
-
-_N_TIMED = 3  # number of timed matrix products, of which the median is used
 
 
 def forward_multiply_adds(config: TransformerConfig, seq_len: int) -> int:
@@ -83,25 +75,3 @@ def training_flops(config: TransformerConfig, seq_len: int) -> float:
   22075584.0
   """
   return 6.0 * (forward_multiply_adds(config, seq_len) // seq_len)
-
-
-def measured_peak(dtype: jnp.dtype, *, size: int | None = None) -> float:
-  """Measures the FLOP/s of a product of square matrices on one device.
-
-  Args:
-    dtype: dtype of the matrices.
-    size: number of rows and of columns. None: 2048 on a CPU, 8192 elsewhere.
-
-  Returns:
-    FLOP/s, with which the speed of a training step can be compared.
-  """
-  size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-  x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-  matmul = jax.jit(jnp.matmul)
-  matmul(x, x).block_until_ready()  # compiles
-  seconds = []
-  for _ in range(_N_TIMED):
-    start = time.perf_counter()
-    matmul(x, x).block_until_ready()
-    seconds.append(time.perf_counter() - start)
-  return 2.0 * size**3 / statistics.median(seconds)

@@ -16,7 +16,6 @@ from tvq_haiku.checkpoint import checkpoints, run_directory
 from tvq_haiku.data import image_grid, packing, token_cache
 from tvq_haiku.data.sentencepiece_vocabulary import PieceVocabulary
 from tvq_haiku.data.vocabulary import ByteVocabulary
-from tvq_haiku.evaluation import flops
 from tvq_haiku.generation import generate as generate_lib
 from tvq_haiku.parallel import multihost, sharding
 from tvq_haiku.run import data_statistics, metric_writers, trainer
@@ -45,7 +44,7 @@ def train(
     tensorboard: whether to write TensorBoard event files.
     wandb: Weights & Biases project to send the metrics to; None: don't send them.
     options: options of the training loop; None: the defaults. The experiment determines
-      `token_name` and `peak_flops`.
+      `token_name`.
 
   Returns:
     The last checkpoint; it has fewer updates than `n_update` if the run was stopped by a signal.
@@ -92,7 +91,9 @@ def train(
       validate=lambda params, stop: e.measure_split(
         params, e.config, splits["validation"], max_tokens=validate_tokens, stop=stop, mesh=e.mesh
       ),
-      options=_trainer_options(e, options),
+      options=dataclasses.replace(
+        options or trainer.TrainerOptions(), token_name=experiment.token_name
+      ),
     )
 
 
@@ -133,24 +134,6 @@ def _save_inputs(
   if isinstance(experiment.vocabulary, PieceVocabulary):
     files.write_atomically(workdir / VOCABULARY_FILE, experiment.vocabulary.file.read_bytes())
   data_statistics.save_statistics(workdir, splits)
-
-
-def _trainer_options(
-  experiment: Experiment, options: trainer.TrainerOptions | None
-) -> trainer.TrainerOptions:
-  """Returns the options with the experiment's unit of the loss, and the measured peak FLOP/s."""
-  mesh = experiment.mesh
-  if mesh is None:
-    n_peaks = 1
-  elif jax.default_backend() == "cpu":
-    n_peaks = jax.process_count()  # the CPU devices of a process share its cores
-  else:
-    n_peaks = mesh.size
-  return dataclasses.replace(
-    options or trainer.TrainerOptions(),
-    token_name=experiment.token_name,
-    peak_flops=flops.measured_peak(experiment.config.compute_dtype) * n_peaks,
-  )
 
 
 def evaluate(

@@ -43,7 +43,7 @@ class Reporter:
     Args:
       config: configuration of the model.
       train_cfg: configuration of its training.
-      options: options of the training loop, for the unit of the loss and the peak FLOP/s.
+      options: options of the training loop, for the unit of the loss.
       show_progress: shows the progress line.
       record: writes metrics; None: metrics are not written.
     """
@@ -135,8 +135,9 @@ class Reporter:
     rate = self._speed.tokens_per_second
     if rate is not None:
       record["tokens_per_second"] = rate
-      if self._options.peak_flops:
-        record["of_peak"] = rate * self._flops_per_token / self._options.peak_flops
+      # Not as a fraction of the peak speed: that would have to be measured in alternation with
+      # training, as in `experiments/benchmarks`, because the speed of a machine varies.
+      record["flops_per_second"] = rate * self._flops_per_token
     return record
 
 

@@ -212,8 +212,8 @@ class Trainer:
       self._check_skipped(batch, state_before)
     if self.train_step.n_compiled() > 1:
       raise RuntimeError(
-        f"training was compiled again at update {update}; all batches must have the same shapes and "
-        "types."
+        f"training was compiled again at update {update}; all batches must have the same shapes "
+        "and types."
       )
 
   def _save_and_validate(self, n: int) -> bool:

@@ -22,7 +22,6 @@ class TrainerOptions:
   max_skipped: int = 20  # consecutive skipped updates that end the run
   debug_nans: bool = False  # end the run at the first skipped update; needs a copy of the state
   token_name: str = "token"  # unit of the loss in the progress line, such as "byte"
-  peak_flops: float | None = None  # peak of all devices, FLOP/s; None: `of_peak` is not recorded
 
   def __post_init__(self):
     for name in ("max_to_keep", "log_every", "validate_every", "max_skipped"):
@@ -32,9 +31,4 @@ class TrainerOptions:
     if not self.save_seconds >= 0:  # NaN is refused, too
       raise ValueError(
         f"TrainerOptions: save_seconds={self.save_seconds!r} must be at least 0 seconds."
-      )
-    if self.peak_flops is not None and not self.peak_flops > 0:
-      raise ValueError(
-        f"TrainerOptions: peak_flops={self.peak_flops!r} must be a positive number of FLOP/s, or "
-        "None."
       )
