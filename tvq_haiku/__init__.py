@@ -13,6 +13,9 @@ from tvq_haiku.evaluation.compression import CompressionError, compress, decompr
 from tvq_haiku.evaluation.likelihood import EvalSums, Likelihood, evaluate, make_eval_step
 from tvq_haiku.evaluation.scoring import Scores, score
 from tvq_haiku.generation.conversation import Conversation
+from tvq_haiku.generation.decode_step import decode_step
+from tvq_haiku.generation.decoder import DecodeState, finish_decoding, start_decoding
+from tvq_haiku.generation.decoder_weights import DecoderWeights, prepare_weights
 from tvq_haiku.generation.generate import GenerateOutput, continue_text, generate
 from tvq_haiku.model.transformer import (
   Transformer,

@@ -18,7 +18,7 @@ from tvq_haiku.utils.settings import REQUIRED, Settings, document_fields, settin
 from tvq_haiku.utils.settings import field_help as field_help
 
 HEAD_TYPES = ("shga", "mha", "mqa")
-ATTN_TYPES = ("vq", "full")
+ATTN_TYPES = ("vq", "full", "window")
 REDUCTIONS = ("scan", "serial", "matmul", "assoc_scan", "auto")
 REMATS = ("none", "block", "dots", "layer", "auto")
 OPTIMIZERS = ("adamw", "lion", "adafactor")
@@ -66,7 +66,10 @@ class TransformerConfig(Settings):
   mem_len: int = setting(
     256,
     "Memory length M in tokens: each block attends individually to the M tokens before it; older "
-    "tokens are compressed into the cache. With attn_type='full': the length of the context.",
+    "tokens are compressed into the cache. With attn_type='window': the length of the context.",
+  )
+  full_len: int | None = setting(
+    None, "Length in tokens of the context of attn_type='full'. None: mem_len."
   )
 
   # Attention.
@@ -75,8 +78,11 @@ class TransformerConfig(Settings):
     "Branches of a layer. 'shga': two gated attentions. 'mha': an ungated attention and an MLP. "
     "'mqa': like 'mha', with one key/value head.",
   )
-  attn_type: str = setting(
-    "vq", "'vq': quantized keys, linear time. 'full': plain keys, quadratic time, no cache."
+  attn_type: str | tuple[str, str] = setting(
+    "vq",
+    "'vq': quantized keys, linear time. 'full': plain keys of the last full_len tokens, quadratic "
+    "time, no cache. 'window': plain keys of the last mem_len tokens, no cache. A pair (as a flag: "
+    "vq,full) gives the types of a layer's two attentions; only with head_type='shga'.",
   )
   reduction: str = setting(
     "auto",
@@ -99,7 +105,12 @@ class TransformerConfig(Settings):
     "each document. False: attention crosses document boundaries, as in the paper.",
   )
 
-  # Positions.
+  # Inputs and positions.
+  no_emb: bool = setting(
+    False,
+    "True: the inputs are features [B, T, D] instead of tokens, and there are no token embeddings, "
+    "except those of a tied output projection (e_tie). False: the inputs are tokens.",
+  )
   pe_abs: bool = setting(False, "Whether to add absolute sinusoidal positions to the embeddings.")
   pe_lam: float = setting(
     100_000.0, "Base of the sinusoids: their wavelengths are 2*pi*pe_lam^(2i/d_model) tokens."
@@ -146,12 +157,14 @@ class TransformerConfig(Settings):
   )
 
   def __post_init__(self):
+    if isinstance(self.attn_type, list):  # JSON has no tuples
+      object.__setattr__(self, "attn_type", tuple(self.attn_type))
     self._check_types()
     self._check_minimum(
-      1, "n_vocab d_model d_k d_v n_head n_kv_head n_code n_layer block_len mem_len"
+      1, "n_vocab d_model d_k d_v n_head n_kv_head n_code n_layer block_len mem_len full_len"
     )
     self._check_choice("head_type", HEAD_TYPES)
-    self._check_choice("attn_type", ATTN_TYPES)
+    self._check_attn_type()
     self._check_choice("reduction", REDUCTIONS)
     self._check_choice("remat", REMATS)
     self._require(
@@ -177,6 +190,28 @@ class TransformerConfig(Settings):
     for name in ("pe_lam", "e_scale"):
       self._require(getattr(self, name) > 0.0, name, "must be positive")
     self._check_precision()
+
+  def _check_attn_type(self) -> None:
+    """Raises a ValueError unless `attn_type` is valid; replaces a pair of equal types by one."""
+    is_pair = isinstance(self.attn_type, tuple)
+    types = self.attn_type if is_pair else (self.attn_type,)
+    self._require(
+      len(types) == (2 if is_pair else 1) and all(name in ATTN_TYPES for name in types),
+      "attn_type",
+      f"must be one of {ATTN_TYPES}, or a pair of these",
+    )
+    self._require(
+      self.gated or not is_pair,
+      "attn_type head_type",
+      "a pair needs head_type='shga', because the layers of other types have one attention",
+    )
+    self._require(
+      self.causal or "window" not in types,
+      "attn_type causal",
+      "'window' needs causal=True, because it attends to earlier tokens",
+    )
+    if len(set(types)) == 1:
+      object.__setattr__(self, "attn_type", types[0])
 
   def _check_precision(self) -> None:
     """Raises a ValueError unless `precision` names a policy that trains without loss scaling."""
@@ -208,6 +243,27 @@ class TransformerConfig(Settings):
   def gated(self) -> bool:
     """True if a layer is two gated attentions; False if it is one attention and an MLP."""
     return self.head_type == "shga"
+
+  @property
+  def attention_configs(self) -> tuple[Self, ...]:
+    """One configuration for each attention of a layer, which describes this attention alone.
+
+    Its `attn_type` is 'vq' or 'full', and its `mem_len` is the length of the memory or the context:
+    'window' is the same as 'full' with a context of mem_len tokens.
+
+    >>> config = TransformerConfig(n_vocab=259, attn_type=("vq", "full"), full_len=2048)
+    >>> [(c.attn_type, c.mem_len) for c in config.attention_configs]
+    [('vq', 256), ('full', 2048)]
+    """
+    types = self.attn_type if isinstance(self.attn_type, tuple) else (self.attn_type,) * 2
+    full_len = self.mem_len if self.full_len is None else self.full_len
+    settings = {
+      "vq": dict(attn_type="vq"),
+      "full": dict(attn_type="full", mem_len=full_len),
+      "window": dict(attn_type="full"),
+    }
+    n_attention = 2 if self.gated else 1
+    return tuple(self.replace(full_len=None, **settings[name]) for name in types[:n_attention])
 
   @property
   def mlp_width(self) -> int:

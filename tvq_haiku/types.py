@@ -13,7 +13,8 @@ import optax
 
 Array = jax.Array  # an array on a device, or a tracer under jit
 ArrayTree = chex.ArrayTree  # arrays in nested containers
-Batch = Mapping[str, Array]  # "inputs", "targets", "doc_ids", "loss_mask": [B, T] int32
+# "inputs", "targets", "doc_ids", "loss_mask": [B, T] int32; features as "inputs": [B, T, D] f32
+Batch = Mapping[str, Array]
 HostBatch = dict[str, np.ndarray]  # the same in host memory, before it is copied to devices
 OptState = optax.OptState  # state of the optimizer, in the containers of optax
 Tree = TypeVar(

@@ -220,6 +220,10 @@ def _check_official(official: Mapping[str, Array], sources: Mapping[str, _Source
 
 def _sources(config: TransformerConfig, layout: str) -> Iterator[tuple[str, _Source]]:
   """Yields (official path, source) of all official parameters of a layout."""
+  if config.no_emb:
+    raise ValueError(
+      "no_emb=True: only parameters of models that read tokens can be converted. Use no_emb=False."
+    )
   return (_main_sources if layout == "main" else _optimized_sources)(config)
 
 
@@ -242,6 +246,12 @@ def _main_sources(config: TransformerConfig) -> Iterator[tuple[str, _Source]]:
 
 
 def _optimized_sources(config: TransformerConfig) -> Iterator[tuple[str, _Source]]:
+  if config.attn_type not in ("vq", "full"):
+    raise ValueError(
+      "the layout 'optimized' supports attn_type='vq' and attn_type='full' only, not "
+      f"{config.attn_type!r}."
+    )
+
   def stacked(source: _Source) -> _Source:
     n_layer, *shape = source.shape
     return source._replace(shape=(n_layer, 1, *shape))

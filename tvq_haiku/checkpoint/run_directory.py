@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -131,10 +132,10 @@ def check_same_run(
     CheckpointError: a field differs; the message names all such fields with both values.
   """
   differences = {
-    name: f"{name} is {getattr(saved, name)!r} in the run, {value!r} here"
+    name: f"{name} is {getattr(saved, name)!r} in the run, {getattr(given, name)!r} here"
     for given, saved in zip((config, train_cfg), load_config(directory), strict=True)
-    for name, value in json.loads(given.to_json()).items()
-    if not _may_resume(name, getattr(saved, name), value)
+    for name in sorted(field.name for field in dataclasses.fields(given))
+    if not _may_resume(name, getattr(saved, name), getattr(given, name))
   }
   if differences:
     raise CheckpointError(

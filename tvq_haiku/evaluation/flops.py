@@ -33,23 +33,27 @@ def forward_multiply_adds(config: TransformerConfig, seq_len: int) -> int:
   D, K, G = c.d_model, c.d_k, c.kv_heads
   width = c.n_head * c.d_v  # width of the values of all heads, and of the gate
   projections = D * (c.n_head * K + G * K + G * c.d_v + width + (width if c.gated else 0))
-  n_distance = _n_distance(config)
-  attention = _attention_multiply_adds(config, seq_len)
-  layer = seq_len * (projections + attention) + n_distance * D * G * K
-  if c.gated:
-    layer = 2 * layer
-  else:
+  layer = 0.0
+  for attention in c.attention_configs:
+    layer += seq_len * (projections + _attention_multiply_adds(attention, seq_len))
+    layer += _n_distance(attention) * D * G * K
+  if not c.gated:
     layer += seq_len * 2 * D * c.mlp_width
   return int(c.n_layer * layer + seq_len * D * c.n_vocab)
 
 
 def _n_distance(config: TransformerConfig) -> int:
-  """Returns the number of distances that have a relative position bias."""
+  """Returns the number of distances with a relative position bias, for one attention."""
   return (config.mem_len if config.causal else 2 * config.mem_len) + 1
 
 
 def _attention_multiply_adds(config: TransformerConfig, seq_len: int) -> float:
-  """Counts the multiply-adds per token of scores, distances to codes and weighted values."""
+  """Counts the multiply-adds per token of scores, distances to codes and weighted values.
+
+  Args:
+    config: one of the `attention_configs`.
+    seq_len: number of tokens.
+  """
   c = config
   H, K, V = c.n_head, c.d_k, c.d_v
   if c.attn_type == "full":

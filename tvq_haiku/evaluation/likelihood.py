@@ -83,17 +83,19 @@ def make_eval_step(
       process must pass the complete batch. None: one device.
 
   Returns:
-    The function. `batch` holds `inputs` and `targets` [B, T], and optionally `doc_ids` and
-    `loss_mask` [B, T]; `state` is from `initial_state` or from the previous window.
+    The function. `batch` holds `inputs` and `targets` [B, T] (with `no_emb`, `inputs` are features
+    [B, T, D]), and optionally `doc_ids` and `loss_mask` [B, T]; `state` is from `initial_state` or
+    from the previous window.
   """
 
   def eval_step(
     params: Params, batch: Batch, state: transformer.TransformerState
   ) -> tuple[EvalSums, transformer.TransformerState]:
-    B, T = batch["inputs"].shape
+    B, T = batch["inputs"].shape[:2]
     if train_cfg is not None:
       B = train_cfg.global_batch_size
-    checks.check_batch(batch, (B, T), config.n_vocab)
+    n_feature = config.d_model if config.no_emb else None
+    checks.check_batch(batch, (B, T), config.n_vocab, n_feature=n_feature)
     if mesh is not None:
       batch = sharding.put_batch(batch, mesh, B)
     return _eval_step(params, config, batch, state, mesh)
@@ -110,12 +112,12 @@ def _eval_step(
   mesh: jax.sharding.Mesh | None,
 ) -> tuple[EvalSums, transformer.TransformerState]:
   """Evaluates one window [B, T]."""
-  chex.assert_equal_shape([batch["inputs"], batch["targets"]])
+  chex.assert_equal_shape_prefix([batch["inputs"], batch["targets"]], 2)
   with sharding.use_mesh(mesh):
     out = transformer.make_transformer(config).apply(
       params, None, batch["inputs"], state, doc_ids=batch.get("doc_ids")
     )
-  chex.assert_shape(out.logits, (*batch["inputs"].shape, config.n_vocab))
+  chex.assert_shape(out.logits, (*batch["targets"].shape, config.n_vocab))
   weights = losses.loss_weights(batch)
   nats = losses.weighted_nll(out.logits, batch["targets"], weights)
   sums, state = EvalSums(nats, jnp.sum(weights)), out.state

@@ -119,7 +119,7 @@ class _TokenContext(NamedTuple):
 def decode_token(
   weights: DecoderWeights,
   config: TransformerConfig,
-  tokens: Array,
+  inputs: Array,
   state: DecodeState,
   active: Array,
 ) -> tuple[Array, DecodeState]:
@@ -128,7 +128,7 @@ def decode_token(
   Args:
     weights: from `prepare_weights`.
     config: configuration of the model.
-    tokens: [B] int32 in [0, X).
+    inputs: tokens [B] int32 in [0, X), or features [B, D] with `no_emb`.
     state: from `start_decoding` or the previous step.
     active: [B] bool. Inactive batch elements keep their state, and their logits are undefined;
       they must stay inactive until `start_decoding` is called again.
@@ -137,14 +137,17 @@ def decode_token(
     The logits [B, X] f32 of the next token, and the state after this one.
   """
   c = config
-  chex.assert_shape((tokens, active, state.document), jnp.shape(tokens)[:1])
-  chex.assert_type((tokens, active), (int, bool))
+  chex.assert_equal_shape_prefix((inputs, active, state.document), 1)
+  chex.assert_type((inputs, active), (float if c.no_emb else int, bool))
   context = _TokenContext(
     n_written=jnp.max(state.n_written),  # the same for all active batch elements
     doc_id=state.document if c.doc_mask else jnp.zeros_like(state.document),
     active=active,
   )
-  x = weights.embeddings[tokens]
+  if c.no_emb:
+    x = inputs.astype(jnp.float32)
+  else:
+    x = layers.look_up_embeddings(weights.embeddings, inputs)
   if weights.position_scale is not None:
     x += weights.position_scale * positions.sinusoids(state.position, width=c.d_model, lam=c.pe_lam)
   x = x.astype(c.policy.output_dtype)

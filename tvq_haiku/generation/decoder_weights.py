@@ -59,7 +59,7 @@ class LayerWeights(NamedTuple):
 class DecoderWeights(NamedTuple):
   """Weights of a model, from `prepare_weights`."""
 
-  embeddings: Array  # [X, D] f32
+  embeddings: Array | None  # [X, D] f32; None: the inputs are features
   position_scale: Array | None  # [] f32; None: the model has no absolute positions
   layers: tuple[LayerWeights, ...]  # one for each of N layers
   norm: NormWeights | None  # None: the model has no norm before the logits
@@ -79,18 +79,16 @@ def prepare_weights(params: Params, config: TransformerConfig) -> DecoderWeights
     The weights, which `decode_token` takes.
   """
   c = config
-  embedding = params["transformer/embedding"]
-  unembedding, logit_bias = embedding["embeddings"], embedding["output_bias"]
-  if not c.e_tie:
-    kernel = params["transformer/unembedding"]
-    unembedding, logit_bias = kernel["kernel"].T, kernel["bias"].T
-  chex.assert_shape(
-    (embedding["embeddings"], unembedding, logit_bias),
-    [(c.n_vocab, c.d_model), (c.n_vocab, c.d_model), (c.n_vocab,)],
-  )
+  embedding = params.get("transformer/embedding")  # None: neither tokens nor a tied output
+  if c.e_tie:
+    unembedding, logit_bias = embedding["embeddings"], embedding["output_bias"]
+  else:
+    output = params["transformer/unembedding"]
+    unembedding, logit_bias = output["kernel"].T, output["bias"]
+  chex.assert_shape((unembedding, logit_bias), [(c.n_vocab, c.d_model), (c.n_vocab,)])
   final_norm = params.get("transformer/norm")
   return DecoderWeights(
-    embeddings=embedding["embeddings"],
+    embeddings=None if c.no_emb else embedding["embeddings"],
     position_scale=params["transformer/position"]["scale"] if c.pe_abs else None,
     layers=tuple(_layer_weights(_parameters_of_layer(params, i), c) for i in range(c.n_layer)),
     norm=NormWeights(**final_norm) if c.e_preln else None,
@@ -111,9 +109,13 @@ def _parameters_of_layer(params: Params, layer: int) -> Params:
 
 def _layer_weights(params: Params, config: TransformerConfig) -> LayerWeights:
   """Lays out the parameters of one layer, from `_parameters_of_layer`."""
+  attentions = [
+    _attention_weights(params, attention, f"attention_{i}")
+    for i, attention in enumerate(config.attention_configs, start=1)
+  ]
   return LayerWeights(
-    attention_1=_attention_weights(params, config, "attention_1"),
-    attention_2=_attention_weights(params, config, "attention_2") if config.gated else None,
+    attention_1=attentions[0],
+    attention_2=attentions[1] if config.gated else None,
     mlp=None if config.gated else _mlp_weights(params, config),
   )
 
@@ -129,7 +131,13 @@ def _mlp_weights(params: Params, config: TransformerConfig) -> MLPWeights:
 
 
 def _attention_weights(params: Params, config: TransformerConfig, name: str) -> AttentionWeights:
-  """Lays out the parameters of one attention: `name` is "attention_1" or "attention_2"."""
+  """Lays out the parameters of one attention.
+
+  Args:
+    params: from `_parameters_of_layer`.
+    config: the one of the `attention_configs` that describes this attention.
+    name: "attention_1" or "attention_2".
+  """
   c, dtype = config, config.compute_dtype
   H, G, K = c.n_head, c.kv_heads, c.d_k
   kernels = {

@@ -66,7 +66,12 @@ _gated = jax.checkpoint(lambda values, gate: values * jax.nn.silu(gate))
 
 
 def initial_state(config: TransformerConfig, batch_size: int) -> State:
-  """Returns the state of one attention layer before the first token."""
+  """Returns the state of one attention layer before the first token.
+
+  Args:
+    config: one of the `attention_configs` of the model's configuration.
+    batch_size: B.
+  """
   sizes = dict(
     batch_size=batch_size,
     n_kv_head=config.kv_heads,
@@ -83,8 +88,12 @@ def initial_state(config: TransformerConfig, batch_size: int) -> State:
 class AttentionLayer(hk.Module):
   """Norm, projections, attention, gate and output projection, added to the input.
 
-  The head type `shga` is gated, `mha` and `mqa` are not. Attention is over quantized keys or, for
-  comparison, over plain keys (`full`).
+  The head type `shga` is gated, `mha` and `mqa` are not. Attention is over quantized keys (`vq`) or
+  over plain keys (`full`).
+
+  Args:
+    config: one of the `attention_configs` of the model's configuration.
+    name: name of the module.
   """
 
   def __init__(self, config: TransformerConfig, *, name: str = "attention"):

@@ -133,9 +133,7 @@ class TokenEmbedding(hk.Module):
     chex.assert_rank(tokens, 2)
     chex.assert_type(tokens, int)
     embeddings, _ = self._parameters()
-    # jnp.take would count a negative index from the end, so it is replaced by one past the table.
-    tokens = jnp.where(tokens < 0, self._shape[0], tokens)
-    return jnp.take(embeddings, tokens, axis=0, mode="fill", fill_value=jnp.nan)
+    return look_up_embeddings(embeddings, tokens)
 
   def logits(self, x: Array) -> Array:
     """Applies the tied output projection: [B, T, D] -> [B, T, X] float32."""
@@ -144,6 +142,13 @@ class TokenEmbedding(hk.Module):
     kernel = embeddings.T.astype(x.dtype)
     logits = matmul.project(x, kernel, preferred_element_type=jnp.float32)  # btd,dx->btx
     return logits + bias
+
+
+def look_up_embeddings(embeddings: Array, tokens: Array) -> Array:
+  """Returns the rows [..., D] of embeddings [X, D] of tokens [...]; NaN if out of range."""
+  # jnp.take would count a negative index from the end, so it is replaced by one past the table.
+  tokens = jnp.where(tokens < 0, embeddings.shape[0], tokens)
+  return jnp.take(embeddings, tokens, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 class Unembedding(hk.Module):

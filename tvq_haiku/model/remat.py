@@ -75,6 +75,20 @@ def activation_bytes(config: TransformerConfig, n_token: int) -> int:
   228
   """
   c = config
+  per_token = sum(_attention_bytes(attention, n_token) for attention in c.attention_configs)
+  if not c.gated:
+    per_token += c.compute_dtype.itemsize * (2 * c.mlp_width + 4 * c.d_model)
+  return c.n_layer * n_token * per_token
+
+
+def _attention_bytes(config: TransformerConfig, n_token: int) -> int:
+  """Estimates the bytes per token that one attention keeps: see `activation_bytes`.
+
+  Args:
+    config: one of the `attention_configs`.
+    n_token: number of tokens B·T of one update.
+  """
+  c = config
   size = c.compute_dtype.itemsize
   n_score = 0  # per query; full attention recomputes its scores in any case
   if c.attn_type == "vq":
@@ -84,11 +98,7 @@ def activation_bytes(config: TransformerConfig, n_token: int) -> int:
       n_score += c.n_code * (1 + c.d_v // c.block_len)
   per_query_head = 2 * size * n_score + 24 * c.d_k + 3 * size * c.d_v
   per_kv_head = 16 * c.d_k + 3 * size * c.d_v
-  attention = c.n_head * per_query_head + c.kv_heads * per_kv_head + 4 * size * c.d_model
-  if c.gated:
-    return c.n_layer * n_token * 2 * attention
-  mlp = size * (2 * c.mlp_width + 4 * c.d_model)
-  return c.n_layer * n_token * (attention + mlp)
+  return c.n_head * per_query_head + c.kv_heads * per_kv_head + 4 * size * c.d_model
 
 
 def device_memory_bytes(device: jax.Device) -> int:

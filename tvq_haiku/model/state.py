@@ -47,16 +47,16 @@ def initial_state(config: TransformerConfig, batch_size: int) -> TransformerStat
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _initial_state(config: TransformerConfig, batch_size: int) -> TransformerState:
-  state = attention_layer.initial_state(config, batch_size)
-
-  def all_layers() -> attention_layer.State:
+  def all_layers(attention: TransformerConfig) -> attention_layer.State:
+    state = attention_layer.initial_state(attention, batch_size)
     return jax.tree.map(lambda x: jnp.repeat(x[None], config.n_layer, axis=0), state)
 
+  states = [all_layers(attention) for attention in config.attention_configs]
   return TransformerState(
     document=jnp.full((batch_size,), -1, jnp.int32),
     position=jnp.zeros((batch_size,), jnp.int32),
-    attention_1=all_layers(),
-    attention_2=all_layers() if config.gated else None,
+    attention_1=states[0],
+    attention_2=states[1] if config.gated else None,
   )
 
 

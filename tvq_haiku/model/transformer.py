@@ -5,6 +5,7 @@ Letters: B batch, T tokens, D model width, X vocabulary, N layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ class Transformer(hk.Module):
 
   def __call__(
     self,
-    tokens: Array,
+    inputs: Array,
     state: TransformerState | None = None,
     *,
     doc_ids: Array | None = None,
@@ -67,7 +68,8 @@ class Transformer(hk.Module):
     """Reads T tokens, which follow those that `state` remembers.
 
     Args:
-      tokens: [B, T] integers in [0, X); any T >= 1.
+      inputs: tokens, [B, T] integers in [0, X); any T >= 1. With `no_emb`, the features of T
+        tokens, [B, T, D] floating.
       state: from `initial_state` or a previous call; None: the initial state. An encoder
         (causal=False) does not use it and returns it unchanged: every call is a sequence of its
         own.
@@ -89,11 +91,11 @@ class Transformer(hk.Module):
       ValueError, TypeError: an argument has a wrong shape, dtype or range; the message names it.
     """
     c = self._config
-    self._check_arguments(tokens, state, doc_ids, loss_mask)
-    initial = initial_state(c, tokens.shape[0])
+    self._check_arguments(inputs, state, doc_ids, loss_mask)
+    initial = initial_state(c, inputs.shape[0])
     state = initial if state is None else state
     start = state if c.causal else initial  # for an encoder, every call starts a new sequence
-    batch = padding.compact(tokens, start.document, doc_ids, loss_mask)
+    batch = padding.compact(inputs, start.document, doc_ids, loss_mask)
     position_ids, document, position = padding.document_positions(
       batch, start.document, start.position, restart=c.doc_mask
     )
@@ -106,7 +108,7 @@ class Transformer(hk.Module):
       with_metrics=with_metrics,
     )
     embedding = layers.TokenEmbedding(n_vocab=c.n_vocab, d_model=c.d_model, name="embedding")
-    x = self._embed(embedding, batch.tokens, position_ids, is_training)
+    x = self._embed(embedding, batch.inputs, position_ids, is_training)
     x, branches = self._apply_layers(x, state, context, sequence_rng)
     x = padding.restore(x, batch)
     if c.causal:
@@ -118,32 +120,43 @@ class Transformer(hk.Module):
       state=state,
       commit_loss=sum(jnp.sum(branch.commit_loss) for branch in branches),
       codebook_loss=sum(jnp.sum(branch.codebook_loss) for branch in branches),
-      metrics=jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *(b.metrics for b in branches)),
+      metrics=_mean_metrics(branches),
       hidden=hidden,
     )
 
   def _check_arguments(
     self,
-    tokens: Array,
+    inputs: Array,
     state: TransformerState | None,
     doc_ids: Array | None,
     loss_mask: Array | None,
   ) -> None:
     """Raises a ValueError or a TypeError that names the first wrong argument."""
-    checks.check_tokens(tokens, self._config.n_vocab)
-    checks.check_mask("doc_ids", doc_ids, tokens)
-    checks.check_mask("loss_mask", loss_mask, tokens)
+    c = self._config
+    if c.no_emb:
+      checks.check_features("inputs", inputs, c.d_model)
+    else:
+      checks.check_tokens(inputs, c.n_vocab)
+    checks.check_mask("doc_ids", doc_ids, inputs.shape[:2])
+    checks.check_mask("loss_mask", loss_mask, inputs.shape[:2])
     if state is not None:
-      check_state(state, self._config, tokens.shape[0])
+      check_state(state, c, inputs.shape[0])
 
   @hk.transparent
   def _embed(
-    self, embedding: layers.TokenEmbedding, tokens: Array, position_ids: Array, is_training: bool
+    self, embedding: layers.TokenEmbedding, inputs: Array, position_ids: Array, is_training: bool
   ) -> Array:
-    """Returns the input of the first layer: tokens and position_ids [B, T] -> [B, T, D]."""
+    """Returns the input of the first layer, [B, T, D].
+
+    Args:
+      embedding: embeds tokens.
+      inputs: tokens [B, T] or features [B, T, D].
+      position_ids: [B, T] int32.
+      is_training: whether to apply dropout.
+    """
     c = self._config
-    chex.assert_equal_shape([tokens, position_ids])
-    x = embedding(tokens)
+    chex.assert_equal_shape_prefix([inputs, position_ids], 2)
+    x = inputs.astype(jnp.float32) if c.no_emb else embedding(inputs)
     if c.pe_abs:
       x += layers.AbsolutePositions(width=c.d_model, lam=c.pe_lam, name="position")(position_ids)
     if is_training and c.p_dropemb:
@@ -228,10 +241,11 @@ def _apply_layer(
     [B, T, D], and the outputs of the one or two attentions.
   """
   rng_1, rng_2 = (None, None) if rngs is None else rngs
-  first = attention_layer.AttentionLayer(config, name="attention_1")
+  configs = config.attention_configs
+  first = attention_layer.AttentionLayer(configs[0], name="attention_1")
   x, output_1 = first(x, states[0], context, rng_1)
   if config.gated:
-    second = attention_layer.AttentionLayer(config, name="attention_2")
+    second = attention_layer.AttentionLayer(configs[1], name="attention_2")
     x, output_2 = second(x, states[1], context, rng_2)
     return x, (output_1, output_2)
   x = layers.add_branch(
@@ -245,6 +259,13 @@ def _apply_layer(
   return x, (output_1,)
 
 
+def _mean_metrics(branches: Sequence[attention_layer.BranchOutput]) -> dict[str, Array]:
+  """Averages each metric over the attentions that have it: those over quantized keys."""
+  quantized = [branch.metrics for branch in branches if branch.metrics]
+  names = quantized[0] if quantized else ()
+  return {name: jnp.mean(jnp.stack([m[name] for m in quantized])) for name in names}
+
+
 def make_transformer(config: TransformerConfig) -> hk.Transformed:
   """Returns the model as a pair of pure functions, `init` and `apply`.
 
@@ -252,7 +273,7 @@ def make_transformer(config: TransformerConfig) -> hk.Transformed:
     config: configuration of the model.
 
   Returns:
-    `init(rng, tokens)` -> parameters, and `apply(params, rng, tokens, state=None, doc_ids=None,
+    `init(rng, inputs)` -> parameters, and `apply(params, rng, inputs, state=None, doc_ids=None,
     loss_mask=None, is_training=False, sequence_rng=None, with_metrics=False)` ->
     `TransformerOutput`. The arguments are those of `Transformer.__call__`; `rng` may be None
     without dropout.
@@ -266,7 +287,7 @@ def make_transformer(config: TransformerConfig) -> hk.Transformed:
   """
 
   def forward(
-    tokens: Array,
+    inputs: Array,
     state: TransformerState | None = None,
     doc_ids: Array | None = None,
     loss_mask: Array | None = None,
@@ -275,7 +296,7 @@ def make_transformer(config: TransformerConfig) -> hk.Transformed:
     with_metrics: bool = False,
   ) -> TransformerOutput:
     return Transformer(config, name="transformer")(
-      tokens,
+      inputs,
       state,
       doc_ids=doc_ids,
       loss_mask=loss_mask,
@@ -285,6 +306,23 @@ def make_transformer(config: TransformerConfig) -> hk.Transformed:
     )
 
   return hk.transform(forward)
+
+
+def zero_inputs(config: TransformerConfig, batch_size: int = 1, length: int = 1) -> Array:
+  """Returns inputs of the model that are zero: tokens [B, T], or features [B, T, D] with `no_emb`.
+
+  Args:
+    config: configuration of the model.
+    batch_size: B.
+    length: T.
+
+  >>> zero_inputs(TransformerConfig.tiny(no_emb=True), 2, 5).shape
+  (2, 5, 32)
+  """
+  shape = (batch_size, length)
+  if config.no_emb:
+    return jnp.zeros((*shape, config.d_model), jnp.float32)
+  return jnp.zeros(shape, jnp.int32)
 
 
 def params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -300,7 +338,7 @@ def params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDty
 @functools.cache
 def _params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
   def init(rng: Array) -> hk.Params:
-    return make_transformer(config).init(rng, jnp.zeros((1, 1), jnp.int32))
+    return make_transformer(config).init(rng, zero_inputs(config))
 
   return jax.eval_shape(init, jax.random.key(0))
 

@@ -20,7 +20,7 @@ from tvq_haiku.types import Array
 class CompactBatch(NamedTuple):
   """A batch in which the padding of each row follows its tokens."""
 
-  tokens: Array  # [B, T] int32; 0 for padding
+  inputs: Array  # tokens [B, T] int32, or features [B, T, D]; 0 for padding
   doc_ids: Array  # [B, T] int32
   loss_mask: Array  # [B, T] f32; 0 for padding
   is_token: Array  # [B, T] bool
@@ -29,12 +29,12 @@ class CompactBatch(NamedTuple):
 
 
 def compact(
-  tokens: Array, last_doc: Array, doc_ids: Array | None, loss_mask: Array | None
+  inputs: Array, last_doc: Array, doc_ids: Array | None, loss_mask: Array | None
 ) -> CompactBatch:
   """Moves the padding (negative `doc_ids`) of each row behind its tokens, which keep their order.
 
   Args:
-    tokens: [B, T] int32.
+    inputs: tokens [B, T] int32, or features [B, T, D].
     last_doc: [B] int32: the document that all tokens continue if `doc_ids` is None; -1 before
       the first token.
     doc_ids: [B, T] int32, or None.
@@ -44,25 +44,26 @@ def compact(
     The batch in its new order.
 
   >>> batch = compact(jnp.array([[0, 8, 9]]), jnp.array([-1]), jnp.array([[-1, 0, 0]]), None)
-  >>> batch.tokens.tolist(), batch.lengths.tolist()
+  >>> batch.inputs.tolist(), batch.lengths.tolist()
   ([[8, 9, 0]], [2])
   """
-  chex.assert_rank((tokens, last_doc), (2, 1))
-  weights = jnp.ones(tokens.shape) if loss_mask is None else loss_mask.astype(jnp.float32)
+  chex.assert_rank((inputs, last_doc), ({2, 3}, 1))
+  shape = inputs.shape[:2]
+  weights = jnp.ones(shape) if loss_mask is None else loss_mask.astype(jnp.float32)
   if doc_ids is None:
-    docs = jnp.broadcast_to(jnp.maximum(last_doc, 0)[:, None], tokens.shape)
-    return CompactBatch(tokens, docs, weights, jnp.ones(tokens.shape, bool), None, None)
+    docs = jnp.broadcast_to(jnp.maximum(last_doc, 0)[:, None], shape)
+    return CompactBatch(inputs, docs, weights, jnp.ones(shape, bool), None, None)
   doc_ids = jnp.asarray(doc_ids, jnp.int32)
   is_token = doc_ids >= 0
   order = jnp.argsort(~is_token, axis=1, stable=True)
   weights = jnp.where(is_token, weights, 0.0)
-  tokens, doc_ids, weights, is_token = (
-    reorder(x, order) for x in (tokens, doc_ids, weights, is_token)
+  inputs, doc_ids, weights, is_token = (
+    reorder(x, order) for x in (inputs, doc_ids, weights, is_token)
   )
-  # The ids of padding have no effect, unless one is out of range: its embedding would be NaN.
-  tokens = jnp.where(is_token, tokens, 0)
+  # Padding has no effect, unless it is NaN, or a token out of range, whose embedding would be NaN.
+  inputs = jnp.where(is_token.reshape(*shape, *(1,) * (inputs.ndim - 2)), inputs, 0)
   lengths = jnp.sum(is_token, axis=1, dtype=jnp.int32)
-  return CompactBatch(tokens, doc_ids, weights, is_token, lengths, order)
+  return CompactBatch(inputs, doc_ids, weights, is_token, lengths, order)
 
 
 def reorder(x: Array, order: Array) -> Array:
@@ -81,7 +82,7 @@ def reorder(x: Array, order: Array) -> Array:
 
 def restore(x: Array, batch: CompactBatch) -> Array:
   """Returns `x` [B, T, D] in the order that the tokens had before `compact`."""
-  chex.assert_equal_shape_prefix((x, batch.tokens), 2)
+  chex.assert_equal_shape_prefix((x, batch.inputs), 2)
   if batch.order is None:
     return x
   return reorder(x, jnp.argsort(batch.order, axis=1))

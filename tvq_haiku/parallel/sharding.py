@@ -69,7 +69,8 @@ STATE_RULES: Mapping[str, tuple[AxisNames, ...]] = {
   "cache_means": (BATCH_AXES, HEADS, None, WIDTH),  # [B, G, S, V]
   "cache_doc": (BATCH_AXES,),  # [B]
 }
-# Token arrays of a batch [B, T]. They are replicated over `sequence`; the model splits T over it.
+# Arrays of a batch: [B, T], or features [B, T, D]. They are replicated over `sequence`; the model
+# splits T over it.
 BATCH_RULE: tuple[AxisNames, ...] = (BATCH_AXES, None)
 
 
@@ -255,7 +256,7 @@ def state_shardings(state: Tree, mesh: Mesh, n_kv_head: int) -> Tree:
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
-  """Returns the sharding of the token arrays [B, T] of a batch: see `BATCH_RULE`."""
+  """Returns the sharding of the arrays [B, T, ...] of a batch: see `BATCH_RULE`."""
   return NamedSharding(mesh, fit_spec(BATCH_RULE, (batch_size, 1), mesh.shape))
 
 
@@ -297,25 +298,25 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> d
   """Puts a batch on the devices of a mesh.
 
   Args:
-    batch: name -> array, either of the global batch [B, T] or of this process's share of it
-      [B/n, T]: see `process_share`.
+    batch: name -> array, either of the global batch [B, T, ...] or of this process's share of it
+      [B/n, T, ...]: see `process_share`.
     mesh: the devices.
     batch_size: B of the global batch.
 
   Returns:
-    name -> global array [B, T].
+    name -> global array [B, T, ...].
   """
   sharding = batch_sharding(mesh, batch_size)
-  chex.assert_rank(list(batch.values()), 2)
+  chex.assert_rank(list(batch.values()), {2, 3})
 
   def put(x: np.ndarray) -> Array:
     first = 0 if len(x) == batch_size else process_share(mesh, batch_size)[0] * len(x)
 
     def device_shard(index: tuple[slice, ...]) -> np.ndarray:
-      elements, columns = index
+      elements, *rest = index
       stop = batch_size if elements.stop is None else elements.stop
-      return x[(elements.start or 0) - first : stop - first, columns]
+      return x[(elements.start or 0) - first : stop - first, *rest]
 
-    return jax.make_array_from_callback((batch_size, x.shape[1]), sharding, device_shard)
+    return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, device_shard)
 
   return {name: put(np.asarray(x)) for name, x in batch.items()}

@@ -87,8 +87,8 @@ def training_loss(
     params: parameters of the model.
     config: its configuration.
     rng: key for dropout; may be None if all dropout rates are 0.
-    batch: `inputs` and `targets` [B, T] integers; optionally `doc_ids` [B, T] integers, negative
-      for padding, and `loss_mask` [B, T] weights.
+    batch: `inputs` and `targets` [B, T] integers (with `no_emb`, `inputs` are features [B, T, D]);
+      optionally `doc_ids` [B, T] integers, negative for padding, and `loss_mask` [B, T] weights.
     state: the model's state before this window; it gets no gradient.
     sequence_rng: key for the masks that all windows of a sequence share: see `Transformer`.
     with_metrics: also compute the metrics of the quantizers.
@@ -100,10 +100,11 @@ def training_loss(
     ValueError: `inputs`, `targets`, a mask or the state have a wrong shape.
     TypeError: they have a wrong dtype.
   """
+  inputs = ("BTD", jnp.floating) if config.no_emb else ("BT", jnp.integer)
   checks.check_arrays(
     "training_loss",
-    chex.Dimensions(),
-    inputs=(batch["inputs"], "BT", jnp.integer),
+    chex.Dimensions(D=config.d_model),
+    inputs=(batch["inputs"], *inputs),
     targets=(batch["targets"], "BT", jnp.integer),
   )
   out = transformer.make_transformer(config).apply(

@@ -32,8 +32,8 @@ def first_non_finite(
 ) -> str | None:
   """Finds the first tensor of a training step that has a non-finite value.
 
-  Checks, in this order, the parameters, the state, the output of each module in the order of
-  computation, the losses and the gradients. The forward pass runs without compilation.
+  Checks, in this order, the parameters, the state, the inputs, the output of each module in the
+  order of computation, the losses and the gradients. The forward pass runs without compilation.
 
   Args:
     params: parameters of the model.
@@ -62,6 +62,8 @@ def first_non_finite(
   for path, value in jax.tree_util.tree_leaves_with_path(state):
     if count := _count_non_finite(value):
       return f"state{jax.tree_util.keystr(path)}: {count}"
+  if count := _count_non_finite(batch["inputs"]):  # features; tokens are integers
+    return f"batch['inputs']: {count}"
   watch = _OutputWatch()
   # Without compilation and remat, modules return concrete values that can be inspected.
   eager_config = config.replace(remat="none")

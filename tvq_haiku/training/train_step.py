@@ -77,7 +77,7 @@ def init_train_state(
   def initialize(rng: Array, params: Params | None) -> TrainState:
     if params is None:
       params = transformer.make_transformer(config).init(
-        rng, jnp.zeros((1, 1), jnp.int32), transformer.initial_state(config, 1)
+        rng, transformer.zero_inputs(config), transformer.initial_state(config, 1)
       )
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -159,7 +159,8 @@ class TrainStep:
       train_state: from `init_train_state` with the same mesh, or from the previous step. It is
         donated: use the returned one afterwards.
       batch: name -> [B, T] array of the global batch, with B = global_batch_size and
-        T = sequence_len; with a mesh, numpy arrays or the result of `sharding.put_batch`.
+        T = sequence_len (`inputs` are [B, T, D] with `no_emb`); with a mesh, numpy arrays or the
+        result of `sharding.put_batch`.
       rng: key for dropout. The index of the update is folded in, so all steps may use the same key.
 
     Returns:
@@ -173,7 +174,8 @@ class TrainStep:
       ValueError, TypeError: the batch has wrong names, shapes or dtypes.
     """
     shape = (self._train_cfg.global_batch_size, self._train_cfg.sequence_len)
-    checks.check_batch(batch, shape, self._config.n_vocab)
+    n_feature = self._config.d_model if self._config.no_emb else None
+    checks.check_batch(batch, shape, self._config.n_vocab, n_feature=n_feature)
     return self._compiled(train_state, batch, rng)
 
   def lower(self, train_state: TrainState, batch: Batch, rng: Array) -> jax.stages.Lowered:
@@ -258,9 +260,14 @@ def _step_rngs(rng: Array, train_state: TrainState) -> _Rngs:
 
 
 def _split_windows(batch: Batch, n: int) -> dict[str, Array]:
-  """Splits sequences into n windows: [B, T] -> [n, B, T/n]."""
-  chex.assert_rank(list(batch.values()), 2)
-  return jax.tree.map(lambda x: x.reshape(x.shape[0], n, -1).swapaxes(0, 1), dict(batch))
+  """Splits sequences into n windows: [B, T, ...] -> [n, B, T/n, ...]."""
+  chex.assert_equal_shape_prefix(list(batch.values()), 2)
+
+  def split(x: Array) -> Array:
+    B, T, *width = x.shape
+    return x.reshape(B, n, T // n, *width).swapaxes(0, 1)
+
+  return jax.tree.map(split, dict(batch))
 
 
 def _update(

@@ -105,7 +105,10 @@ def check_tokens(tokens: Array, n_vocab: int) -> None:
   """
   _check_is_array("tokens", tokens)
   if len(tokens.shape) != 2 or 0 in tokens.shape:
-    raise ValueError(f"tokens must be [B, T] with B, T >= 1, got shape {tokens.shape}.")
+    hint = ""
+    if len(tokens.shape) == 3 and jnp.issubdtype(tokens.dtype, jnp.floating):
+      hint = " Features [B, T, D] need no_emb=True."
+    raise ValueError(f"tokens must be [B, T] with B, T >= 1, got shape {tokens.shape}.{hint}")
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise TypeError(f"tokens must be integers, got {tokens.dtype}.")
   if isinstance(tokens, jax.core.Tracer) or not _is_on_host(tokens):
@@ -121,18 +124,41 @@ def check_tokens(tokens: Array, n_vocab: int) -> None:
     raise ValueError(f"tokens must lie in [0, {n_vocab}), got {lowest}...{highest}.")
 
 
+def check_features(name: str, features: Array, width: int) -> None:
+  """Checks the inputs of a model that reads features instead of tokens.
+
+  Args:
+    name: name of the argument.
+    features: [B, T, D] floating.
+    width: D.
+
+  Raises:
+    ValueError: `features` has a wrong shape.
+    TypeError: `features` is not an array of floating-point numbers.
+  """
+  _check_is_array(name, features)
+  shape = features.shape
+  if len(shape) != 3 or shape[2] != width or 0 in shape:
+    raise ValueError(
+      f"{name} must be features [B, T, D={width}] with B, T >= 1, because no_emb=True; got shape "
+      f"{shape}."
+    )
+  if not jnp.issubdtype(features.dtype, jnp.floating):
+    raise TypeError(f"{name} must be floating, because no_emb=True; got {features.dtype}.")
+
+
 def _is_on_host(x: Array) -> bool:
   """Returns whether the values need not be copied from an accelerator."""
   return not isinstance(x, jax.Array) or all(d.platform == "cpu" for d in x.devices())
 
 
-def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
+def check_mask(name: str, mask: Array | None, shape: tuple[int, int]) -> None:
   """Checks an array that has one value per token.
 
   Args:
     name: name of the argument, `doc_ids` or `loss_mask`.
     mask: [B, T], or None.
-    tokens: [B, T].
+    shape: (B, T).
 
   Raises:
     ValueError: the mask has a wrong shape.
@@ -141,21 +167,24 @@ def check_mask(name: str, mask: Array | None, tokens: Array) -> None:
   if mask is None:
     return
   _check_is_array(name, mask)
-  if jnp.shape(mask) != tokens.shape:
+  if jnp.shape(mask) != shape:
     raise ValueError(
-      f"{name} must have the shape of tokens, {tokens.shape}, got {jnp.shape(mask)}."
+      f"{name} must have the shape [B, T] of the inputs, {shape}, got {jnp.shape(mask)}."
     )
   if name == "doc_ids" and not jnp.issubdtype(jnp.result_type(mask), jnp.signedinteger):
     raise TypeError(f"{name} must be signed integers, got {jnp.result_type(mask)}.")
 
 
-def check_batch(batch: Mapping[str, Array], shape: tuple[int, int], n_vocab: int) -> None:
-  """Checks a batch of token ids and masks.
+def check_batch(
+  batch: Mapping[str, Array], shape: tuple[int, int], n_vocab: int, *, n_feature: int | None = None
+) -> None:
+  """Checks a batch of inputs, targets and masks.
 
   Args:
     batch: "inputs" and "targets" and, optionally, "doc_ids" and "loss_mask".
     shape: (B, T).
     n_vocab: X.
+    n_feature: D, if the inputs are features [B, T, D]. None: they are tokens [B, T].
 
   Raises:
     ValueError, TypeError: a key is missing or unknown, or its array has a wrong shape or dtype; the
@@ -169,9 +198,11 @@ def check_batch(batch: Mapping[str, Array], shape: tuple[int, int], n_vocab: int
     raise ValueError(f"batch has unknown keys {unknown}.")
   for key, value in batch.items():
     _check_is_array(f"batch[{key!r}]", value)
-    if value.shape != shape:
+    if value.shape[:2] != shape or (key != "inputs" and value.shape != shape):
       raise ValueError(f"batch[{key!r}] must have shape {shape} [B, T], got {value.shape}.")
-    if key in ("inputs", "targets"):
+    if key == "inputs" and n_feature is not None:
+      check_features("batch['inputs']", value, n_feature)
+    elif key in ("inputs", "targets"):
       try:
         check_tokens(value, n_vocab)
       except (TypeError, ValueError) as error:

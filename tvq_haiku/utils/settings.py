@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import textwrap
+import types
 import typing
 from typing import Any, Self
 
@@ -79,17 +80,18 @@ class Settings:
     """Checks every field against its annotation; an int is accepted where a float is declared."""
     for name, hint in typing.get_type_hints(type(self)).items():
       value = getattr(self, name)
-      if type(None) in typing.get_args(hint):
-        if value is None:
-          continue
-        hint = typing.get_args(hint)[0]
+      hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+      if value is None and types.NoneType in hints:
+        continue
+      kinds = tuple(typing.get_origin(x) or x for x in hints if x is not types.NoneType)
       is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-      if hint is float:
+      if kinds == (float,):
         self._require(is_number and math.isfinite(value), name, "must be a finite number")
-      elif hint is int:
+      elif kinds == (int,):
         self._require(is_number and isinstance(value, int), name, "must be an integer")
       else:
-        self._require(isinstance(value, hint), name, f"must be a {hint.__name__}")
+        expected = " or a ".join(kind.__name__ for kind in kinds)
+        self._require(isinstance(value, kinds), name, f"must be a {expected}")
 
   def _check_minimum(self, minimum: int, names: str) -> None:
     """Checks that each of the fields `names` is None or at least `minimum`."""
