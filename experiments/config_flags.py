@@ -25,12 +25,18 @@ class _FieldParser(flags.ArgumentParser):
       typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     )
     self._is_optional = types.NoneType in kinds
+    self._may_be_pair = any(typing.get_origin(kind) is tuple for kind in kinds)
     self._kind = kinds[0]
 
   def parse(self, argument: str) -> Any:
-    """Returns the value of `argument`; "none" means None if the field may be None."""
+    """Returns the value of `argument`.
+
+    "none" means None if the field may be None, and "a,b" means ("a", "b") if it may be a pair.
+    """
     if self._is_optional and argument.lower() == "none":
       return None
+    if self._may_be_pair and "," in argument:
+      return tuple(argument.split(","))
     if self._kind is bool:
       if argument.lower() not in ("true", "false"):
         raise ValueError("must be true or false")
