@@ -112,7 +112,7 @@ def open_source(setup: RunSetup) -> base.Source:
   return setup.spec.source(setup.flags.data_dir)
 
 
-def train_vocabulary(setup: RunSetup, source: base.Source, n_vocab: int) -> pathlib.Path:
+def train_vocabulary(setup: RunSetup, source: base.SampledSource, n_vocab: int) -> pathlib.Path:
   """Trains a SentencePiece vocabulary on the training split and returns its file.
 
   Args:

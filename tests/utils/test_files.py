@@ -111,6 +111,9 @@ class TestManifest:
     (directory / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="Expecting"):
       files.check_manifest(directory, "manifest.json")
+    (directory / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: it is not a JSON object\."):
+      files.check_manifest(directory, "manifest.json")
     (directory / "manifest.json").unlink()
     files.check_manifest(directory, "manifest.json")
 

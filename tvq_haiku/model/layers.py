@@ -81,6 +81,7 @@ def mixed_precision(policy: jmp.Policy) -> Iterator[None]:
 
 def rms_normalize(x: Array) -> Array:
   """Computes x / sqrt(mean x^2 + eps) over the last axis, in float32."""
+  chex.assert_type(x, float)
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + _NORM_EPS)
 
@@ -108,6 +109,7 @@ class MLP(hk.Module):
 
   def __call__(self, x: Array) -> Array:
     """Returns the output of the branch, without the residual: [..., D] -> [..., D]."""
+    chex.assert_type(x, float)
     normed = RMSNorm(name="norm")(x)
     hidden = Projection(self._width, columns=("model",), name="up")(normed)
     return Projection(x.shape[-1], rows="model", name="down")(jax.nn.relu(hidden) ** 2)
@@ -232,6 +234,7 @@ def dropout(rng: Array | None, rate: float, x: Array, *, per_example: bool = Fal
   Returns:
     An array like `x`.
   """
+  chex.assert_type(x, float)
   if rate == 0.0:
     return x
   shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_example else x.shape

@@ -64,6 +64,9 @@ def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   >>> softmax_mix([jnp.zeros((1, 2))], [jnp.array([[1.0], [2.0]])]).tolist()
   [[1.5]]
   """
+  chex.assert_equal_shape_prefix(scores, scores[0].ndim - 1)
+  for x, v in zip(scores, values, strict=True):
+    chex.assert_axis_dimension(x, -1, v.shape[-2])
   n_batch = values[0].ndim - 2
   # With all rows on one axis XLA keeps the weights in one layout. With several, it copied them: a
   # training step of two layers and 2,048 tokens needed 281 MB of temporary memory, not 245 MB.

@@ -97,8 +97,11 @@ def check_manifest(directory: pathlib.Path, name: str) -> None:
   """
   if not (directory / name).exists():
     return
+  manifest = json.loads((directory / name).read_text())
+  if not isinstance(manifest, dict):
+    raise ValueError(f"{name} is damaged: it is not a JSON object.")
   found = _sizes_and_checksums(directory, name)
-  for file, expected in json.loads((directory / name).read_text()).items():
+  for file, expected in manifest.items():
     if file not in found:
       raise ValueError(f"{file} is missing.")
     if found[file] != expected:

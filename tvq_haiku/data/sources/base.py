@@ -44,6 +44,13 @@ class Source(Protocol):
     """Yields the documents of the split in order, each as one or more chunks."""
 
 
+class SampledSource(Source, Protocol):
+  """A dataset of text on which a vocabulary can be trained."""
+
+  def sample(self, n_byte: int, *, seed: int) -> Iterator[str]:
+    """Yields non-empty lines of the training split in random order, at most `n_byte` bytes."""
+
+
 def lines(chunks: Iterator[Chunk], n_byte: int) -> Iterator[str]:
   r"""Yields the non-empty lines of the first `n_byte` bytes of `chunks`, without line breaks.
 
