@@ -55,6 +55,12 @@ def random_tokens(config, batch_size, length, seed=0):
   return np.random.default_rng(seed).integers(0, config.n_vocab, shape).astype(np.int32)
 
 
+def random_features(config, batch_size, length, seed=0):
+  """Samples features [B, T, D] f32, the inputs of a model with `no_emb`."""
+  shape = (batch_size, length, config.d_model)
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 def assert_trees_close(actual, expected, atol=2e-5, rtol=1e-5):
   """Compares two trees of arrays within tolerances."""
   jax.tree.map(
@@ -85,6 +91,8 @@ VARIANTS = {
   "grouped": dict(head_type="mha", n_head=4, n_kv_head=2, d_v=4, reduction="scan"),
   "full": dict(attn_type="full", mem_len=64),
   "full mha": dict(attn_type="full", head_type="mha", n_head=2, d_v=8, mem_len=5, block_len=4),
+  "hybrid": dict(attn_type=("vq", "full"), mem_len=5, full_len=24),
+  "window hybrid": dict(attn_type=("window", "vq"), mem_len=5, n_head=2, d_v=8),
 }
 
 

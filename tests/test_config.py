@@ -37,6 +37,21 @@ from tvq_haiku import config as config_lib
     (dict(e_scale=float("inf")), "e_scale=inf: must be a finite number"),
     (dict(head_type="gqa"), "head_type='gqa': must be one of"),
     (dict(attn_type="linear"), "attn_type='linear': must be one of"),
+    (dict(attn_type=3), "attn_type=3: must be a str or a tuple"),
+    (dict(attn_type=("vq", "x")), r"attn_type=\('vq', 'x'\): must be one of .*, or a pair"),
+    (dict(attn_type=("vq", 3)), r"attn_type=\('vq', 3\): must be one of .*, or a pair"),
+    (dict(attn_type=("vq", "full", "vq")), "must be one of .*, or a pair of these"),
+    (dict(attn_type=()), "must be one of .*, or a pair of these"),
+    (
+      dict(attn_type=("vq", "full"), head_type="mha"),
+      r"attn_type=\('vq', 'full'\), head_type='mha': a pair needs head_type='shga'",
+    ),
+    (
+      dict(attn_type=("vq", "window"), causal=False),
+      r"attn_type=\('vq', 'window'\), causal=False: 'window' needs causal=True",
+    ),
+    (dict(full_len=0), "full_len=0: must be at least 1"),
+    (dict(no_emb=1), "no_emb=1: must be a bool"),
     (dict(reduction="loop"), "reduction='loop': must be one of"),
     (dict(remat="all"), "remat='all': must be one of"),
     (
@@ -94,6 +109,30 @@ def test_configs_are_frozen_and_round_trip_through_json():
   assert tvq.TransformerConfig.pg19(d_model=64).d_model == 64
   with pytest.raises(ValueError, match="d_k=0"):
     tvq.TransformerConfig.tiny().replace(d_k=0)
+
+
+def test_a_pair_of_attention_types_is_kept_in_json_and_equal_types_are_one():
+  config = tvq.TransformerConfig.tiny(attn_type=("vq", "full"), full_len=64)
+  assert config == tvq.TransformerConfig.tiny(attn_type=["vq", "full"], full_len=64)
+  again = tvq.TransformerConfig.from_json(config.to_json())
+  assert again == config and hash(again) == hash(config) and again.attn_type == ("vq", "full")
+  assert config.replace(attn_type=("full", "full")).attn_type == "full"
+
+
+@pytest.mark.parametrize(
+  "settings, expected",
+  [
+    (dict(), [("vq", 16), ("vq", 16)]),
+    (dict(head_type="mha", full_len=64), [("vq", 16)]),
+    (dict(attn_type="full"), [("full", 16), ("full", 16)]),
+    (dict(attn_type="full", head_type="mqa", full_len=64), [("full", 64)]),
+    (dict(attn_type=("full", "vq"), full_len=64), [("full", 64), ("vq", 16)]),
+    (dict(attn_type=("window", "full"), full_len=64), [("full", 16), ("full", 64)]),
+  ],
+)
+def test_attention_configs_give_type_and_length_of_each_attention(settings, expected):
+  configs = tvq.TransformerConfig.tiny(**settings).attention_configs
+  assert [(config.attn_type, config.mem_len) for config in configs] == expected
 
 
 @pytest.mark.parametrize(

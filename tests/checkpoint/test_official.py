@@ -128,3 +128,18 @@ def test_main_supports_gated_quantized_attention_only(changes):
   config = tvq.TransformerConfig.tiny(**changes)
   with pytest.raises(ValueError, match="head_type='shga' and attn_type='vq' only"):
     tvq.interop.params_to_official(tvq.params_shapes(config), config)
+
+
+@pytest.mark.parametrize("layout", ["main", "optimized"])
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(attn_type=("vq", "full")), r"attn_type='vq'.* only, not .*\('vq', 'full'\)"),
+    (dict(attn_type="window"), "attn_type='vq'.* only, not .*'window'"),
+    (dict(no_emb=True), "no_emb=True: only parameters of models that read tokens"),
+  ],
+)
+def test_models_that_the_papers_code_lacks_are_refused(changes, message, layout):
+  config = tvq.TransformerConfig.tiny(**changes)
+  with pytest.raises(ValueError, match=message):
+    tvq.interop.params_to_official(tvq.params_shapes(config), config, layout=layout)

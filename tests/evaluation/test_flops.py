@@ -80,5 +80,12 @@ def test_full_attention_counts_pairs_that_are_not_masked(causal, mem_len):
   assert flops.forward_multiply_adds(config, T) == expected
 
 
+def test_count_of_a_hybrid_is_the_mean_of_its_parts():
+  hybrid = CONFIG.replace(attn_type=("vq", "full"), full_len=300)
+  parts = [hybrid.replace(attn_type=name) for name in hybrid.attn_type]
+  total = sum(flops.forward_multiply_adds(config, 512) for config in parts)
+  assert 2 * flops.forward_multiply_adds(hybrid, 512) == total
+
+
 def test_training_takes_six_flops_per_multiply_add():
   assert flops.training_flops(CONFIG, 512) == 6 * (flops.forward_multiply_adds(CONFIG, 512) // 512)

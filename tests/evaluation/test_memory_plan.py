@@ -79,6 +79,16 @@ def test_accumulation_and_remat_reduce_activations():
   assert layers == plain // 2 + 2 * 8 * 1024 * CONFIG.d_model * 4
 
 
+def test_a_hybrid_of_features_has_no_embeddings_and_the_states_of_its_parts():
+  config = CONFIG.replace(attn_type=("vq", "full"), full_len=512, no_emb=True)
+  plan = memory_plan.plan_memory(config, TRAIN)
+  shapes = jax.eval_shape(lambda: tvq.initial_state(config, 8))
+  assert shapes.attention_2.memory_keys.shape == (2, 8, 1, 512, 32)
+  assert plan.memory["states"] == memory_plan.tree_bytes(shapes)
+  embeddings, codebook = 256 * 64 + 256, 2 * (64 * 32 + 64)
+  assert plan.memory["parameters"] == 4 * (N_PARAM - embeddings - codebook)
+
+
 def test_sizes_that_do_not_fit_are_rejected():
   with pytest.raises(ValueError, match="global_batch_size=8"):
     memory_plan.plan_memory(CONFIG, TRAIN, {"data": 3})

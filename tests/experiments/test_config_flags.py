@@ -57,6 +57,14 @@ def test_values_have_the_type_of_their_field():
   assert training == {"lr_max": 1e-3, "grad_clip": None}
 
 
+def test_a_comma_separates_the_attention_types_of_a_pair():
+  for argument, value in (("vq,full", ("vq", "full")), ("full", "full")):
+    values = config_flags.explicit_values(
+      tvq.TransformerConfig, parse(f"--config.attn_type={argument}")
+    )
+    assert values == {"attn_type": value}
+
+
 def test_precision_has_a_short_flag():
   values = config_flags.explicit_values(tvq.TransformerConfig, parse("--precision=bfloat16"))
   assert values == {"precision": "bfloat16"}

@@ -322,6 +322,8 @@ def parameter_names():
     "tied": tiny(n_layer=2, **VARIANTS["absolute"]),
     "mqa": tiny(n_layer=2, **VARIANTS["mqa"]),
     "full": tiny(n_layer=2, **VARIANTS["full"]),
+    "hybrid": tiny(n_layer=2, **VARIANTS["hybrid"]),
+    "tied features": tiny(n_layer=2, **VARIANTS["absolute"], no_emb=True),
   }
   return {
     key: {

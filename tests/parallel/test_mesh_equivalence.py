@@ -49,7 +49,7 @@ def batches(config, n=3, train_cfg=TRAIN):
     docs = np.sort(rng.integers(0, 3, shape), axis=1).astype(np.int32)
     docs[1, 100:] = docs[3, 30:] = -1
     yield {
-      "inputs": tokens[:, :-1],
+      "inputs": helpers.random_features(config, *shape, seed) if config.no_emb else tokens[:, :-1],
       "targets": tokens[:, 1:],
       "doc_ids": docs,
       "loss_mask": np.ones(shape, np.int32),
@@ -138,6 +138,11 @@ def test_full_attention_on_a_mesh_equals_one_device():
   helpers.assert_trees_close(
     gradients_on("data:4,model:2", config), gradients_on_one_device(config)
   )
+
+
+def test_training_a_hybrid_on_features_on_a_mesh_equals_one_device():
+  config = CONFIG.replace(attn_type=("vq", "full"), full_len=40, no_emb=True, e_tie=True)
+  assert_equal_runs(train_on("data:2,model:2", config), train_on(None, config))
 
 
 def test_adafactor_on_a_mesh_equals_one_device():

@@ -16,6 +16,7 @@ class Example(settings.Settings):
   rate: float = settings.setting(0.5, "Rate, at least 0.")
   size: int | None = settings.setting(None, "Size, at least 1. None: no size.")
   mode: str = settings.setting("a", "'a' or 'b'.")
+  names: str | tuple[str, str] = settings.setting("x", "One name or two.")
 
   def __post_init__(self):
     self._check_types()
@@ -36,6 +37,7 @@ class Example(settings.Settings):
     (dict(size=2.0), "size=2.0: must be an integer"),
     (dict(size=0), "size=0: must be at least 1"),
     (dict(mode="c"), r"mode='c': must be one of \('a', 'b'\)"),
+    (dict(names=3), "names=3: must be a str or a tuple"),
     (dict(mode="b", size=2), "mode='b', size=2: 'b' has no size"),
   ],
 )
@@ -67,6 +69,6 @@ def test_copies_and_values_from_json_are_validated():
 
 def test_help_texts_are_appended_to_the_docstring():
   texts = settings.field_help(Example)
-  assert list(texts) == ["name", "rate", "size", "mode"]
+  assert list(texts) == ["name", "rate", "size", "mode", "names"]
   assert texts["rate"] == "Rate, at least 0."
   assert "  Args:\n    name: Name of the example.\n    rate: Rate, at least 0." in Example.__doc__
