@@ -14,6 +14,7 @@ from absl import app, flags
 
 from experiments import quiet
 from tvq_haiku.parallel import multihost
+from tvq_haiku.run import stop_signals
 
 EXIT_BAD_INPUT = 1
 EXIT_BAD_FLAGS = 2
@@ -27,7 +28,8 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
   - wrong input (a file, a size, a checkpoint, a missing package), a full disk, too little memory,
     or the failure of another process of the same run: exit status 1.
   Other errors are bugs and are shown with their traceback. Ctrl-C ends with one line and status
-  130. If the reader of standard output closes it, the command ends silently with status 141.
+  130, also while a program is compiled. If the reader of standard output closes it, the command
+  ends silently with status 141.
 
   Args:
     name: name of the command.
@@ -72,11 +74,13 @@ def _run(name: str, main: Callable[..., None], argument: str | None, argv: Seque
     _fail(name, f"{argument} is missing; see --help.", EXIT_BAD_FLAGS)
   if not flags.FLAGS["verbosity"].present:
     quiet.hide_checkpoint_messages()
+  interruption = stop_signals.Interruption(f"{name}: interrupted.")
   try:
-    main(*argv[1:])
-    sys.stdout.flush()
+    with interruption.watch():
+      main(*argv[1:])
+      sys.stdout.flush()
   except KeyboardInterrupt:
-    print(f"{name}: interrupted.", file=sys.stderr, flush=True)
+    interruption.announce()
     # Exits without cleaning up: threads that still compile may crash during a normal exit.
     os._exit(128 + signal.SIGINT)
   except BrokenPipeError:

@@ -48,9 +48,11 @@ def _passes_through_orbax(traceback: types.TracebackType | None) -> bool:
 
 
 def _show_unraisable_error(args: sys.UnraisableHookArgs) -> None:
-  """Reports an exception that cannot be raised, unless it comes from a failed write of orbax.
+  """Reports an exception that cannot be raised, unless it is expected.
 
-  When one write fails, orbax closes its event loop while other writes are still in progress.
+  When one write fails, orbax closes its event loop while other writes are still in progress. A
+  `KeyboardInterrupt` ends the command in any case: see `launcher`.
   """
-  if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == _CLOSED_LOOP):
+  is_closed_loop = isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == _CLOSED_LOOP
+  if not is_closed_loop and not issubclass(args.exc_type, KeyboardInterrupt):
     sys.__unraisablehook__(args)

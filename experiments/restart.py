@@ -1,12 +1,13 @@
-"""Restarts a command with memory settings that only take effect when a process starts.
+"""Prepares the process of a command: the reaction to Ctrl-C, and memory settings.
 
 This module imports nothing but the standard library: a command calls it before it imports JAX, so
-that JAX is imported once and not twice.
+that JAX is imported once and not twice, and Ctrl-C ends the imports without a traceback.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 # The temporary arrays of a training step take hundreds of megabytes. By default, malloc returns
@@ -16,19 +17,41 @@ _MALLOC_SETTINGS = ("hugetlb=1", "mmap_max=0", "arena_max=1", f"trim_threshold={
 
 
 def restart_with_malloc_settings() -> None:
-  """Replaces this process by the same command with `GLIBC_TUNABLES` set.
+  """Makes Ctrl-C end this process with one line, and restarts it with `GLIBC_TUNABLES` set.
 
-  The process id, the arguments, the other environment variables and the open files stay the same,
-  so the caller sees the same standard input, standard output and exit status. The restarted program
-  finds the variable set and therefore does not restart again.
+  The restart replaces the process by the same command. The process id, the arguments, the other
+  environment variables and the open files stay the same, so the caller sees the same standard
+  input, standard output and exit status. The restarted program finds the variable set and therefore
+  does not restart again. A Ctrl-C during the restart takes effect after it.
 
-  Does nothing on systems other than Linux, if the caller has set `GLIBC_TUNABLES`, and in
-  processes that were not started by `python -m experiments.NAME`, such as tests.
+  Does not restart on systems other than Linux, or if the caller has set `GLIBC_TUNABLES`. Does
+  nothing in processes that were not started by `python -m experiments.NAME`, such as tests.
   """
   spec = sys.modules["__main__"].__spec__  # None unless Python was started with -m
-  is_command = spec is not None and spec.name.startswith("experiments.")
-  if sys.platform != "linux" or not is_command or "GLIBC_TUNABLES" in os.environ:
+  if spec is None or not spec.name.startswith("experiments."):
+    return
+  _end_on_interrupt(spec.name.rpartition(".")[2])
+  if sys.platform != "linux":
+    return
+  if "GLIBC_TUNABLES" in os.environ:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked before the restart
     return
   settings = ":".join(f"glibc.malloc.{setting}" for setting in _MALLOC_SETTINGS)
   os.environ["GLIBC_TUNABLES"] = settings
+  signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   os.execv(sys.executable, sys.orig_argv)
+
+
+def _end_on_interrupt(name: str) -> None:
+  """Makes Ctrl-C end the process with the line that `launcher` prints, too, and its exit status.
+
+  Args:
+    name: name of the command.
+  """
+
+  def end(number: int, frame: object) -> None:
+    del frame
+    os.write(2, f"{name}: interrupted.\n".encode())
+    os._exit(128 + number)
+
+  signal.signal(signal.SIGINT, end)

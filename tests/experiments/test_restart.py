@@ -1,8 +1,9 @@
-"""The restart with malloc settings: commands restart once, with the same arguments."""
+"""The first moments of a command: it restarts once, and Ctrl-C ends it with one line."""
 
 import importlib.machinery
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -31,6 +32,8 @@ def restarts(monkeypatch):
   """Makes this process look like a command; returns a list that records calls of `os.execv`."""
   calls = []
   monkeypatch.setattr(os, "execv", lambda *arguments: calls.append(arguments))
+  monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+  monkeypatch.setattr(signal, "pthread_sigmask", lambda *arguments: None)
   monkeypatch.setattr(sys, "platform", "linux")
   monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
   set_main_module(monkeypatch, "experiments.text")
@@ -82,10 +85,18 @@ def test_importing_does_not_restart(workspace):
   assert run(f'python -c "{script}"', workspace, env=environment) == (0, "False\n", "")
 
 
+def run_with_sitecustomize(code, command, workspace, directory):
+  """Runs a command that first imports `code`, as Python does with a module `sitecustomize`."""
+  (directory / "sitecustomize.py").write_text(code)
+  environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+  path = os.pathsep.join([str(directory), *environment.get("PYTHONPATH", "").split(os.pathsep)])
+  return run(command, workspace, env=environment | {"PYTHONPATH": path})
+
+
 def test_launched_command_runs_with_the_settings_and_starts_twice(workspace, tmp_path):
-  """Uses a `sitecustomize` module, which Python imports first, to log every start and restart."""
+  """Uses a `sitecustomize` module to log every start and restart."""
   log = tmp_path / "log"
-  (tmp_path / "sitecustomize.py").write_text(
+  code = (
     "import json, os, sys\n"
     "def write(event):\n"
     "  entry = [event, os.getpid(), os.environ.get('GLIBC_TUNABLES'), sys.orig_argv]\n"
@@ -98,10 +109,8 @@ def test_launched_command_runs_with_the_settings_and_starts_twice(workspace, tmp
     "  execv(*arguments)\n"
     "os.execv = logged\n"
   )
-  environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-  path = os.pathsep.join([str(tmp_path), *environment.get("PYTHONPATH", "").split(os.pathsep)])
   command = "python -m experiments.evaluate --checkpoint=nowhere '--file=README.md'"
-  status, out, err = run(command, workspace, env=environment | {"PYTHONPATH": path})
+  status, out, err = run_with_sitecustomize(code, command, workspace, tmp_path)
   assert (status, out) == (1, "") and "nowhere holds no checkpoint" in err, err
   first, restarted, second = (json.loads(line) for line in log.read_text().splitlines())
   assert [entry[0] for entry in (first, restarted, second)] == ["start", "restart", "start"]
@@ -113,6 +122,31 @@ def test_launched_command_runs_with_the_settings_and_starts_twice(workspace, tmp
     "--checkpoint=nowhere",
     "--file=README.md",
   ]
+
+
+@pytest.mark.parametrize(
+  "condition",
+  ["'GLIBC_TUNABLES' in os.environ", "name == 'jax'"],
+  ids=["during the restart", "while jax is imported"],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="commands restart on Linux only")
+def test_interrupt_in_the_first_second_ends_with_one_line(workspace, tmp_path, condition):
+  """A `sitecustomize` module sends SIGINT at the first import for which the condition is true."""
+  code = (
+    "import os, signal, sys\n"
+    "class Interrupt:\n"
+    "  def find_spec(self, name, path=None, target=None):\n"
+    f"    if {condition}:\n"
+    "      sys.meta_path.remove(self)\n"
+    "      os.kill(os.getpid(), signal.SIGINT)\n"
+    "sys.meta_path.insert(0, Interrupt())\n"
+  )
+  command = "python -m experiments.text --command=info"
+  assert run_with_sitecustomize(code, command, workspace, tmp_path) == (
+    128 + signal.SIGINT,
+    "",
+    "text: interrupted.\n",
+  )
 
 
 @pytest.mark.parametrize("path", COMMANDS)

@@ -25,6 +25,11 @@ from tvq_haiku.training import train_step as train_step_lib
 from tvq_haiku.types import Batch, Params, StopRequest
 from tvq_haiku.utils import files, progress
 
+_STOP_NOTE = (
+  "finishing this batch and saving; a second Ctrl-C ends at once, without the updates since the "
+  "last checkpoint"
+)
+
 # Takes parameters and a stop request. Returns the metrics of the validation split, with `loss_lm`
 # in nats per token, or None if the validation was stopped.
 Validate = Callable[[Params, StopRequest], Mapping[str, float] | None]
@@ -133,7 +138,7 @@ def fit(
     device_put = functools.partial(sharding.put_batch, mesh=mesh, batch_size=batch_size)
   first_update = checkpoint.data_step * train_cfg.updates_per_step
   with (
-    stop_signals.stop_on_signals() as stop_request,
+    stop_signals.stop_on_signals(_STOP_NOTE) as stop_request,
     checkpoint_writer.CheckpointWriter(
       workdir, config, train_cfg, max_to_keep=options.max_to_keep
     ) as writer,
