@@ -1,5 +1,6 @@
 """Loading checkpoints: round trips, missing files and damaged files."""
 
+import json
 import re
 import shutil
 
@@ -45,6 +46,39 @@ def test_round_trip(saved):
     assert_same(loaded.train_state, expected.train_state)
     assert jax.tree.structure(loaded.train_state) == jax.tree.structure(expected.train_state)
     assert_same(jax.random.key_data(loaded.rng), jax.random.key_data(expected.rng))
+
+
+@pytest.mark.parametrize(
+  "saved_impl, is_recorded, default_impl",
+  [
+    ("threefry2x32", True, "rbg"),
+    ("threefry2x32", False, "rbg"),
+    ("rbg", True, "threefry2x32"),
+    ("rbg", False, "threefry2x32"),
+    ("unsafe_rbg", True, "rbg"),
+  ],
+)
+def test_random_keys_may_be_of_another_kind_than_the_default(
+  tmp_path, saved_impl, is_recorded, default_impl
+):
+  """Earlier versions did not record the kind."""
+  rng = jax.random.key(5, impl=saved_impl)
+  tvq.save_checkpoint(tmp_path, helpers.make_checkpoint(10)._replace(rng=rng))
+  if not is_recorded:
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("rng_impl") == saved_impl
+    (tmp_path / "config.json").write_text(json.dumps(config))
+  with jax.default_prng_impl(default_impl):
+    loaded = tvq.load_checkpoint(tmp_path)
+  assert jax.random.key_impl(loaded.rng) == saved_impl
+  assert_same(jax.random.key_data(loaded.rng), jax.random.key_data(rng))
+
+
+def test_unknown_kind_of_random_keys_is_named(run):
+  config = run / "config.json"
+  config.write_text(config.read_text().replace('"threefry2x32"', '"fourfish"'))
+  with pytest.raises(tvq.CheckpointError, match=r"checkpoints/12 is damaged .*fourfish"):
+    tvq.load_checkpoint(run, step=12)
 
 
 def test_bfloat16_momentum_round_trip(tmp_path):

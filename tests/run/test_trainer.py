@@ -60,17 +60,29 @@ def losses_in_turn(losses):
 
 
 def test_stopped_and_resumed_run_equals_an_uninterrupted_one(uninterrupted, tmp_path, monkeypatch):
-  """The states are equal bit for bit."""
+  """The states are equal bit for bit, even if the default kind of random keys has changed."""
   for i, number in enumerate((signal.SIGINT, signal.SIGTERM)):
     with monkeypatch.context() as patch:
       call_before_step(patch, 2, lambda: os.kill(os.getpid(), number))
       stopped = trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path)
     assert int(stopped.train_state.step) == 4 * (i + 1)  # the step during the signal is completed
     assert run_directory.saved_steps(tmp_path)[-1] == 4 * (i + 1)
-  resumed = trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path)
+  with jax.default_prng_impl("rbg"):
+    resumed = trainer.fit(CONFIG, TRAIN, make_batches(), tmp_path)
   assert resumed.data_step == uninterrupted[1].data_step == 6
   assert_same(resumed.train_state, uninterrupted[1].train_state)
   assert_same(tvq.load_checkpoint(tmp_path).train_state, uninterrupted[1].train_state)
+
+
+def test_resumed_run_keeps_its_kind_of_random_keys(tmp_path):
+  with jax.default_prng_impl("rbg"):
+    started = trainer.resume_or_initialize(CONFIG, TRAIN, tmp_path, seed=3)
+  tvq.save_checkpoint(tmp_path, started)
+  resumed = trainer.resume_or_initialize(CONFIG, TRAIN, tmp_path, seed=3)
+  assert jax.random.key_impl(resumed.rng) == "rbg"
+  assert_same(jax.random.key_data(resumed.rng), jax.random.key_data(started.rng))
+  with pytest.raises(tvq.CheckpointError, match="different seed than 4"):
+    trainer.resume_or_initialize(CONFIG, TRAIN, tmp_path, seed=4)
 
 
 def test_resuming_is_logged(tmp_path, capsys, monkeypatch):

@@ -11,6 +11,8 @@ import threading
 from types import TracebackType
 from typing import Self
 
+import jax
+
 from tvq_haiku.checkpoint import checkpoints, run_directory
 from tvq_haiku.checkpoint.run_directory import CheckpointError
 from tvq_haiku.config import TrainConfig, TransformerConfig
@@ -35,6 +37,7 @@ class CheckpointWriter:
     config: TransformerConfig,
     train_cfg: TrainConfig,
     *,
+    rng_impl: str | None = None,
     max_to_keep: int = 2,
   ):
     """Creates the directory, or checks that it belongs to a run with these configurations.
@@ -43,6 +46,8 @@ class CheckpointWriter:
       directory: directory of the run.
       config: model configuration.
       train_cfg: training configuration.
+      rng_impl: kind of the random keys of a new run, from `jax.random.key_impl`; None: it is not
+        recorded, and checkpoints are loaded with the standard kind whose keys have the same size.
       max_to_keep: number of most recent checkpoints to keep; older ones are removed.
 
     Raises:
@@ -55,7 +60,7 @@ class CheckpointWriter:
       if multihost.is_main_process():
         run_directory.extend(self._path, train_cfg)
     elif multihost.is_main_process():
-      run_directory.write_config(self._path, config, train_cfg)
+      run_directory.write_config(self._path, config, train_cfg, rng_impl=rng_impl)
     multihost.barrier("writer")
     self._pending: int | None = None  # updates of the checkpoint that is being written
     self._error: Exception | None = None  # why the pending checkpoint failed
@@ -170,7 +175,11 @@ def save_checkpoint(
   """
   transformer.check_params(checkpoint.train_state.params, checkpoint.config)
   with CheckpointWriter(
-    directory, checkpoint.config, checkpoint.train_cfg, max_to_keep=max_to_keep
+    directory,
+    checkpoint.config,
+    checkpoint.train_cfg,
+    rng_impl=jax.random.key_impl(checkpoint.rng),
+    max_to_keep=max_to_keep,
   ) as writer:
     writer.save(checkpoint)
 

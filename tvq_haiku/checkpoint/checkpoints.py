@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import functools
 import os
 import pathlib
 from types import ModuleType
@@ -51,7 +53,11 @@ def load_checkpoint(
     CheckpointError: there is no such checkpoint, or it is damaged.
   """
   path = pathlib.Path(directory).absolute()
-  abstract = _abstract_checkpoint(*run_directory.load_config(path), mesh)
+  load = functools.partial(
+    _load,
+    abstract=_abstract_checkpoint(*run_directory.load_config(path), mesh),
+    rng_impl=run_directory.load_rng_impl(path),
+  )
   steps = run_directory.saved_steps(path)
   if not steps:
     raise CheckpointError(
@@ -63,20 +69,22 @@ def load_checkpoint(
         f"{path} holds no checkpoint of update {step}; it holds those of updates "
         f"{', '.join(map(str, steps))}."
       )
-    return _load(run_directory.step_directory(path, step), abstract)
-  checkpoint = _load_newest(path, steps, abstract)
+    return load(run_directory.step_directory(path, step))
+  checkpoint = _load_newest(path, steps, load)
   if checkpoint is None:  # a training process has replaced all of them in the meantime
     return load_checkpoint(path, mesh=mesh)
   return checkpoint
 
 
-def _load_newest(path: pathlib.Path, steps: list[int], abstract: Checkpoint) -> Checkpoint | None:
+def _load_newest(
+  path: pathlib.Path, steps: list[int], load: Callable[[pathlib.Path], Checkpoint]
+) -> Checkpoint | None:
   """Loads the newest intact checkpoint.
 
   Args:
     path: directory of the run.
     steps: numbers of updates of its checkpoints, in ascending order.
-    abstract: see `_load`.
+    load: loads the checkpoint in a directory.
 
   Returns:
     The checkpoint, or None if none of the checkpoints exists any longer.
@@ -88,7 +96,7 @@ def _load_newest(path: pathlib.Path, steps: list[int], abstract: Checkpoint) -> 
   for step in reversed(steps):
     directory = run_directory.step_directory(path, step)
     try:
-      checkpoint = _load(directory, abstract)
+      checkpoint = load(directory)
     except CheckpointError as error:
       if directory.exists():  # otherwise a training process has removed it
         problems.append(str(error))
@@ -110,12 +118,13 @@ def _load_newest(path: pathlib.Path, steps: list[int], abstract: Checkpoint) -> 
   raise CheckpointError(message)
 
 
-def _load(directory: pathlib.Path, abstract: Checkpoint) -> Checkpoint:
+def _load(directory: pathlib.Path, abstract: Checkpoint, rng_impl: str | None) -> Checkpoint:
   """Verifies and loads one checkpoint.
 
   Args:
     directory: directory of the checkpoint.
     abstract: the configurations, and the shapes, dtypes and shardings of the arrays to load.
+    rng_impl: kind of the run's random keys; None: it is not recorded.
 
   Raises:
     CheckpointError: the checkpoint is damaged or incomplete.
@@ -124,6 +133,7 @@ def _load(directory: pathlib.Path, abstract: Checkpoint) -> Checkpoint:
   try:
     with orbax().StandardCheckpointer() as checkpointer:
       tree = checkpointer.restore(directory / _ORBAX_ITEM, to_tree(abstract))
+    rng = _wrap_key(np.asarray(tree["rng"]), rng_impl)
   except Exception as error:  # orbax and tensorstore raise many types of exceptions
     if multihost.is_peer_failure(error):
       raise
@@ -131,9 +141,25 @@ def _load(directory: pathlib.Path, abstract: Checkpoint) -> Checkpoint:
     raise CheckpointError(f"{directory} is damaged or incomplete: {reason}.") from error
   return abstract._replace(
     train_state=train_step_lib.TrainState(tree["params"], tree["opt_state"], tree["step"]),
-    rng=jax.random.wrap_key_data(jnp.asarray(tree["rng"])),
+    rng=rng,
     data_step=int(tree["data_step"]),
   )
+
+
+def _wrap_key(data: np.ndarray, impl: str | None) -> Array:
+  """Returns the random key with this data; its kind need not be the default of this process.
+
+  Args:
+    data: [2] or [4] uint32.
+    impl: kind of the key; None: an earlier version of the library saved it and did not record its
+      kind, so it follows from the size of the data.
+
+  >>> str(jax.random.key_impl(_wrap_key(np.zeros(4, np.uint32), None)))
+  'rbg'
+  """
+  if impl is None:
+    impl = "threefry2x32" if data.size == 2 else "rbg"
+  return jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
 
 
 def _verify(directory: pathlib.Path) -> None:

@@ -1,6 +1,6 @@
 """The directory of a training run: its files, its configuration and its checkpoints.
 
-config.json            the model and training configurations
+config.json            the model and training configurations, and the kind of the run's random keys
 checkpoints/<n>/       a checkpoint after n updates in orbax's format, and manifest.json with the
                        size and checksum of each of its files
 damaged/               checkpoints that were set aside because they could not be loaded
@@ -96,18 +96,35 @@ def load_config(directory: str | os.PathLike) -> tuple[TransformerConfig, TrainC
   Raises:
     CheckpointError: `config.json` is missing, damaged or incompatible with this version.
   """
+  return _read_config(directory)[:2]
+
+
+def load_rng_impl(directory: str | os.PathLike) -> str | None:
+  """Returns the kind of a run's random keys, or None if `config.json` does not record it.
+
+  Raises:
+    CheckpointError: `config.json` is missing, damaged or incompatible with this version.
+  """
+  return _read_config(directory)[2]
+
+
+def _read_config(
+  directory: str | os.PathLike,
+) -> tuple[TransformerConfig, TrainConfig, str | None]:
+  """Returns the content of `config.json`."""
   file = pathlib.Path(directory).absolute() / CONFIG_FILE
   if not file.is_file():
     raise CheckpointError(
       f"{file.parent} holds no checkpoint: {CONFIG_FILE} is missing. Pass the directory of a run."
     )
   try:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     if content["format"] != _FORMAT_VERSION:
       raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT_VERSION}")
     return (
       TransformerConfig.from_json(json.dumps(content["model"])),
       TrainConfig.from_json(json.dumps(content["train"])),
+      content.get("rng_impl"),
     )
   except (KeyError, TypeError, ValueError) as error:
     raise CheckpointError(

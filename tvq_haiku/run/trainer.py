@@ -60,10 +60,11 @@ def resume_or_initialize(
     CheckpointError: the run has a different configuration or seed, or all of its checkpoints are
       damaged.
   """
-  init_rng, rng = jax.random.split(jax.random.key(seed))
   if run_directory.has_checkpoint(workdir):
     run_directory.check_same_run(workdir, config, train_cfg)
     saved = checkpoints.load_checkpoint(workdir, mesh=mesh)
+    # A run keeps its kind of random keys; the default of this process may be another kind.
+    _, rng = jax.random.split(jax.random.key(seed, impl=jax.random.key_impl(saved.rng)))
     if (jax.random.key_data(saved.rng) != jax.random.key_data(rng)).any():
       raise run_directory.CheckpointError(
         f"seed mismatch: {workdir} holds a run with a different seed than {seed}. Use the seed of "
@@ -72,6 +73,7 @@ def resume_or_initialize(
     run_directory.set_aside_later(workdir, after=int(saved.train_state.step))
     return saved._replace(config=config, train_cfg=train_cfg)
   multihost.barrier("start")  # no process may write before all have seen that there is no run
+  init_rng, rng = jax.random.split(jax.random.key(seed))
   state = train_step_lib.init_train_state(config, train_cfg, init_rng, params, mesh=mesh)
   return checkpoints.Checkpoint(config, train_cfg, state, rng, data_step=0)
 
@@ -140,7 +142,11 @@ def fit(
   with (
     stop_signals.stop_on_signals(_STOP_NOTE) as stop_request,
     checkpoint_writer.CheckpointWriter(
-      workdir, config, train_cfg, max_to_keep=options.max_to_keep
+      workdir,
+      config,
+      train_cfg,
+      rng_impl=jax.random.key_impl(checkpoint.rng),
+      max_to_keep=options.max_to_keep,
     ) as writer,
     prefetch.to_device(batches, device_put=device_put) as device_batches,
     progress.bar("training", n_updates, first_update, enabled=is_main) as show_progress,
