@@ -1,5 +1,7 @@
 """Subword vocabularies: lossless if trained by `train_pieces`, and checked when they are read."""
 
+import re
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -68,13 +70,60 @@ def test_a_trained_vocabulary_is_lossless(vocabulary):
     np.testing.assert_array_equal(vocabulary.encode(text.encode()), vocabulary.encode(text))
 
 
-def test_lines_that_are_too_long_are_ignored_in_training(tmp_path):
+def test_a_vocabulary_of_a_text_without_spaces_is_lossless(tmp_path, capsys):
+  vocabulary = data.train_pieces(["日本語"] * 9, tmp_path / "a.model", size=266)
+  for text in UNUSUAL_TEXTS:
+    assert vocabulary.decode(vocabulary.encode(text)) == text.encode()
+  assert not capsys.readouterr().err
+
+
+def one_line(n_byte, space=" "):
+  """Returns the beginning of a novel, with `space` in place of each white space."""
+  return space.join(data.austen()["Emma"][:n_byte].decode().split())
+
+
+def train(lines, tmp_path, size=400):
+  return data.train_pieces(lines, tmp_path / "a.model", size=size).fingerprint
+
+
+def test_a_text_in_one_line_is_split_at_white_space(tmp_path):
+  """The vocabulary is that of the same words in short lines."""
+  text = one_line(140_000)
+  assert len(text.encode()) > 1 << 17
+  in_short_lines = re.findall(r".{1,900}(?= |$)", text)
+  assert "".join(in_short_lines) == text
+  assert train([text], tmp_path) == train(in_short_lines, tmp_path)
+  data.train_pieces([one_line(140_000, "\r")], tmp_path / "b.model", size=400)
+
+
+def test_long_lines_are_used_next_to_short_ones(tmp_path):
+  short, long = ["It was so."] * 9, " zebra" * 20_000
+  unbroken = "zy" * 40_000 + "日本語" * 30_000
+  alone = data.train_pieces(short, tmp_path / "a.model", size=268)
+  mixed = data.train_pieces([*short, long], tmp_path / "b.model", size=276)
+  assert len(alone.encode(" zebra")) == 6 and len(mixed.encode(" zebra")) == 1
+  mixed = data.train_pieces([*short, unbroken], tmp_path / "c.model", size=280)
+  assert len(mixed.encode("zyzyzyzy")) < 8 and len(mixed.encode("日本語")) < 9
+
+
+def test_lines_with_a_reserved_character_are_used(tmp_path):
   lines = ["It was so."] * 9
-  vocabularies = [
-    data.train_pieces(text, tmp_path / "a.model", size=272)
-    for text in (lines, [*lines, "zy" * 40_000])
-  ]
-  assert vocabularies[0].fingerprint == vocabularies[1].fingerprint
+  zebras = data.train_pieces([*lines, "▅ zebra zebra zebra"], tmp_path / "a.model", size=276)
+  assert len(zebras.encode(" zebra")) == 1
+
+
+def test_lines_may_be_bytes(tmp_path):
+  lines = ["naïve zebra"] * 9
+  assert train(lines, tmp_path, 272) == train([line.encode() for line in lines], tmp_path, 272)
+
+
+@pytest.mark.parametrize(
+  "lines, message",
+  [("It was so.", "must be an iterable of texts, not one text"), ([None], "got NoneType")],
+)
+def test_lines_that_are_not_texts_are_refused(lines, message, tmp_path):
+  with pytest.raises(TypeError, match=f"train_pieces: lines must .*{message}"):
+    data.train_pieces(lines, tmp_path / "a.model", size=300)
 
 
 def test_a_vocabulary_is_read_from_its_file(vocabulary, capsys):
@@ -139,10 +188,14 @@ def test_exceptions_of_the_lines_are_raised(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "lines, reason", [([], "sentences_.empty"), (["a b"], r"too high \(400\)")]
+  "lines, reason",
+  [
+    ([], ": the text is empty"),
+    (["", "▅"], ": the text is empty"),
+    (["a b"], r" on this text: .*too high \(400\)"),
+  ],
 )
 def test_too_little_text_for_a_vocabulary(lines, reason, tmp_path):
-  message = f"cannot train a vocabulary of 400 tokens on this text: .*{reason}"
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=f"cannot train a vocabulary of 400 tokens{reason}"):
     data.train_pieces(lines, tmp_path / "a.model", size=400)
   assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import io
 import os
 import pathlib
+import re
 import types
 import zlib
 
@@ -25,14 +26,18 @@ _TRAINER_SETTINGS = dict(
   unk_id=ByteVocabulary.UNK,
   bos_id=-1,
   user_defined_symbols=["\n"],
-  # The next four make the vocabulary lossless.
+  # The next five make the vocabulary lossless.
   normalization_rule_name="identity",
   remove_extra_whitespaces=False,
   add_dummy_prefix=False,
   byte_fallback=True,
-  max_sentence_length=1 << 16,  # bytes; longer lines are ignored
+  required_chars=_SPACE,  # a text without spaces would have no token for them
+  max_sentence_length=1 << 16,  # bytes; longer sentences would be ignored
   minloglevel=2,  # errors only
 )
+_SENTENCE_LEN = 1 << 14  # characters, of at most 4 bytes; longer lines are split
+_UP_TO_SPACE = re.compile(r".*(?=\s)", re.DOTALL)  # the text before the last white space
+_RESERVED = "▅"  # SentencePiece ignores a sentence that contains this character
 
 
 class PieceVocabulary:
@@ -114,11 +119,14 @@ class PieceVocabulary:
     return self._processor.decode(tokens[tokens >= ByteVocabulary.UNK].tolist()).encode()
 
 
-def train_pieces(lines: Iterable[str], file: str | os.PathLike, *, size: int) -> PieceVocabulary:
+def train_pieces(
+  lines: Iterable[str | bytes], file: str | os.PathLike, *, size: int
+) -> PieceVocabulary:
   """Trains a vocabulary on lines of text and writes it to `file`.
 
   Args:
-    lines: text without its line breaks; a line break is always a token of its own.
+    lines: text or UTF-8 bytes without line breaks (a line break is always a token of its own);
+      lines of any length are used completely.
     file: the .model file to write, atomically; missing directories are created.
     size: number of tokens, including the special tokens and 256 bytes.
 
@@ -126,23 +134,30 @@ def train_pieces(lines: Iterable[str], file: str | os.PathLike, *, size: int) ->
     The vocabulary, read from `file`.
 
   Raises:
-    ValueError: the text has too few different words, or too many different characters, for
-      `size` tokens.
+    ValueError: there is no text, or the text has too few different words, or too many different
+      characters, for `size` tokens.
+    TypeError: `lines` does not hold texts.
     OSError: the file cannot be written.
     Exception: whatever `lines` raises.
   """
+  if isinstance(lines, (str, bytes)):
+    raise TypeError("train_pieces: lines must be an iterable of texts, not one text.")
+  sentences = _Sentences(lines)
   model = io.BytesIO()
-  errors: list[Exception] = []
   try:
     _sentencepiece().SentencePieceTrainer.train(
-      sentence_iterator=_recording_errors(lines, errors),
+      sentence_iterator=iter(sentences),
       model_writer=model,
       vocab_size=size,
       **_TRAINER_SETTINGS,
     )
-  except RuntimeError as error:
-    if errors:
-      raise errors[0] from None
+  except (RuntimeError, ValueError) as error:
+    if sentences.error is not None:
+      raise sentences.error from None
+    if not sentences.count:
+      raise ValueError(
+        f"cannot train a vocabulary of {size} tokens: the text is empty, or has only empty lines."
+      ) from error
     message = " ".join(str(error).split())
     reason = message.rpartition("] ")[2]  # without the C++ condition that failed
     raise ValueError(
@@ -155,13 +170,51 @@ def train_pieces(lines: Iterable[str], file: str | os.PathLike, *, size: int) ->
   return PieceVocabulary(file)
 
 
-def _recording_errors(lines: Iterable[str], errors: list[Exception]) -> Iterator[str]:
-  """Yields `lines`; appends an exception to `errors`: SentencePiece keeps only its message."""
-  try:
-    yield from lines
-  except Exception as error:
-    errors.append(error)
-    raise
+class _Sentences:
+  """Iterates over lines, in parts of which SentencePiece ignores none.
+
+  Attributes:
+    count: number of parts so far.
+    error: the exception that ended the iteration; SentencePiece keeps only its message.
+  """
+
+  def __init__(self, lines: Iterable[str | bytes]):
+    self._lines = lines
+    self.count = 0
+    self.error: Exception | None = None
+
+  def __iter__(self) -> Iterator[str]:
+    try:
+      for line in self._lines:
+        if not isinstance(line, (str, bytes)):
+          raise TypeError(f"train_pieces: lines must hold texts, got {type(line).__name__}.")
+        text = line if isinstance(line, str) else line.decode()
+        for part in filter(None, text.split(_RESERVED)):
+          for sentence in _split_long_line(part):
+            self.count += 1
+            yield sentence
+    except Exception as error:
+      self.error = error
+      raise
+
+
+def _split_long_line(line: str, max_len: int = _SENTENCE_LEN) -> Iterator[str]:
+  """Splits a line into parts of at most `max_len` characters, before white space if there is any.
+
+  A word keeps the space before it, so a part has the same words as in the whole line.
+
+  >>> list(_split_long_line("so it was", 6))
+  ['so it', ' was']
+  >>> list(_split_long_line("whatsoever", 6))
+  ['whatso', 'ever']
+  """
+  start = 0
+  while len(line) - start > max_len:
+    match = _UP_TO_SPACE.match(line, start + 1, start + max_len + 1)
+    end = start + max_len if match is None else match.end()
+    yield line[start:end]
+    start = end
+  yield line[start:]
 
 
 def _sentencepiece() -> types.ModuleType:
