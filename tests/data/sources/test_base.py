@@ -6,6 +6,8 @@ import pytest
 
 from tvq_haiku.data.sources import base
 
+import privileges
+
 
 def chunks(*contents):
   for content in contents:
@@ -37,6 +39,58 @@ def test_existing_path_names_what_is_expected(tmp_path):
     base.existing_path(None, "Expected: a file.")
   with pytest.raises(ValueError, match=r"nowhere does not exist\. Expected: a file\.$"):
     base.existing_path(tmp_path / "nowhere", "Expected: a file.")
+
+
+class TestFilesBelow:
+  """Links in data directories."""
+
+  @pytest.fixture
+  def root(self, tmp_path):
+    """A directory with a file, a hidden file and a link to another directory."""
+    root, other = tmp_path / "root", tmp_path / "other"
+    for file in (root / "b.txt", root / ".hidden", root / "c" / "d.txt", other / "e.txt"):
+      file.parent.mkdir(exist_ok=True, parents=True)
+      file.write_bytes(b"Anne")
+    (root / "a").symlink_to("../other")
+    (root / ".broken").symlink_to("nowhere")
+    return root
+
+  def test_links_are_followed(self, root):
+    (root.parent / "link").symlink_to("root")
+    (root.parent / "links").mkdir()
+    (root.parent / "links" / "to-root").symlink_to("../root")
+    for name in ("root", "link", "links/to-root", "links"):
+      names = [
+        path.relative_to(root.parent / name) for path in base.files_below(root.parent / name)
+      ]
+      prefix = "to-root/" if name == "links" else ""
+      assert list(map(str, names)) == [prefix + x for x in ("a/e.txt", "b.txt", "c/d.txt")]
+
+  @pytest.mark.parametrize("target", ["root", "root/c", ".", "/"])
+  def test_loops_are_refused(self, root, target):
+    """The link is reached through another link, from each of the directories it leads to."""
+    loop = root.parent / "other" / "loop"
+    loop.symlink_to(root.parent / target if target != "/" else "/")
+    (root / "c" / "back").symlink_to("../../other")
+    with pytest.raises(ValueError, match=r"is a link to /.*, which contains it: remove the link"):
+      base.files_below(root)
+
+  @pytest.mark.parametrize("target", ["nowhere", "broken"])
+  def test_broken_links_are_refused(self, root, target):
+    (root / "c" / "broken").symlink_to(target)
+    with pytest.raises(ValueError, match=rf"c/broken is a broken link \(to {target}\): restore"):
+      base.files_below(root)
+    with pytest.raises(ValueError, match=r"c/broken is a broken link"):
+      base.find_files(root / "c", "*oken")
+    assert base.find_files(root / "c", "*.txt") == [root / "c" / "d.txt"]
+
+  def test_unreadable_directories_are_refused(self, root):
+    (root / "c").chmod(0)
+    try:
+      with privileges.dropped(), pytest.raises(PermissionError, match="root/c"):
+        base.files_below(root)
+    finally:
+      (root / "c").chmod(0o755)
 
 
 def test_fingerprint_changes_with_size_and_modification_time(tmp_path):

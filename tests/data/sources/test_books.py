@@ -71,6 +71,13 @@ def test_a_book_that_is_not_utf8(tmp_path):
     read_documents(data.Books(tmp_path), "validation")
 
 
+def test_broken_links_are_refused(tmp_path):
+  toy_datasets.write_books(tmp_path, n_byte=100)
+  (tmp_path / "train" / "7.txt").symlink_to("/nowhere/7.txt")
+  with pytest.raises(ValueError, match=r"train/7\.txt is a broken link \(to /nowhere/7\.txt\)"):
+    data.Books(tmp_path)
+
+
 def test_missing_and_empty_splits(tmp_path):
   with pytest.raises(ValueError, match="has no train or validation or test"):
     data.Books(tmp_path)

@@ -149,6 +149,17 @@ class TestTextFiles:
     documents = [read_documents(source, split) for split in base.SPLITS]
     assert documents == [[b"text\n" * 45], [b"text\n" * 3], [b"text\n" * 2]]
 
+  def test_links_are_followed(self, tmp_path):
+    self.write(tmp_path / "elsewhere", {f"{split}/1.txt": split.encode() for split in base.SPLITS})
+    (tmp_path / "linked").symlink_to("elsewhere")
+    (tmp_path / "links").mkdir()
+    for split in base.SPLITS:
+      (tmp_path / "links" / split).symlink_to(f"../elsewhere/{split}")
+    for name in ("linked", "links"):
+      source = data.TextFiles(tmp_path / name)
+      for split in base.SPLITS:
+        assert read_documents(source, split) == [split.encode()]
+
   def test_directories_named_like_splits_are_the_splits(self, tmp_path):
     source = self.write(tmp_path, {f"{split}/1.txt": split.encode() for split in base.SPLITS})
     for split in base.SPLITS:

@@ -83,6 +83,59 @@ def existing_path(data_dir: str | os.PathLike | None, expected: str) -> pathlib.
   return path
 
 
+def find_files(directory: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+  """Returns the files in a directory whose names match a pattern, in the order of their names.
+
+  Args:
+    directory: the directory; its subdirectories are not searched. A file contains no files.
+    pattern: a file name with wildcards, such as "*.txt".
+
+  Raises:
+    ValueError: such a file is a link that leads nowhere.
+    OSError: the directory cannot be read.
+  """
+  paths = directory.iterdir() if directory.is_dir() else ()
+  found = sorted(path for path in paths if path.match(pattern))
+  for path in found:
+    _check_link(path)
+  return found
+
+
+def files_below(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Returns all files below a directory in the order of their paths; links are followed.
+
+  Files and directories whose names begin with a dot are left out.
+
+  Raises:
+    ValueError: a link leads nowhere, or to a directory that contains it.
+    OSError: a directory cannot be read.
+  """
+  return sorted(_walk(directory, ()))
+
+
+def _walk(directory: pathlib.Path, outer: tuple[pathlib.Path, ...]) -> Iterator[pathlib.Path]:
+  """Yields the files below a directory; `outer` are the real paths of the directories above it."""
+  real = directory.resolve()
+  if any(real == path or real in path.parents for path in outer):
+    raise ValueError(f"{directory} is a link to {real}, which contains it: remove the link.")
+  for path in directory.iterdir():
+    if path.name.startswith("."):
+      continue
+    _check_link(path)
+    if path.is_dir():
+      yield from _walk(path, (*outer, real))
+    elif path.is_file():
+      yield path
+
+
+def _check_link(path: pathlib.Path) -> None:
+  """Raises a ValueError if `path` is a link that leads nowhere."""
+  if path.is_symlink() and not path.exists():
+    raise ValueError(
+      f"{path} is a broken link (to {path.readlink()}): restore its target, or remove the link."
+    )
+
+
 def fingerprint(files: Sequence[pathlib.Path]) -> list[JSON]:
   """Returns [name, size in bytes, modification time in ns] of each file."""
   return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

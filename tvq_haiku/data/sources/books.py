@@ -32,13 +32,14 @@ class Books:
       data_dir: a directory with the subdirectories train, validation and test.
 
     Raises:
-      ValueError: a split is missing or empty.
+      ValueError: a split is missing or empty, or a book is a link that leads nowhere.
+      OSError: a directory cannot be read.
     """
     self._path = base.existing_path(data_dir, _EXPECTED)
     absent = [split for split in base.SPLITS if not (self._path / split).is_dir()]
     if absent:
       raise ValueError(f"--data_dir={data_dir} has no {' or '.join(absent)}. {_EXPECTED}")
-    self._files = {split: sorted((self._path / split).glob("*.txt")) for split in base.SPLITS}
+    self._files = {split: base.find_files(self._path / split, "*.txt") for split in base.SPLITS}
     for split, files in self._files.items():
       if not files:
         raise ValueError(

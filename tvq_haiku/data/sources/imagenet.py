@@ -39,7 +39,8 @@ class DownsampledImages:
       size: height and width of an image in pixels.
 
     Raises:
-      ValueError: an archive is missing.
+      ValueError: an archive is missing, or is a link that leads nowhere.
+      OSError: the directory cannot be read.
     """
     self._expected = (
       f"Expected: train_data_batch_1.npz ... train_data_batch_10.npz (1,281,167 images of {size} x "
@@ -47,7 +48,8 @@ class DownsampledImages:
       f"downsampled ImageNet, {size} x {size}, on image-net.org."
     )
     path = base.existing_path(data_dir, self._expected)
-    archives = [f for f in path.glob("train_data_batch_*.npz") if re.search(r"_\d+\.npz$", f.name)]
+    archives = base.find_files(path, "train_data_batch_*.npz")
+    archives = [file for file in archives if re.search(r"_\d+\.npz$", file.name)]
     self._train_files = sorted(archives, key=lambda f: int(re.search(r"(\d+)\.npz$", f.name)[1]))
     self._test_file = path / "val_data.npz"
     if not self._train_files:

@@ -134,7 +134,7 @@ class TextFiles:
   validation split and the last 5 % the test split. A file that contains the end of a split is
   divided at the next line break, and each part is a document. If the directory has the
   subdirectories train, validation and test, these are the splits instead. Files and directories
-  whose names begin with a dot are ignored.
+  whose names begin with a dot are ignored; links are followed.
   """
 
   name = "text"
@@ -147,13 +147,13 @@ class TextFiles:
       data_dir: a text file, or a directory of text files.
 
     Raises:
-      ValueError: there is no text.
+      ValueError: there is no text, or a link leads nowhere or to a directory that contains it.
+      OSError: a directory cannot be read.
     """
     expected = "Expected: a text file, or a directory of text files."
     self._path = base.existing_path(data_dir, expected)
     self._has_split_directories = all((self._path / split).is_dir() for split in base.SPLITS)
-    paths = sorted(self._path.rglob("*")) if self._path.is_dir() else [self._path]
-    self._files = [path for path in paths if path.is_file() and not self._is_hidden(path)]
+    self._files = base.files_below(self._path) if self._path.is_dir() else [self._path]
     if not sum(file.stat().st_size for file in self._files):
       raise ValueError(f"--data_dir={data_dir} contains no text. {expected}")
 
@@ -184,9 +184,6 @@ class TextFiles:
     ranges = self._ranges("train")
     order = np.random.default_rng(seed).permutation(len(ranges))
     return base.lines(_read_ranges([ranges[i] for i in order]), n_byte)
-
-  def _is_hidden(self, path: pathlib.Path) -> bool:
-    return any(name.startswith(".") for name in path.relative_to(self._path).parts)
 
   def _ranges(self, split: str) -> list[FileRange]:
     """Returns the byte ranges of the files that make up a split."""
