@@ -10,7 +10,6 @@ from absl import flags
 
 from experiments import config_flags, specs
 import tvq_haiku as tvq
-from tvq_haiku.data import token_cache
 
 COMMANDS = ("train", "validation", "test", "sample", "train_vocab", "export", "info")
 
@@ -33,8 +32,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "cache_dir",
   None,
-  "Directory for encoded data, which several runs may share. Default: "
-  f"{token_cache.default_directory()}, or WORKDIR/cache with --smoke.",
+  "Directory for encoded data, which several runs may share. Default: $XDG_CACHE_HOME/tvq_haiku, "
+  "or ~/.cache/tvq_haiku if the variable is not set; WORKDIR/cache with --smoke.",
 )
 flags.DEFINE_enum(
   "size",

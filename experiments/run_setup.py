@@ -13,7 +13,6 @@ from experiments import config_flags, specs
 from experiments.run_flags import RunFlags
 import tvq_haiku as tvq
 from tvq_haiku import data
-from tvq_haiku.data import token_cache
 from tvq_haiku.data.sources import base
 from tvq_haiku.data.vocabulary import Vocabulary
 from tvq_haiku.parallel import multihost, sharding
@@ -36,7 +35,7 @@ class RunSetup:
   flags: RunFlags
   preset: specs.SizePreset
   workdir: pathlib.Path
-  cache_dir: pathlib.Path  # of encoded data
+  cache_dir: pathlib.Path | None  # of encoded data; None: the default directory
   vocab_file: pathlib.Path | None  # SentencePiece model, which may not exist yet; None: bytes
 
 
@@ -65,13 +64,13 @@ def make_setup(spec: specs.ExperimentSpec, run_flags: RunFlags) -> RunSetup:
       "--command=train_vocab: the tokens are bytes, so there is no vocabulary to train."
     )
   # A smoke run writes nothing outside of its working directory.
-  cache_dir = workdir / "cache" if run_flags.smoke else token_cache.default_directory()
+  cache_dir = workdir / "cache" if run_flags.smoke else None
   return RunSetup(
     spec=spec,
     flags=run_flags,
     preset=spec.presets[size],
     workdir=workdir,
-    cache_dir=pathlib.Path(run_flags.cache_dir or cache_dir),
+    cache_dir=pathlib.Path(run_flags.cache_dir) if run_flags.cache_dir else cache_dir,
     vocab_file=vocab_file,
   )
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pwd
 import resource
 import signal
 import subprocess
@@ -255,7 +256,7 @@ def test_an_unreadable_file_is_not_reported_as_a_full_disk(tmp_path):
 
 def test_a_cache_directory_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(OSError, match=r"cannot write to the directory .*file"):
+  with pytest.raises(OSError, match=r"cannot write to the directory .*file: .*--cache_dir"):
     token_cache.open_split(toy_books(tmp_path / "books"), "test", BYTES, tmp_path / "file")
 
 
@@ -285,6 +286,18 @@ def test_the_default_directory_follows_xdg_cache_home(monkeypatch):
   monkeypatch.delenv("XDG_CACHE_HOME")
   monkeypatch.setenv("HOME", "/home/anne")
   assert token_cache.default_directory() == pathlib.Path("/home/anne/.cache/tvq_haiku")
+
+
+def test_without_a_home_directory_another_directory_must_be_given(tmp_path, monkeypatch):
+  """The home directory comes from $HOME or from the user database."""
+  for name in ("XDG_CACHE_HOME", "HOME"):
+    monkeypatch.delenv(name, raising=False)
+  no_user = {}
+  monkeypatch.setattr(pwd, "getpwuid", no_user.__getitem__)
+  source = toy_books(tmp_path / "books")
+  with pytest.raises(ValueError, match="this user has no home directory: set --cache_dir"):
+    token_cache.open_split(source, "test", BYTES)
+  assert token_cache.open_split(source, "test", BYTES, tmp_path / "cache").statistics.n_byte == 5000
 
 
 def test_reading_a_memory_map_takes_constant_memory(tmp_path):

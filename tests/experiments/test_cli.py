@@ -1,5 +1,6 @@
 """Flags of the experiments on the command line, and --command=info."""
 
+import os
 import re
 
 import pytest
@@ -52,8 +53,19 @@ def test_info_without_a_vocabulary_counts_bytes(workspace):
   assert re.search(r"n_warmup_step +3\n", out)
 
 
-def test_help_lists_all_flags_with_the_defaults_of_each_size(workspace):
-  _, out, _ = run("python -m experiments.enwik8 --help", workspace)
+@pytest.fixture
+def no_home(tmp_path):
+  """The environment of a user who has neither $HOME nor an entry in the user database."""
+  (tmp_path / "sitecustomize.py").write_text("import pwd\npwd.getpwuid = {}.__getitem__\n")
+  removed = ("HOME", "XDG_CACHE_HOME")
+  environment = {name: value for name, value in os.environ.items() if name not in removed}
+  path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+  return environment | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def test_help_lists_all_flags_with_the_defaults_of_each_size(workspace, no_home):
+  status, out, err = run("python -m experiments.enwik8 --help", workspace, env=no_home)
+  assert not err, (status, err)
   text = " ".join(out.split())
   assert "--n_byte: Expected size of the file in bytes" in text
   assert "--[no]smoke: Use a tiny model" in text

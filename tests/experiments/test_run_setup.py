@@ -8,7 +8,6 @@ import pytest
 
 from experiments import enwik8, pg19, run_flags, run_setup, text
 from tvq_haiku import data
-from tvq_haiku.data import token_cache
 
 DEFAULTS = run_flags.RunFlags(
   command="train",
@@ -47,10 +46,7 @@ def test_size_selects_preset_and_directory(changes, workdir, preset):
   setup = make(enwik8.SPEC, **changes)
   assert setup.workdir == pathlib.Path(workdir)
   assert setup.preset is enwik8.SPEC.presets[preset]
-  smoke_cache = setup.workdir / "cache"
-  assert setup.cache_dir == (
-    smoke_cache if preset == "smoke" else pathlib.Path(token_cache.default_directory())
-  )
+  assert setup.cache_dir == (setup.workdir / "cache" if preset == "smoke" else None)
 
 
 def test_cache_directory_may_be_set():

@@ -54,7 +54,7 @@ class Split(NamedTuple):
 
 
 def open_split(
-  source: Source, split: str, vocabulary: Vocabulary, directory: str | os.PathLike
+  source: Source, split: str, vocabulary: Vocabulary, directory: str | os.PathLike | None = None
 ) -> Split:
   """Opens a split in the cache; if it is missing there, encodes it first.
 
@@ -65,21 +65,21 @@ def open_split(
     source: the dataset to read.
     split: "train", "validation" or "test".
     vocabulary: encodes the documents.
-    directory: the directory of the cache; created if missing.
+    directory: the directory of the cache; created if missing. None: `default_directory()`.
 
   Returns:
     The tokens of the split as a memory map, and its statistics.
 
   Raises:
-    ValueError: the dataset is damaged, or the split is empty.
+    ValueError: the dataset is damaged, or the split is empty, or there is no default directory.
     OSError: the directory cannot be written, or the disk is full.
   """
   identity = [_FORMAT, source.describe(split), source.has_eos, vocabulary.fingerprint]
   key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-  directory = pathlib.Path(directory).absolute()
+  directory = pathlib.Path(directory or default_directory()).absolute()
   path = directory / f"{source.name}-{split}-{key}"
   if not _is_complete(path):
-    files.prepare_directory(directory)
+    _prepare(directory)
     with files.lock(directory / f".{path.name}.lock"):
       if not _is_complete(path):  # no other process encoded it while this one waited
         _create(path, source, split, vocabulary)
@@ -101,9 +101,28 @@ def verify(split: Split) -> None:
 
 
 def default_directory() -> pathlib.Path:
-  """Returns $XDG_CACHE_HOME/tvq_haiku, or ~/.cache/tvq_haiku if the variable is not set."""
-  cache_home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(cache_home) / "tvq_haiku"
+  """Returns $XDG_CACHE_HOME/tvq_haiku, or ~/.cache/tvq_haiku if the variable is not set.
+
+  Raises:
+    ValueError: the user has no home directory.
+  """
+  if cache_home := os.environ.get("XDG_CACHE_HOME"):
+    return pathlib.Path(cache_home) / "tvq_haiku"
+  try:
+    return pathlib.Path.home() / ".cache" / "tvq_haiku"
+  except RuntimeError as error:
+    raise ValueError(
+      "there is no directory for encoded data, because this user has no home directory: set "
+      "--cache_dir (or the environment variable XDG_CACHE_HOME)."
+    ) from error
+
+
+def _prepare(directory: pathlib.Path) -> None:
+  """Creates the directory of the cache if it is missing, and checks that it is writable."""
+  try:
+    files.prepare_directory(directory)
+  except OSError as error:
+    raise OSError(f"{error} Choose a different --cache_dir.") from error
 
 
 def _create(path: pathlib.Path, source: Source, split: str, vocabulary: Vocabulary) -> None:
@@ -221,7 +240,7 @@ class _SplitEncoder:
 
 
 def _read_statistics(path: pathlib.Path) -> SplitStatistics:
-  return SplitStatistics(**json.loads((path / _STATISTICS).read_text()))
+  return SplitStatistics(**json.loads((path / _STATISTICS).read_text(encoding="utf-8")))
 
 
 def _is_complete(path: pathlib.Path) -> bool:

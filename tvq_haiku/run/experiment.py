@@ -48,7 +48,8 @@ class Experiment:
   config: TransformerConfig
   train_cfg: TrainConfig
   workdir: pathlib.Path  # directory of the run
-  cache_dir: pathlib.Path  # directory of tokenized splits, which several runs may share
+  # Directory of tokenized splits, which several runs may share; None: the default directory.
+  cache_dir: pathlib.Path | None
   measures: Sequence[str]  # names in MEASURES
   token_name: str  # unit of the loss in the progress line, such as "byte"
   image_size: int | None = None  # height and width in pixels; None: documents are not images
