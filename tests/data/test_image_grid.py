@@ -16,7 +16,8 @@ def test_pixels_are_restored_from_tokens():
 
 def test_special_tokens_become_zero():
   tokens = np.arange(12)[None] % 3
-  assert not tvq.images_from_tokens(tokens, height=2, width=2).any()
+  for dtype in (np.int32, np.uint16):
+    assert not tvq.images_from_tokens(tokens.astype(dtype), height=2, width=2).any()
 
 
 def test_a_grid_contains_every_image():
@@ -30,10 +31,43 @@ def test_a_grid_contains_every_image():
   assert tvq.image_grid(images, columns=5).size == (5 * 8 + 2, 8)
 
 
-def test_bad_arrays_are_named():
-  with pytest.raises(ValueError, match=r"tokens must have shape \[n, 3·h·w=12\], got \(1, 11\)"):
-    tvq.images_from_tokens(np.zeros((1, 11), np.int32), height=2, width=2)
-  with pytest.raises(ValueError, match=r"\[0, 259\), got 0...259"):
-    tvq.images_from_tokens(np.array([[0] * 11 + [259]]), height=2, width=2)
-  with pytest.raises(ValueError, match=r"images must have shape \[n, h, w, c\], got \(4, 6, 3\)"):
-    tvq.image_grid(np.zeros((4, 6, 3), np.uint8))
+IMAGES = np.zeros((2, 4, 6, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+  "tokens, sizes, error, message",
+  [
+    (
+      np.zeros((1, 11), int),
+      {},
+      ValueError,
+      r"tokens must have shape \[n, 3·h·w=12\], got \(1, 11\)",
+    ),
+    (np.zeros((1, 12)), {}, TypeError, "tokens must be integer, got float"),
+    (np.array([[0] * 11 + [259]]), {}, ValueError, r"tokens must lie in \[0, 259\), got 0...259"),
+    (np.zeros((1, 0), int), dict(height=0), ValueError, "height must be at least 1, got 0"),
+    (np.zeros((1, 12), int), dict(width=2.0), TypeError, "width must be an integer, got float"),
+  ],
+)
+def test_bad_arguments_of_images_from_tokens_are_named(tokens, sizes, error, message):
+  with pytest.raises(error, match=f"images_from_tokens: {message}"):
+    tvq.images_from_tokens(tokens, **(dict(height=2, width=2) | sizes))
+
+
+@pytest.mark.parametrize(
+  "images, columns, error, message",
+  [
+    (IMAGES[0], None, ValueError, r"images must have shape \[n, h, w, c=3\], got \(4, 6, 3\)"),
+    (IMAGES[..., :1], None, ValueError, r"images must have shape .* got \(2, 4, 6, 1\)"),
+    (IMAGES[:0], None, ValueError, r"images must not be empty, got shape \(0, 4, 6, 3\)"),
+    (IMAGES[:, :0], None, ValueError, r"images must not be empty, got shape \(2, 0, 6, 3\)"),
+    (IMAGES / 255, None, TypeError, "images must be integer, got float"),
+    (IMAGES > 0, None, TypeError, "images must be integer, got bool"),
+    (IMAGES.astype(int) + 256, None, ValueError, r"images must lie in \[0, 255\], got 256...256"),
+    (IMAGES, 0, ValueError, "columns must be at least 1, got 0"),
+    (IMAGES, 1.5, TypeError, "columns must be an integer, got float"),
+  ],
+)
+def test_bad_arguments_of_image_grid_are_named(images, columns, error, message):
+  with pytest.raises(error, match=f"image_grid: {message}"):
+    tvq.image_grid(images, columns=columns)

@@ -35,12 +35,14 @@ def images_from_tokens(tokens: npt.ArrayLike, *, height: int, width: int) -> np.
     [n, h, w, 3] uint8.
 
   Raises:
-    ValueError: `tokens` has a wrong shape, or a token is not in the vocabulary.
-    TypeError: the tokens are not integers.
+    ValueError: an argument has a wrong shape or value.
+    TypeError: `tokens` is not an array of integers, or a size is not an integer.
 
   >>> images_from_tokens(np.arange(3, 15)[None], height=2, width=2)[0, 0].tolist()
   [[0, 1, 2], [3, 4, 5]]
   """
+  for name, size in (("height", height), ("width", width)):
+    _check_size("images_from_tokens", name, size)
   tokens = np.asarray(tokens)
   axes = ("n", ("3·h·w", 3 * height * width))
   checks.check_arrays("images_from_tokens", chex.Dimensions(), tokens=(tokens, axes, jnp.integer))
@@ -49,26 +51,39 @@ def images_from_tokens(tokens: npt.ArrayLike, *, height: int, width: int) -> np.
       f"images_from_tokens: tokens must lie in [0, {ByteVocabulary.SIZE}), got "
       f"{tokens.min()}...{tokens.max()}."
     )
-  values = np.maximum(tokens - ByteVocabulary.OFFSET, 0).astype(np.uint8)
+  values = np.maximum(tokens.astype(np.int32) - ByteVocabulary.OFFSET, 0).astype(np.uint8)
   return values.reshape(-1, height, width, 3)
 
 
-def image_grid(images: np.ndarray, *, columns: int | None = None) -> PIL.Image.Image:
+def image_grid(images: npt.ArrayLike, *, columns: int | None = None) -> PIL.Image.Image:
   """Arranges images in a grid on a white background.
 
   Args:
-    images: [n, h, w, 3], converted to uint8.
+    images: [n, h, w, 3] integers in [0, 255], at least one image.
     columns: number of images in a row of the grid; None: sqrt(n), rounded up.
 
   Returns:
     A `PIL.Image.Image`.
 
   Raises:
-    ValueError: `images` does not have four axes.
+    ValueError: an argument has a wrong shape or value.
+    TypeError: `images` is not an array of integers, or `columns` is not an integer.
     ImportError: Pillow is missing.
+
+  >>> image_grid(np.zeros((5, 8, 8, 3), np.uint8)).size
+  (32, 22)
   """
-  images = np.asarray(images, np.uint8)
-  checks.check_arrays("image_grid", chex.Dimensions(), images=(images, "nhwc", jnp.integer))
+  images = np.asarray(images)
+  axes = ("n", "h", "w", ("c", 3))
+  checks.check_arrays("image_grid", chex.Dimensions(), images=(images, axes, jnp.integer))
+  if not images.size:
+    raise ValueError(f"image_grid: images must not be empty, got shape {images.shape}.")
+  if images.min() < 0 or images.max() > 255:
+    raise ValueError(
+      f"image_grid: images must lie in [0, 255], got {images.min()}...{images.max()}."
+    )
+  if columns is not None:
+    _check_size("image_grid", "columns", columns)
   n, height, width, _ = images.shape
   columns = columns or math.ceil(math.sqrt(n))
   rows = -(-n // columns)
@@ -78,3 +93,11 @@ def image_grid(images: np.ndarray, *, columns: int | None = None) -> PIL.Image.I
     top, left = _GAP + row * (height + _GAP), _GAP + column * (width + _GAP)
     grid[top : top + height, left : left + width] = image
   return optional.require("PIL.Image", extra="images", purpose="image files").fromarray(grid)
+
+
+def _check_size(caller: str, name: str, value: int) -> None:
+  """Raises an error that names the argument `name` unless its value is an integer of at least 1."""
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    raise TypeError(f"{caller}: {name} must be an integer, got {type(value).__name__}.")
+  if value < 1:
+    raise ValueError(f"{caller}: {name} must be at least 1, got {value}.")
