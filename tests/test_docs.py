@@ -128,7 +128,18 @@ def test_version_is_the_same_everywhere():
   assert importlib.metadata.version("tvq_haiku") == tvq.__version__
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/design.md"]
+
+
+def test_installations_from_the_checkout_are_editable():
+  """A copy would be used in place of the checkout, and would not change with it."""
+  found = re.findall(
+    r"pip install (?:-e )?'?\.", "".join((ROOT / x).read_text() for x in DOCUMENTS)
+  )
+  assert len(found) >= 4 and all("-e" in command for command in found)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_to_files_are_not_broken(name):
   path = ROOT / name
   for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):

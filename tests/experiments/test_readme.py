@@ -34,7 +34,7 @@ def test_commands_run(quickstart, workspace):
   ]
   assert commands[:2] == ["pip install -e '.[train]'", "python -m experiments.quickstart"]
   for command in commands:
-    if command.startswith("pip install '.[test]'") or command.startswith("pytest"):
+    if command.startswith("pip install -e '.[test]'") or command.startswith("pytest"):
       continue  # these commands started this test
     if command.startswith("pip install -e '.[train]'"):
       assert "train =" in (ROOT / "setup.cfg").read_text()
