@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from absl import app, flags
 
-from experiments import quiet
+from experiments import console, quiet
 from tvq_haiku.parallel import multihost
 from tvq_haiku.run import stop_signals
 
@@ -36,6 +36,7 @@ def launch(name: str, main: Callable[..., None], *, argument: str | None = None)
     main: function to run. It is called with the positional argument, if there is one.
     argument: name of the positional argument, for messages. None: the command takes none.
   """
+  console.replace_unprintable(name)
   app.run(
     functools.partial(_run, name, main, argument),
     flags_parser=functools.partial(_parse_flags, name),

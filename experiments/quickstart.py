@@ -113,7 +113,7 @@ def main() -> None:
     print(f"Stopped after {n_update} of {n_max} updates and saved. To resume: {resume}")
     return
   if report_file.exists():
-    print(report_file.read_text())
+    print(report_file.read_text(encoding="utf-8", errors="surrogateescape"))
     another = "python -m experiments.quickstart" + (" --smoke" if smoke else "")
     another += f" --seed={seed + 1} --workdir=DIRECTORY"
     print(f"This run is complete. To start another one: {another}")

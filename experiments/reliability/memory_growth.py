@@ -122,7 +122,7 @@ def _train(
 
 def _resident_megabytes() -> float:
   """Returns the resident memory of this process."""
-  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  pages = int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
   return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -1,7 +1,9 @@
 """Atomic writes, locks and manifests."""
 
+import ast
 import errno
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -29,7 +31,11 @@ def test_prepare_directory_names_a_directory_that_is_not_writable(tmp_path):
 
 
 def test_write_atomically_replaces_the_content(tmp_path):
-  for content, expected in (("häuser\n", "häuser\n".encode()), (b"\xff\x00", b"\xff\x00")):
+  for content, expected in (
+    ("häuser\n", "häuser\n".encode()),
+    ("runs/\udcff", b"runs/\xff"),  # the name of a file that is not UTF-8
+    (b"\xff\x00", b"\xff\x00"),
+  ):
     files.write_atomically(tmp_path / "file", content)
     assert (tmp_path / "file").read_bytes() == expected
   assert os.listdir(tmp_path) == ["file"]
@@ -123,3 +129,25 @@ def test_short_message():
   assert files.short_message(ValueError("a\nNo space left on device")) == (
     "no space left on the device"
   )
+
+
+def text_calls_without_encoding(code):
+  """Yields the calls in `code` that read or write text in the encoding of the user's locale."""
+  for node in ast.walk(ast.parse(code)):
+    if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+      continue
+    owner, _, name = ast.unparse(node.func).rpartition(".")
+    modes = {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    is_method = name in ("read_text", "write_text") and owner != "toy_datasets"
+    if is_method or (name == "open" and modes & {"r", "w", "a", "x", "r+", "w+"}):
+      yield ast.unparse(node)
+
+
+def test_text_files_are_read_and_written_as_utf8():
+  """The encoding of a user's locale may lack characters of the text."""
+  code = "f(p.read_text()), open(p, 'w'), p.open('rb'), p.read_text(encoding='utf-8')"
+  assert set(text_calls_without_encoding(code)) == {"p.read_text()", "open(p, 'w')"}
+  root = pathlib.Path(__file__).parent.parent.parent
+  paths = [*(root / "tvq_haiku").rglob("*.py"), *(root / "experiments").rglob("*.py")]
+  calls = {str(path): list(text_calls_without_encoding(path.read_text())) for path in paths}
+  assert len(calls) > 100 and {path: found for path, found in calls.items() if found} == {}

@@ -37,7 +37,7 @@ def read_validations(directory: str | os.PathLike) -> ValidationStatus:
   if not file.exists():
     return ValidationStatus()
   try:
-    return ValidationStatus(**json.loads(file.read_text()))
+    return ValidationStatus(**json.loads(file.read_text(encoding="utf-8")))
   except (TypeError, ValueError) as error:
     raise run_directory.CheckpointError(
       f"{file} is damaged: {files.short_message(error)}. To forget the validations so far, "

@@ -54,7 +54,7 @@ def _load_identities(workdir: pathlib.Path) -> dict[str, dict[str, str | int]]:
   """Returns the identifying fields of each split in data.json; empty if there is no file."""
   file = workdir / _FILE
   try:
-    statistics = json.loads(file.read_text()) if file.exists() else {}
+    statistics = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return {
       name: {field: split[field] for field in _IDENTITY} for name, split in statistics.items()
     }

@@ -51,12 +51,12 @@ class JsonlWriter:
 
   def __init__(self, workdir: pathlib.Path, step: int):
     for file in _jsonl_files(workdir):
-      lines = file.read_text(errors="replace").splitlines(keepends=True)
+      lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
       files.write_atomically(
         file, "".join(line for line in lines if line.endswith("\n") and _line_step(line) <= step)
       )
     self._file, self._older_file = workdir / _JSONL, workdir / _OLDER_JSONL
-    self._stream = self._file.open("a")
+    self._stream = self._file.open("a", encoding="utf-8")
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Writes one line; starts a new file when this one has reached its size limit."""
@@ -64,7 +64,7 @@ class JsonlWriter:
     if self._stream.tell() > _MAX_BYTES:
       self._stream.close()
       os.replace(self._file, self._older_file)
-      self._stream = self._file.open("a")
+      self._stream = self._file.open("a", encoding="utf-8")
 
   def close(self) -> None:
     """Closes the file."""
@@ -138,7 +138,7 @@ class WandbWriter:
     self._run = wandb.init(
       project=project,
       dir=str(workdir),
-      id=id_file.read_text(),
+      id=id_file.read_text(encoding="utf-8"),
       resume="allow",
       config=dict(settings),
     )
@@ -235,7 +235,7 @@ def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
   """Returns the JSON objects of metrics.jsonl, oldest first, without incomplete lines."""
   records = []
   for file in _jsonl_files(pathlib.Path(workdir)):
-    for line in file.read_text(errors="replace").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
       with contextlib.suppress(ValueError):
         record = json.loads(line)
         # An incomplete line may be valid JSON, such as a number.

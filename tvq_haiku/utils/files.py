@@ -40,14 +40,17 @@ def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
 
   Args:
     file: the file to create or replace; its directory must exist.
-    content: the new content; a string is encoded as UTF-8.
+    content: the new content; a string is encoded as UTF-8, except that bytes of file names that are
+      not UTF-8 (surrogate escapes) stay what they are.
 
   Raises:
     OSError: the file cannot be written; the message names it.
   """
   draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
   try:
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    if isinstance(content, str):
+      content = content.encode(errors="surrogateescape")
+    draft.write_bytes(content)
     os.replace(draft, file)
   except OSError as error:
     raise OSError(f"cannot write {file}: {error.strerror}.") from error
@@ -74,7 +77,7 @@ def lock(file: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
   Raises:
     BlockingIOError: another process holds the lock, and `wait` is False.
   """
-  with file.open("w") as handle:
+  with file.open("w", encoding="utf-8") as handle:
     fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     yield
 
@@ -97,7 +100,7 @@ def check_manifest(directory: pathlib.Path, name: str) -> None:
   """
   if not (directory / name).exists():
     return
-  manifest = json.loads((directory / name).read_text())
+  manifest = json.loads((directory / name).read_text(encoding="utf-8"))
   if not isinstance(manifest, dict):
     raise ValueError(f"{name} is damaged: it is not a JSON object.")
   found = _sizes_and_checksums(directory, name)
