@@ -70,6 +70,36 @@ def test_a_trained_vocabulary_is_lossless(vocabulary):
     np.testing.assert_array_equal(vocabulary.encode(text.encode()), vocabulary.encode(text))
 
 
+@pytest.mark.parametrize("text", ["🧀", "It was 日本\n", "▁", b"\xff\x00 It was \xc3", b"\xe6\x97"])
+def test_tokens_have_exact_bytes_one_at_a_time(vocabulary, text):
+  tokens, raw = vocabulary.encode(text), text if isinstance(text, bytes) else text.encode()
+  assert b"".join(vocabulary.decode([token]) for token in tokens) == raw
+  assert vocabulary.decode(tokens) == raw
+
+
+def test_random_bytes_are_restored(vocabulary):
+  rng = np.random.default_rng(0)
+  for n in range(60):
+    raw = rng.integers(0, 256, n).astype(np.uint8).tobytes()
+    assert vocabulary.decode(vocabulary.encode(raw)) == raw
+
+
+def test_decoding_agrees_with_sentencepiece(vocabulary):
+  processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary.model)
+  rng = np.random.default_rng(0)
+  not_bytes = [token for token in range(vocabulary.size) if not processor.is_byte(token)]
+  for _ in range(100):
+    tokens = rng.choice(not_bytes, 20).tolist()
+    assert vocabulary.decode(tokens) == processor.decode(tokens).encode()
+
+
+def test_bytes_that_a_vocabulary_has_no_tokens_for(tmp_path):
+  train_lossy(tmp_path / "lossy")
+  vocabulary = data.PieceVocabulary(tmp_path / "lossy.model")
+  with pytest.raises(UnicodeDecodeError):
+    vocabulary.encode(b"so\xff")
+
+
 def test_a_vocabulary_of_a_text_without_spaces_is_lossless(tmp_path, capsys):
   vocabulary = data.train_pieces(["日本語"] * 9, tmp_path / "a.model", size=266)
   for text in UNUSUAL_TEXTS:
@@ -161,7 +191,7 @@ def test_a_model_with_different_special_tokens(tmp_path):
 def test_a_lossy_vocabulary_is_logged_once(tmp_path, capsys):
   train_lossy(tmp_path / "lossy")
   vocabulary = data.PieceVocabulary(tmp_path / "lossy.model")
-  assert vocabulary.decode(vocabulary.encode("so,  it\nwas")) == b"so, it was"
+  assert vocabulary.decode(vocabulary.encode("so,  it\nwas")) == b" so, it was"
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1 and lines[0].startswith(f"warning: {tmp_path}/lossy.model loses text (")
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tvq_haiku import data
+from tvq_haiku.data import vocabulary
 
 BYTES = data.ByteVocabulary
 
@@ -35,3 +36,12 @@ def test_a_model_of_a_different_size():
   BYTES.check("score", 259)
   with pytest.raises(ValueError, match=r"^score: the model has n_vocab=260, not the 259 tokens"):
     BYTES.check("score", 260)
+
+
+def test_anything_but_a_vocabulary_is_refused():
+  vocabulary.check_vocabulary("f", BYTES, 259)
+  with pytest.raises(ValueError, match=r"^f: the model has n_vocab=260"):
+    vocabulary.check_vocabulary("f", BYTES, 260)
+  for value in (None, "vocab.model", {}):
+    with pytest.raises(TypeError, match=r"^f: vocabulary=.* must be tvq_haiku.data.ByteVocabulary"):
+      vocabulary.check_vocabulary("f", value, 259)

@@ -16,7 +16,10 @@ import numpy.typing as npt
 from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.utils import files, optional, progress
 
-_SPACE = "▁"  # SentencePiece's symbol for a space; in a text, it is encoded as bytes
+_SPACE = "▁"  # SentencePiece's symbol for a space
+# What is encoded as bytes: this symbol where a text has it, and bytes that are not UTF-8, which
+# Python's "surrogateescape" decodes to these surrogates.
+_ENCODED_AS_BYTES = re.compile(f"([{_SPACE}\udc80-\udcff]+)")
 _PROBE = "  It was;\n\nwas it?\té▁🧀 "  # a text that only lossless vocabularies restore
 _SPECIAL_IDS = (ByteVocabulary.PAD, ByteVocabulary.EOS, ByteVocabulary.UNK, -1)  # -1: no such token
 _TRAINER_SETTINGS = dict(
@@ -45,7 +48,7 @@ class PieceVocabulary:
 
   Token 0 is padding, 1 ends a document, 2 is unknown; there is no begin token. A vocabulary that
   was trained by `train_pieces` is lossless: it keeps spaces, does not normalize the text, and
-  encodes unknown characters as their UTF-8 bytes.
+  encodes unknown characters as their UTF-8 bytes, and bytes that are not UTF-8 as they are.
   """
 
   EOS = ByteVocabulary.EOS
@@ -57,10 +60,11 @@ class PieceVocabulary:
       ValueError: `file` is not a SentencePiece model, or has different special tokens.
       OSError: `file` cannot be read.
     """
-    model = pathlib.Path(file).read_bytes()
+    self.file = pathlib.Path(file)
+    self.model = self.file.read_bytes()  # the content of the file
     spm = _sentencepiece()
     try:
-      self._processor = spm.SentencePieceProcessor(model_proto=model)
+      self._processor = spm.SentencePieceProcessor(model_proto=self.model)
       special_ids = tuple(
         getattr(self._processor, f"{name}_id")() for name in ("pad", "eos", "unk", "bos")
       )
@@ -71,16 +75,28 @@ class PieceVocabulary:
         f"{file}: the ids of pad, eos, unk and bos are {special_ids}, but must be {_SPECIAL_IDS}: "
         "train the vocabulary with --command=train_vocab."
       )
-    self.file = pathlib.Path(file)
     self.size = self._processor.get_piece_size()
-    self.fingerprint = f"pieces-{self.size}-{zlib.crc32(model):08x}"
-    space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-    self._space_tokens = None if ByteVocabulary.UNK in space else space
+    self.fingerprint = f"pieces-{self.size}-{zlib.crc32(self.model):08x}"
+    self._bytes_of_tokens = [self._bytes_of_token(token) for token in range(self.size)]
+    byte_tokens = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    self._byte_tokens = None if ByteVocabulary.UNK in byte_tokens else byte_tokens
     if self.decode(self.encode(_PROBE)) != _PROBE.encode():
       progress.log(
         f"warning: {file} loses text (such as line breaks, repeated spaces, or rare characters): a "
         "model need not predict the lost text, so its metrics are too good."
       )
+
+  def _bytes_of_token(self, token: int) -> bytes:
+    """Returns the bytes of a token; padding and the end of a document have none."""
+    processor = self._processor
+    if processor.is_control(token):
+      return b""
+    if processor.is_unknown(token):
+      return processor.decode([token]).encode()
+    piece = processor.id_to_piece(token)
+    if processor.is_byte(token):
+      return bytes.fromhex(piece[len("<0x") : -len(">")])
+    return piece.replace(_SPACE, " ").encode()
 
   def check(self, caller: str, n_vocab: int) -> None:
     """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is `size`."""
@@ -94,21 +110,28 @@ class PieceVocabulary:
     """Returns the tokens of `text`, [n] int32.
 
     Raises:
-      UnicodeDecodeError: `text` is bytes, but not UTF-8.
+      UnicodeDecodeError: `text` is bytes, but not UTF-8, and the vocabulary has no tokens of bytes.
     """
-    text = text if isinstance(text, str) else text.decode()
-    if self._space_tokens is None or _SPACE not in text:
+    if self._byte_tokens is None:
+      text = text if isinstance(text, str) else text.decode()
       return np.array(self._processor.encode(text), np.int32)
-    first, *others = text.split(_SPACE)
-    tokens = self._processor.encode(first)
-    for segment in others:
-      tokens += self._space_tokens + self._processor.encode(segment)
+    text = text if isinstance(text, str) else text.decode(errors="surrogateescape")
+    tokens: list[int] = []
+    for i, part in enumerate(_ENCODED_AS_BYTES.split(text)):  # a match after each other part
+      if i % 2:
+        raw = part.encode(errors="surrogateescape")
+        tokens += [self._byte_tokens[byte] for byte in raw]
+      else:
+        tokens += self._processor.encode(part)
     return np.array(tokens, np.int32)
 
   def decode(self, tokens: npt.ArrayLike) -> bytes:
-    """Returns the UTF-8 text of `tokens`, an array of any shape.
+    """Returns the bytes of each of the `tokens`, concatenated.
 
-    Padding and ends of documents have no text.
+    So the bytes of a text are those of its parts, even where a part ends inside of a character.
+
+    Args:
+      tokens: array of any shape. Padding and ends of documents have no bytes.
 
     Raises:
       ValueError: a token is not in the vocabulary.
@@ -116,7 +139,7 @@ class PieceVocabulary:
     tokens = np.asarray(tokens, np.int64).reshape(-1)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.size:
       raise ValueError(f"tokens must lie in [0, {self.size}), got {tokens.min()}...{tokens.max()}.")
-    return self._processor.decode(tokens[tokens >= ByteVocabulary.UNK].tolist()).encode()
+    return b"".join(self._bytes_of_tokens[token] for token in tokens.tolist())
 
 
 def train_pieces(

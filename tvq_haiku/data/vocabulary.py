@@ -11,14 +11,15 @@ import numpy.typing as npt
 class Vocabulary(Protocol):
   """Maps bytes to tokens and back: token 0 is padding, 1 ends a document, 2 is unknown."""
 
+  EOS: int  # 1, the token that ends a document
   size: int  # X
   fingerprint: str  # identifies the mapping in caches and runs
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """Returns the tokens of `text`, [n] int32."""
+    """Returns the tokens of `text`, [n] int32. Bytes need not be UTF-8."""
 
   def decode(self, tokens: npt.ArrayLike) -> bytes:
-    """Returns the bytes of `tokens`; special tokens have none."""
+    """Returns the bytes of each of the `tokens`, concatenated; special tokens have none."""
 
   def check(self, caller: str, n_vocab: int) -> None:
     """Raises a ValueError, whose message begins with `caller`, unless `n_vocab` is `size`."""
@@ -48,7 +49,8 @@ class ByteVocabulary:
     if n_vocab != cls.SIZE:
       raise ValueError(
         f"{caller}: the model has n_vocab={n_vocab}, not the {cls.SIZE} tokens of the byte "
-        "vocabulary: use the vocabulary of the model, or a byte-level model."
+        "vocabulary: pass the vocabulary of the model, such as "
+        "vocabulary=tvq_haiku.data.PieceVocabulary(FILE), or use a byte-level model."
       )
 
   @classmethod
@@ -70,3 +72,23 @@ class ByteVocabulary:
         f"byte tokens must lie in [0, {cls.SIZE}), got {tokens.min()}...{tokens.max()}."
       )
     return (tokens[tokens >= cls.OFFSET] - cls.OFFSET).astype(np.uint8).tobytes()
+
+
+def check_vocabulary(caller: str, vocabulary: Vocabulary, n_vocab: int) -> None:
+  """Checks that an argument is the vocabulary of a model.
+
+  Args:
+    caller: name of the function, for the message.
+    vocabulary: the argument that was passed.
+    n_vocab: number of tokens of the model.
+
+  Raises:
+    TypeError: the argument is not a vocabulary.
+    ValueError: the vocabulary has a different size.
+  """
+  if not all(hasattr(vocabulary, name) for name in ("encode", "decode", "check")):
+    raise TypeError(
+      f"{caller}: vocabulary={vocabulary!r} must be tvq_haiku.data.ByteVocabulary or a "
+      "tvq_haiku.data.PieceVocabulary(FILE)."
+    )
+  vocabulary.check(caller, n_vocab)
