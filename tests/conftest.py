@@ -47,3 +47,13 @@ def clear_compiled_programs():
   """Frees compiled programs: they use memory maps, of which Linux allows a process 65,530."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory):
+  """A vocabulary of 340 SentencePiece tokens, 256 of which are bytes."""
+  from tvq_haiku import data
+
+  lines = data.austen()["Emma"][:20_000].decode().split("\n")
+  file = tmp_path_factory.mktemp("pieces") / "vocab.model"
+  return data.train_pieces(filter(None, lines), file, size=340)

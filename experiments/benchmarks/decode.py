@@ -170,7 +170,7 @@ class DecodeSteps:
 
   def __init__(self, model: Model, batch_size: int, position: int, n_token: int):
     config, params, weights = model
-    shape, stop = (batch_size, position), stopping.StopConditions()
+    shape, stop = (batch_size, position), stopping.make_stop_conditions()
     tokens = np.random.default_rng(0).integers(3, config.n_vocab, shape).astype(np.int32)
     state, logits = prefill.prefill(
       params, config, list(tokens), tvq.initial_state(config, batch_size)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import tvq_haiku as tvq
+from tvq_haiku import data
 from tvq_haiku.evaluation import compression
 
 import helpers
@@ -23,10 +24,45 @@ DATA = bytes(range(256)) + "It is a truth universally acknowledged, Käse 🧀. 
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("data", [DATA, b"", b"a", b"ab"])
-def test_decompress_inverts_compress(data, rows):
-  packed = tvq.compress(PARAMS, CONFIG, data, rows=rows)
-  assert tvq.decompress(PARAMS, CONFIG, packed) == data
+@pytest.mark.parametrize("content", [DATA, b"", b"a", b"ab"])
+def test_decompress_inverts_compress(content, rows):
+  packed = tvq.compress(PARAMS, CONFIG, content, rows=rows)
+  assert tvq.decompress(PARAMS, CONFIG, packed) == content
+
+
+class TestPieces:
+  @pytest.fixture
+  def model(self, pieces):
+    config = CONFIG.replace(n_vocab=pieces.size, e_scale=0.1)
+    return helpers.random_params(config), config
+
+  @pytest.mark.parametrize("content", [DATA, b"", "🧀".encode()[:3], b"\n\n", "▁ ".encode()])
+  def test_any_bytes_are_restored(self, model, pieces, content):
+    packed = tvq.compress(*model, content, vocabulary=pieces, rows=2)
+    assert tvq.decompress(*model, packed, vocabulary=pieces) == content
+
+  def test_compressed_size_matches_the_score(self, model, pieces):
+    text = data.austen()["Emma"][:1500]
+    bits = -tvq.score(*model, [text], vocabulary=pieces).logprobs[0] / np.log(2)
+    size = len(tvq.compress(*model, text, vocabulary=pieces))
+    assert abs(size - bits / 8) <= 0.005 * bits / 8 + 64
+
+  def test_the_vocabulary_is_part_of_the_model(self, model, pieces, monkeypatch):
+    packed = tvq.compress(*model, DATA, vocabulary=pieces)
+    monkeypatch.setattr(pieces, "fingerprint", "pieces-340-0")
+    with pytest.raises(tvq.CompressionError, match="configuration or vocabulary differ"):
+      tvq.decompress(*model, packed, vocabulary=pieces)
+
+  def test_text_that_the_vocabulary_would_change_is_refused(self):
+    class Lower(data.ByteVocabulary):
+      @classmethod
+      def encode(cls, text):
+        return data.ByteVocabulary.encode(text.lower())
+
+    packed = tvq.compress(PARAMS, CONFIG, b"anne", vocabulary=Lower)
+    assert tvq.decompress(PARAMS, CONFIG, packed, vocabulary=Lower) == b"anne"
+    with pytest.raises(ValueError, match="compress: the vocabulary does not restore these data"):
+      tvq.compress(PARAMS, CONFIG, b"Anne", vocabulary=Lower)
 
 
 def test_compressed_size_matches_the_score():
@@ -44,14 +80,14 @@ def test_lanes_are_contiguous_and_equally_long_except_at_the_end():
 
 def test_a_lane_does_not_depend_on_the_bytes_of_other_lanes(monkeypatch):
   steps = []
-  next_byte_probabilities = compression._next_byte_probabilities
+  next_token_probabilities = compression._next_token_probabilities
 
   def recorded(*arguments):
-    probabilities, state = next_byte_probabilities(*arguments)
+    probabilities, state = next_token_probabilities(*arguments)
     steps.append(np.asarray(probabilities))
     return probabilities, state
 
-  monkeypatch.setattr(compression, "_next_byte_probabilities", recorded)
+  monkeypatch.setattr(compression, "_next_token_probabilities", recorded)
   tvq.compress(PARAMS, CONFIG, b"BathAnne", rows=2)
   tvq.compress(PARAMS, CONFIG, b"BathEmma", rows=2)
   first, second = np.array(steps[:4]), np.array(steps[4:])  # [step, lane, X]
@@ -61,14 +97,14 @@ def test_a_lane_does_not_depend_on_the_bytes_of_other_lanes(monkeypatch):
 
 def test_file_format():
   """The layout must not change, so that files of earlier releases can be read."""
-  data = b"It is a truth universally acknowledged"
-  packed = tvq.compress(PARAMS, CONFIG, data, rows=2)
+  content = b"It is a truth universally acknowledged"
+  packed = tvq.compress(PARAMS, CONFIG, content, rows=2)
   magic, version, n_lane, n_byte, fingerprint, data_crc, checksum = struct.unpack_from(
     "<4sBxHQ8sII", packed
   )
-  assert (magic, version, n_lane, n_byte) == (b"TVQZ", 1, 2, len(data))
-  assert fingerprint == compression._fingerprint(PARAMS, CONFIG)
-  assert data_crc == zlib.crc32(data)
+  assert (magic, version, n_lane, n_byte) == (b"TVQZ", 1, 2, len(content))
+  assert fingerprint == compression._fingerprint(PARAMS, CONFIG, data.ByteVocabulary)
+  assert data_crc == zlib.crc32(content)
   assert checksum == zlib.crc32(packed[:28] + packed[32:])
   assert len(packed) % 4 == 0
 
@@ -126,15 +162,26 @@ def test_another_model_is_rejected():
 
 @pytest.mark.parametrize("rows", [0, 65_536])
 def test_number_of_lanes_out_of_range_is_rejected(rows):
-  with pytest.raises(ValueError, match=rf"compress: rows={rows} must lie in \[1, 65535\]"):
+  with pytest.raises(
+    ValueError, match=rf"compress: rows={rows} must be an integer in \[1, 65535\]"
+  ):
     tvq.compress(PARAMS, CONFIG, b"", rows=rows)
+
+
+@pytest.mark.parametrize("function", [tvq.compress, tvq.decompress])
+@pytest.mark.parametrize("value", ["text", None, [b"a"], 3])
+def test_anything_but_bytes_is_named(function, value):
+  name = "data" if function is tvq.compress else "packed"
+  message = f"{function.__name__}: {name} must be bytes, got {type(value).__name__}"
+  with pytest.raises(TypeError, match=message):
+    function(PARAMS, CONFIG, value)
 
 
 def test_models_that_do_not_predict_bytes_are_rejected():
   for name, function in (("compress", tvq.compress), ("decompress", tvq.decompress)):
     with pytest.raises(ValueError, match=f"{name}: the model has n_vocab=11, not the 259"):
-      function({}, helpers.tiny(), b"a")
-    with pytest.raises(ValueError, match=f"{name}: causal=False: an encoder does not predict"):
+      function(helpers.random_params(helpers.tiny()), helpers.tiny(), b"a")
+    with pytest.raises(ValueError, match=f"{name}: causal=False: an encoder cannot predict"):
       function(PARAMS, CONFIG.replace(causal=False), b"a")
     with pytest.raises(ValueError, match="params"):
       function(PARAMS, CONFIG.replace(d_k=8), b"a")

@@ -117,13 +117,25 @@ def test_perplexity_beyond_the_range_of_floats_is_infinite(nats, units):
 
 @pytest.mark.parametrize("name", ["batch_size", "window_len", "align"])
 def test_sizes_below_one_are_rejected(name):
-  with pytest.raises(ValueError, match=f"evaluate: {name}=0 must be at least 1"):
-    tvq.evaluate(PARAMS, CONFIG, STREAM, **{name: 0})
+  for value in (0, None, 1.5, "8"):
+    with pytest.raises(
+      ValueError, match=f"evaluate: {name}={value!r} must be an integer of at lea"
+    ):
+      tvq.evaluate(PARAMS, CONFIG, STREAM, **{name: value})
 
 
-def test_encoders_are_rejected():
-  with pytest.raises(ValueError, match="evaluate: causal=False: an encoder sees"):
+def test_models_that_do_not_predict_tokens_are_rejected():
+  with pytest.raises(ValueError, match="evaluate: causal=False: an encoder cannot predict"):
     tvq.evaluate(PARAMS, CONFIG.replace(causal=False), STREAM)
+  with pytest.raises(ValueError, match="evaluate: no_emb=True: the model reads features"):
+    tvq.evaluate(PARAMS, CONFIG.replace(no_emb=True), STREAM)
+
+
+def test_arguments_of_a_wrong_type_are_named():
+  with pytest.raises(TypeError, match=r"evaluate: stream must be a TokenStream, .* got str"):
+    tvq.evaluate(PARAMS, CONFIG, "text")
+  with pytest.raises(TypeError, match="evaluate: config must be a TransformerConfig, got dict"):
+    tvq.evaluate(CONFIG, PARAMS, STREAM)
 
 
 def test_evaluations_of_the_same_shapes_are_compiled_once():

@@ -9,6 +9,7 @@ import pytest
 
 import tvq_haiku as tvq
 from tvq_haiku import data
+from tvq_haiku.evaluation import scoring
 
 import helpers
 
@@ -56,6 +57,43 @@ def test_score_equals_evaluate():
   np.testing.assert_allclose(scores.bits_per_byte[0], likelihood.bits_per(len(text)), rtol=1e-6)
 
 
+def test_texts_of_many_lengths_share_compiled_programs():
+  for batch_size in (1, 8):
+    scoring._window_nats.clear_cache()
+    texts = ["x" * n for n in range(1, 33)] + ["x" * 200]
+    tvq.score(PARAMS, CONFIG, texts, batch_size=batch_size)
+    assert scoring._window_nats._cache_size() <= 4
+    for n in range(10, 30, 3):
+      tvq.score(PARAMS, CONFIG, ["x" * n], batch_size=1)
+      tvq.score(PARAMS, CONFIG, ["x" * 9] * (n // 4), batch_size=8)
+    assert scoring._window_nats._cache_size() <= 8
+
+
+def test_arrays_of_texts_are_accepted():
+  expected = tvq.score(PARAMS, CONFIG, ["Anne", "Käse"]).logprobs
+  for texts in (
+    np.array(["Anne", "Käse"]),
+    np.array([b"Anne", "Käse".encode()]),
+    np.array(["Anne", "Käse"], object),
+    (text for text in ("Anne", "Käse")),
+  ):
+    np.testing.assert_array_equal(tvq.score(PARAMS, CONFIG, texts).logprobs, expected)
+
+
+@pytest.mark.parametrize(
+  "texts, message",
+  [
+    (["ok", None], r"score: texts\[1\] must be a str or bytes, got None"),
+    (np.array([1, 2]), r"score: texts\[0\] must be a str or bytes, got 1"),
+    (None, "score: texts must be a list of texts, got None"),
+    (3, "score: texts must be a list of texts, got 3"),
+  ],
+)
+def test_texts_of_a_wrong_type_are_named(texts, message):
+  with pytest.raises(TypeError, match=message):
+    tvq.score(PARAMS, CONFIG, texts)
+
+
 @pytest.mark.parametrize("text, kind", [("Anne", "str"), (b"Anne", "bytes")])
 def test_a_single_text_is_rejected(text, kind):
   with pytest.raises(ValueError, match=f"must be a list of texts, got one {kind}"):
@@ -64,14 +102,15 @@ def test_a_single_text_is_rejected(text, kind):
 
 @pytest.mark.parametrize("name", ["batch_size", "window_len"])
 def test_sizes_below_one_are_rejected(name):
-  with pytest.raises(ValueError, match=f"score: {name}=0 must be at least 1"):
-    tvq.score(PARAMS, CONFIG, ["Anne"], **{name: 0})
+  for value in (0, 1.5, None):
+    with pytest.raises(ValueError, match=f"score: {name}={value} must be an integer of at least 1"):
+      tvq.score(PARAMS, CONFIG, ["Anne"], **{name: value})
 
 
 def test_models_that_do_not_predict_bytes_are_rejected():
   with pytest.raises(ValueError, match="score: the model has n_vocab=11, not the 259"):
-    tvq.score({}, helpers.tiny(), ["Anne"])
-  with pytest.raises(ValueError, match="score: causal=False: an encoder sees"):
+    tvq.score(helpers.random_params(helpers.tiny()), helpers.tiny(), ["Anne"])
+  with pytest.raises(ValueError, match="score: causal=False: an encoder cannot predict"):
     tvq.score(PARAMS, CONFIG.replace(causal=False), ["Anne"])
   with pytest.raises(ValueError, match=r"params .* has shape"):
     tvq.score(PARAMS, CONFIG.replace(d_k=8), ["Anne"])

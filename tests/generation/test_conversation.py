@@ -37,9 +37,52 @@ def decode(out):
 
 @pytest.mark.parametrize("prompt, n", [("", 40), ("Anne", 16), ("Käse", 37), (b"\xc3", 3)])
 def test_chunks_add_up_to_the_text_of_continue_text(prompt, n):
-  chunks = list(start_conversation().write(prompt, max_new_tokens=n))
-  assert "".join(chunks) == continue_text(prompt, n)
+  conversation = start_conversation()
+  chunks = list(conversation.write(prompt, max_new_tokens=n))
+  rest = conversation.pending.decode(errors="replace")  # of a character that is not complete
+  assert "".join(chunks) + rest == continue_text(prompt, n)
   assert all(chunks)
+
+
+def write_bytes(monkeypatch, content):
+  """Makes the model write `content`, after which it would go on with spaces."""
+  tokens = data.ByteVocabulary.encode(content + b" " * 100)
+  n_sampled = 0
+
+  def sample_tokens(weights, config, state, rngs, params, limit, *, chunk_len, stop):
+    nonlocal n_sampled
+    chunk = tokens[n_sampled : n_sampled + limit]
+    n_sampled += limit
+    padded = np.pad(chunk, (0, chunk_len - limit))[None]
+    return sample_loop.SampledTokens(padded, None, [limit]), state
+
+  monkeypatch.setattr(sample_loop, "sample_tokens", sample_tokens)
+
+
+def test_a_character_that_is_cut_is_completed_by_the_next_call(monkeypatch):
+  write_bytes(monkeypatch, "日本🧀!".encode())
+  conversation = start_conversation()
+  assert list(conversation.write("日", max_new_tokens=8)) == ["日本"]
+  assert conversation.pending == "🧀".encode()[:2]
+  assert list(conversation.write("", max_new_tokens=1)) == []
+  assert list(conversation.write("", max_new_tokens=2)) == ["🧀!"]
+  assert conversation.pending == b""
+
+
+def test_a_new_prompt_drops_the_bytes_of_a_cut_character(monkeypatch):
+  write_bytes(monkeypatch, "日".encode()[:2] + b"abc")
+  conversation = start_conversation()
+  assert list(conversation.write("x", max_new_tokens=2)) == []
+  assert list(conversation.write("y", max_new_tokens=3)) == ["abc"]
+
+
+def test_bytes_that_an_abandoned_iterator_held_back_are_not_lost(monkeypatch):
+  write_bytes(monkeypatch, b"0123456789abcdEND")
+  monkeypatch.setattr(conversation_lib, "_CHUNK_LEN", 16)
+  conversation = start_conversation()
+  assert next(conversation.write("x", max_new_tokens=64, stop=["END"])) == "0123456789abcd"
+  assert conversation.pending == b"EN"
+  assert list(conversation.write("", max_new_tokens=1)) == ["END"]
 
 
 def test_no_character_is_split_between_chunks(monkeypatch):
@@ -115,17 +158,89 @@ def test_the_prompt_after_an_eos_starts_a_new_text():
   )
 
 
+@pytest.mark.parametrize("text_before", ["Anne", None])
+def test_a_conversation_from_a_saved_state_continues_bit_for_bit(tmp_path, text_before):
+  conversation = start_conversation()
+  if text_before:
+    list(conversation.write(text_before, max_new_tokens=7))
+  saved = dict(logits=conversation.logits, pending=conversation.pending)
+  tvq.save_state(conversation.state, CONFIG, tmp_path / "state", **saved)
+  loaded = start_conversation(**tvq.load_state(CONFIG, tmp_path / "state")._asdict())
+  for prompt in ("", " and", ""):
+    expected = list(conversation.write(prompt, max_new_tokens=21))
+    assert list(loaded.write(prompt, max_new_tokens=21)) == expected
+    helpers.assert_same(loaded.state, conversation.state)
+    helpers.assert_same(loaded.logits, conversation.logits)
+    assert loaded.pending == conversation.pending
+
+
+class TestPieces:
+  """The model's tokens are pieces of text, which may hold a stop text or begin inside of one."""
+
+  @pytest.fixture(scope="class")
+  def conversation(self, pieces):
+    config = CONFIG.replace(n_vocab=pieces.size)
+    params = helpers.random_params(config)
+
+    def start(**kwargs):
+      return tvq.Conversation(params, config, rng=RNG, vocabulary=pieces, **kwargs)
+
+    return start
+
+  def test_chunks_add_up_to_the_bytes_of_the_tokens(self, conversation, pieces):
+    talk = conversation()
+    text = "".join(talk.write("Emma ", max_new_tokens=40))
+    raw = pieces.decode(self.tokens(talk, pieces, 40))
+    assert text + talk.pending.decode(errors="replace") == raw.decode(errors="replace")
+
+  def tokens(self, talk, pieces, n):
+    prompt = np.append(1, pieces.encode("Emma "))[None]
+    config = CONFIG.replace(n_vocab=pieces.size)
+    params = helpers.random_params(config)
+    return tvq.generate(params, config, prompt, max_new_tokens=n, rng=RNG, eos_id=1).tokens[0]
+
+  def test_the_state_ends_with_the_token_that_completes_a_stop_text(self, conversation, pieces):
+    tokens = self.tokens(None, pieces, 40)
+    ends = np.cumsum([len(pieces.decode([token])) for token in tokens])
+    raw = pieces.decode(tokens)
+    i = next(i for i in range(4, 40) if ends[i] - ends[i - 1] > 1)  # a token of several bytes
+    stop = raw[ends[i] - 3 : ends[i] - 1]  # ends inside of it
+    begin = raw.find(stop)
+    n = int(np.searchsorted(ends, begin + len(stop))) + 1
+    talk, shorter = conversation(), conversation()
+    text = "".join(talk.write("Emma ", max_new_tokens=40, stop=[stop]))
+    assert text == raw[:begin].decode(errors="replace")
+    list(shorter.write("Emma ", max_new_tokens=n))
+    helpers.assert_same(talk.state, shorter.state)
+    helpers.assert_same(talk.logits, shorter.logits)
+
+
 def test_invalid_arguments_are_refused():
   with pytest.raises(ValueError, match="Conversation: the model has n_vocab=11, not the 259"):
-    tvq.Conversation({}, helpers.tiny(), rng=RNG)
+    config = helpers.tiny()
+    tvq.Conversation(helpers.random_params(config), config, rng=RNG)
+  with pytest.raises(TypeError, match=r"Conversation: rng must be a random key, .* got 0"):
+    start_conversation(rng=0)
+  with pytest.raises(ValueError, match="Conversation: rng must be one key"):
+    start_conversation(rng=jax.random.split(RNG))
+  with pytest.raises(TypeError, match="Conversation: vocabulary='bytes' must be"):
+    start_conversation(vocabulary="bytes")
+  with pytest.raises(TypeError, match="Conversation: prompt must be a str or bytes, got a list"):
+    start_conversation().write(["a"], max_new_tokens=1)
   with pytest.raises(ValueError, match="Conversation: temperature=-1"):
     start_conversation(temperature=-1)
   with pytest.raises(ValueError, match="batch of 1"):
     start_conversation(state=tvq.initial_state(CONFIG, 2))
-  with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+  with pytest.raises(ValueError, match="max_new_tokens=0 must be an integer of at least 1"):
     start_conversation().write("a", max_new_tokens=0)
   with pytest.raises(ValueError, match=r"stop=\[''\]: a stop text must not be empty"):
     start_conversation().write("a", max_new_tokens=1, stop=[""])
-  conversation = start_conversation(state=tvq.initial_state(CONFIG, 1))
+  state = generate(np.array([1, 70]), 1).state
   with pytest.raises(ValueError, match="first prompt must not be empty if a `state` was given"):
-    list(conversation.write("", max_new_tokens=1))
+    start_conversation(state=state).write("", max_new_tokens=1)
+
+
+def test_an_initial_state_starts_a_new_text():
+  conversation = start_conversation(state=tvq.initial_state(CONFIG, 1))
+  expected = list(start_conversation().write("", max_new_tokens=9))
+  assert list(conversation.write("", max_new_tokens=9)) == expected

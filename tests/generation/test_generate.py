@@ -69,6 +69,31 @@ def test_texts_end_at_an_eos():
   np.testing.assert_array_equal(out.state.attention_1.position[0], 5 + out.lengths)
 
 
+def test_texts_end_at_any_of_several_eos_tokens():
+  prompts = helpers.random_tokens(CONFIG, 3, 5)
+  unstopped = generate(prompts, n=16, temperature=1.0).tokens.tolist()
+  eos_ids = [unstopped[0][3], unstopped[1][5]]
+  out = generate(prompts, n=16, temperature=1.0, eos_id=eos_ids)
+  expected = [length_until(tokens, [[token] for token in eos_ids]) for tokens in unstopped]
+  assert out.lengths.tolist() == expected and expected[0] <= 4 and expected[1] <= 6
+  empty = generate(np.zeros((1, 0), np.int32), eos_id=[eos_ids[0], 1])
+  np.testing.assert_array_equal(empty.tokens, generate(np.array([eos_ids[:1]])).tokens)
+
+
+def test_generation_is_refused_inside_of_transformations():
+  prompts = helpers.random_tokens(CONFIG, 1, 5)
+  message = "^generate is not for use inside jax.jit or another .* tvq.decode_step"
+  for function in (
+    lambda params: tvq.generate(params, CONFIG, prompts, max_new_tokens=2, rng=jax.random.key(0)),
+    lambda _: generate(prompts, n=2),  # nothing that is passed to it is traced
+    lambda _: generate(jnp.asarray(prompts) + 1, n=2),
+  ):
+    with pytest.raises(TypeError, match=message):
+      jax.jit(function)(PARAMS)
+  with pytest.raises(TypeError, match=message):
+    jax.vmap(lambda rng: generate(prompts, rng=rng))(jax.random.split(jax.random.key(0), 2))
+
+
 def test_the_same_key_gives_the_same_text_in_any_batch():
   prompts = helpers.random_tokens(CONFIG, 4, 5)
   prompts[3] = prompts[0]
@@ -152,10 +177,16 @@ def test_a_stop_sequence_that_begins_in_the_prompt_does_not_end_the_text():
 @pytest.mark.parametrize(
   "settings, message",
   [
-    (dict(top_p=1.1), r"generate: top_p=1.1 must lie in \(0, 1\]"),
-    (dict(stop=[[3], []]), r"stop=\[\[3\], \[\]\]: each stop sequence must have at least one"),
+    (dict(top_p=1.1), r"generate: top_p=1.1 must be a number in \(0, 1\]"),
+    (dict(temperature=None), "generate: temperature=None must be a finite number of at least 0"),
+    (
+      dict(stop=[[3], []]),
+      r"generate: stop=\[\[3\], \[\]\] must be a list of sequences of one or more",
+    ),
+    (dict(stop=[1, 13]), r"generate: stop=\[1, 13\] must be a list of sequences"),
+    (dict(stop=[b"\n"]), "generate: stop=.* must be a list of sequences .* take texts"),
     (dict(logits=np.zeros((2, 10))), r"logits must have shape \[B=2, X=11\], got \(2, 10\)"),
-    (dict(eos_id=11), r"eos_id=11 must be None or lie in \[0, 11\)"),
+    (dict(eos_id=11), r"eos_id=11 must be None, a token in \[0, 11\), or a list"),
     (dict(state=tvq.initial_state(CONFIG, 3)), "batch of 2"),
     (dict(n=2.5), "max_new_tokens=2.5 must be an integer of at least 1"),
     (dict(n=0), "max_new_tokens=0"),
@@ -173,7 +204,7 @@ def test_invalid_arguments_are_refused(settings, message):
 @pytest.mark.parametrize(
   "settings, message",
   [
-    (dict(rng=0), r"rng must be a key, such as jax.random.key\(0\), got int"),
+    (dict(rng=0), r"generate: rng must be a random key, such as jax.random.key\(0\), got 0"),
     (dict(logits=[[0.0] * 11] * 2), "generate: logits must be an array, got list"),
   ],
 )
@@ -196,7 +227,7 @@ def test_tokens_out_of_range_are_refused():
 def test_an_encoder_cannot_generate():
   config = CONFIG.replace(causal=False)
   params, prompts = helpers.random_params(config), np.zeros((1, 3), np.int32)
-  with pytest.raises(ValueError, match="causal=False: an encoder does not continue"):
+  with pytest.raises(ValueError, match="generate: causal=False: an encoder cannot predict"):
     tvq.generate(params, config, prompts, max_new_tokens=1, rng=jax.random.key(0))
 
 
@@ -228,12 +259,42 @@ def test_text_needs_the_vocabulary_of_the_model():
     tvq.continue_text(PARAMS, CONFIG, ["a"], max_new_tokens=1, rng=jax.random.key(0))
 
 
-@pytest.mark.parametrize("prompts", ["text", b"text", []])
-def test_text_needs_a_list_of_prompts(prompts):
-  with pytest.raises(ValueError, match=r"prompts=.* must be a list of at least one text"):
+@pytest.mark.parametrize(
+  "prompts, error, message",
+  [
+    ("text", ValueError, "prompts must be a list of texts, got one str"),
+    (b"text", ValueError, "prompts must be a list of texts, got one bytes"),
+    ([], ValueError, "prompts must be a list of at least one text"),
+    (None, TypeError, "prompts must be a list of texts, got None"),
+    (["Anne", 3], TypeError, r"prompts\[1\] must be a str or bytes, got 3"),
+    (["Anne", "\ud800"], ValueError, r"prompts\[1\]=.* has a surrogate at 0"),
+  ],
+)
+def test_text_needs_a_list_of_prompts(prompts, error, message):
+  with pytest.raises(error, match=f"continue_text: {message}"):
     continue_text(prompts)
 
 
+def test_prompts_may_be_an_array_of_texts():
+  assert continue_text(np.array(["Anne", "Emma"])) == continue_text(["Anne", "Emma"])
+
+
 def test_text_needs_a_list_of_stop_texts():
-  with pytest.raises(ValueError, match="stop='end' must be a list of texts, not one text"):
+  with pytest.raises(ValueError, match="continue_text: stop must be a list of texts, got one str"):
     continue_text(["Anne"], stop="end")
+
+
+def test_text_of_pieces_ends_before_a_stop_text_that_spans_tokens(pieces):
+  config = helpers.tiny(n_vocab=pieces.size)
+  params = helpers.random_params(config)
+
+  def sample(**kwargs):
+    settings = dict(max_new_tokens=30, rng=jax.random.key(0), vocabulary=pieces, **kwargs)
+    return tvq.continue_text(params, config, ["Emma "], **settings)[0]
+
+  text = sample()
+  tokens = np.append(1, pieces.encode("Emma "))[None]
+  out = tvq.generate(params, config, tokens, max_new_tokens=30, rng=jax.random.key(0), eos_id=1)
+  assert text == pieces.decode(out.tokens[0]).decode(errors="replace")
+  stop = text[3:6]
+  assert stop.isascii() and sample(stop=[stop]) == text[: text.find(stop)]

@@ -39,13 +39,13 @@ def test_an_empty_prompt_keeps_its_state_and_logits():
 def test_an_empty_prompt_becomes_an_eos_only_at_the_start_of_a_text():
   empty, prompt = np.array([], np.int32), np.array([3], np.int32)
   new = tvq.initial_state(CONFIG, 2)
-  filled = prefill.fill_empty_prompts([prompt, empty], new, eos_id=1)
+  filled = prefill.fill_empty_prompts([prompt, empty], new, eos_ids=[1, 2])
   assert [x.tolist() for x in filled] == [[3], [1]]
   with pytest.raises(ValueError, match=r"prompts\[1\] is empty: pass an `eos_id`"):
-    prefill.fill_empty_prompts([prompt, empty], new, eos_id=None)
+    prefill.fill_empty_prompts([prompt, empty], new, eos_ids=[])
   state = new._replace(document=jnp.array([-1, 0]))
   with pytest.raises(ValueError, match=r"prompts\[1\] is empty, .* pass the `logits`"):
-    prefill.fill_empty_prompts([prompt, empty], state, eos_id=1)
+    prefill.fill_empty_prompts([prompt, empty], state, eos_ids=[1])
 
 
 def test_padding_is_removed_from_prompts():
@@ -67,8 +67,14 @@ def test_padding_is_removed_from_prompts():
     ([[5, 6]], [1, 1], ValueError, r"lengths=\[1, 1\]"),
     ([[5, 11]], None, ValueError, r"\[0, 11\), got 5...11"),
     ([[5.0]], None, TypeError, "tokens must be integers, got float64"),
+    ([[5, 6], [7]], None, ValueError, r"prompts has rows of different lengths: pad .* `lengths`"),
+    ([[5, 6]], [[1], [1, 2]], ValueError, "lengths has rows of different lengths"),
+    ("text", None, TypeError, "prompts must be integers, got text: pass it to continue_text"),
+    (["a", "b"], None, TypeError, "prompts must be integers, got text"),
+    ([b"a"], None, TypeError, "prompts must be integers, got text"),
+    (None, None, ValueError, r"prompts must be \[B, P\] with B >= 1, got shape \(\)"),
   ],
 )
 def test_invalid_prompts_are_refused(prompts, lengths, error, message):
-  with pytest.raises(error, match=message):
-    prefill.unpad_prompts(np.array(prompts), lengths, n_vocab=11)
+  with pytest.raises(error, match=f"generate: .*{message}"):
+    prefill.unpad_prompts(prompts, lengths, n_vocab=11)

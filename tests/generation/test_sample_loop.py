@@ -9,13 +9,14 @@ import pytest
 
 import tvq_haiku as tvq
 from tvq_haiku.generation import decoder_weights, sample_loop, sampling
-from tvq_haiku.generation.stopping import StopConditions
+from tvq_haiku.generation.stopping import make_stop_conditions
 
 from helpers import assert_same, random_params, tiny
 
 CONFIG = tiny()
 PARAMS = random_params(CONFIG)
 RNGS = jax.random.split(jax.random.key(0), 2)
+NO_STOP = make_stop_conditions()
 
 
 def start(stop, config=CONFIG, batch_size=2):
@@ -37,8 +38,8 @@ def sample(state, limit, stop, chunk_len=8):
 
 
 def test_samples_up_to_the_limit_and_pads_with_zeros():
-  sampled, state = sample(start(StopConditions()), 5, StopConditions())
-  full, _ = sample(start(StopConditions()), 8, StopConditions())
+  sampled, state = sample(start(NO_STOP), 5, NO_STOP)
+  full, _ = sample(start(NO_STOP), 8, NO_STOP)
   assert sampled.tokens.shape == (2, 8) and sampled.lengths.tolist() == [5, 5]
   np.testing.assert_array_equal(sampled.tokens[:, :5], full.tokens[:, :5])
   assert not sampled.tokens[:, 5:].any() and not sampled.logprobs[:, 5:].any()
@@ -47,11 +48,11 @@ def test_samples_up_to_the_limit_and_pads_with_zeros():
 
 
 def test_a_text_that_has_ended_keeps_its_state():
-  unstopped, _ = sample(start(StopConditions()), 8, StopConditions())
+  unstopped, _ = sample(start(NO_STOP), 8, NO_STOP)
   first, second = np.asarray(unstopped.tokens)
   eos = int(next(token for token in first if token not in second))
   length = first.tolist().index(eos) + 1
-  stop = StopConditions(eos_id=eos)
+  stop = make_stop_conditions([[eos]])
   sampled, state = sample(start(stop), 8, stop)
   assert sampled.lengths.tolist() == [length, 8] and state.ended.tolist() == [True, False]
   assert sampled.tokens[0].tolist() == [*first[:length].tolist(), *[0] * (8 - length)]
@@ -62,9 +63,9 @@ def test_a_text_that_has_ended_keeps_its_state():
 
 
 def test_a_stop_sequence_may_span_two_calls():
-  unstopped, _ = sample(start(StopConditions()), 8, StopConditions())
-  sequence = tuple(np.asarray(unstopped.tokens)[0, 3:6].tolist())
-  stop = StopConditions(sequences=(sequence,))
+  unstopped, _ = sample(start(NO_STOP), 8, NO_STOP)
+  sequence = np.asarray(unstopped.tokens)[0, 3:6].tolist()
+  stop = make_stop_conditions([sequence])
   _, state = sample(start(stop), 4, stop)
   assert not state.ended[0]
   sampled, state = sample(state, 4, stop)
@@ -73,8 +74,8 @@ def test_a_stop_sequence_may_span_two_calls():
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_several_chunks_are_the_same_as_one(monkeypatch, ends):
-  unstopped, _ = sample(start(StopConditions()), 8, StopConditions())
-  stop = StopConditions(eos_id=int(unstopped.tokens[0, 2]) if ends else None)
+  unstopped, _ = sample(start(NO_STOP), 8, NO_STOP)
+  stop = make_stop_conditions([[int(unstopped.tokens[0, 2])]] if ends else [])
 
   def sample_in_chunks():
     return sample_loop.sample_in_chunks(
@@ -97,6 +98,26 @@ def test_several_chunks_are_the_same_as_one(monkeypatch, ends):
   assert sampled.lengths[0] <= 3 if ends else sampled.lengths.tolist() == [13, 13]
 
 
+def test_other_stop_conditions_and_filters_do_not_recompile():
+  counts = []
+  for stop, top_k in (([], 3), ([[1]], 5), ([[1], [2, 3]], 200), ([[4] * 8], 2)):
+    conditions = make_stop_conditions(stop)
+    sample_loop.sample_tokens(
+      decoder_weights.prepare_weights(PARAMS, CONFIG),
+      CONFIG,
+      start(conditions),
+      RNGS,
+      sampling.make_sampling_params(top_k=top_k, temperature=0.1 + top_k),
+      4,
+      chunk_len=8,
+      stop=conditions,
+    )
+    counts.append(
+      (sample_loop.sample_tokens._cache_size(), sample_loop.start_generation._cache_size())
+    )
+  assert len(set(counts)) == 1
+
+
 @pytest.fixture
 def with_optimizations():
   jax.config.update("jax_disable_most_optimizations", False)
@@ -111,12 +132,12 @@ def test_the_compiled_loop_copies_no_ring_buffer_or_cache(with_optimizations, ba
   program = sample_loop.sample_tokens.lower(
     config,
     decoder_weights.prepare_weights(random_params(config), config),
-    start(StopConditions(), config, batch_size),
+    start(NO_STOP, config, batch_size),
     jax.random.split(jax.random.key(0), batch_size),
     sampling.make_sampling_params(),
     50,
     chunk_len=50,
-    stop=StopConditions(),
+    stop=NO_STOP,
   ).compile()
   text = program.as_text()
   assert re.search(r"\[(4,)?25,40\]", text) and re.search(r"\[(4,)?27,40\]", text)

@@ -88,12 +88,34 @@ def test_other_values_of_the_same_filters_do_not_recompile():
     return sampling.sample_token(rng, logits, params)
 
   rng, logits = jax.random.key(0), jnp.zeros(5)
-  for temperature, top_p, min_p in ((0.5, 0.9, 0.1), (2.0, 0.5, 0.0)):
-    params = sampling.make_sampling_params(temperature=temperature, top_p=top_p, min_p=min_p)
+  for temperature, top_p, top_k, min_p in ((0.5, 0.9, 2, 0.1), (2.0, 0.5, 250, 0.0)):
+    params = sampling.make_sampling_params(
+      temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
+    )
     sample(rng, logits, params)
   assert n_trace == 1
   sample(rng, logits, sampling.make_sampling_params(temperature=0.5, top_p=0.9))
   assert n_trace == 2  # because min_p is disabled
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1.2e-38, 1e-38, 1e-40, 5e-324])
+@pytest.mark.parametrize("filters", [dict(), dict(top_p=0.9), dict(top_k=3), dict(min_p=0.5)])
+def test_tiny_temperatures_take_the_most_probable_token(temperature, filters):
+  logits = jnp.array([-50.0, 40.0, 60.0, 59.0])
+  assert set(sample_many(logits, 20, temperature=temperature, **filters)) == {2}
+
+
+@pytest.mark.parametrize("settings", [dict(top_p=1e-40), dict(top_p=5e-324), dict(top_k=1)])
+def test_filters_keep_the_most_probable_token_even_if_p_is_rounded_to_zero(settings):
+  assert set(sample_many(jnp.array([0.0, 1.0, 2.0, 1.5]), 20, **settings)) == {2}
+
+
+def test_top_k_keeps_exactly_k_tokens_of_many():
+  logits = jnp.asarray(np.random.default_rng(0).permutation(1000) / 1e4, jnp.float32)
+  tokens = sample_many(logits, 4000, top_k=300)
+  allowed = set(np.argsort(-logits)[:300].tolist())
+  assert set(tokens.tolist()) <= allowed and len(set(tokens.tolist())) > 290
+  assert len(set(sample_many(logits, 2000, top_k=10**12).tolist())) > 700
 
 
 def test_top_p_keeps_only_some_of_equally_probable_tokens():
@@ -104,14 +126,18 @@ def test_top_p_keeps_only_some_of_equally_probable_tokens():
 @pytest.mark.parametrize(
   "settings, message",
   [
-    (dict(temperature=-1.0), "temperature=-1.0 must be finite and at least 0"),
+    (dict(temperature=-1.0), "temperature=-1.0 must be a finite number of at least 0"),
+    (dict(temperature=None), "temperature=None must be a finite number"),
+    (dict(temperature="0.8"), "temperature='0.8' must be a finite number"),
+    (dict(temperature=[0.8, 0.9]), r"temperature=\[0.8, 0.9\] must be a finite number"),
     (dict(temperature=float("nan")), "temperature=nan"),
     (dict(temperature=float("inf")), "temperature=inf"),
-    (dict(top_p=0.0), r"top_p=0.0 must lie in \(0, 1\]"),
+    (dict(top_p=0.0), r"top_p=0.0 must be a number in \(0, 1\]"),
+    (dict(top_p=None), "top_p=None must be a number"),
     (dict(top_p=1.1), "top_p=1.1"),
-    (dict(top_k=0), "top_k=0 must be None or an integer of at least 1"),
+    (dict(top_k=0), "top_k=0 must be an integer of at least 1"),
     (dict(top_k=1.5), "top_k=1.5"),
-    (dict(min_p=2.0), r"min_p=2.0 must be None or lie in \[0, 1\]"),
+    (dict(min_p=2.0), r"min_p=2.0 must be None or a number in \[0, 1\]"),
     (dict(min_p=-0.1), "min_p=-0.1"),
   ],
 )
@@ -137,3 +163,5 @@ def test_example_rngs_take_one_key_for_each_prompt_or_an_old_style_key():
   assert (old_style == sampling.example_rngs(jax.random.key(5), prompts)).all()
   with pytest.raises(ValueError, match=r"one for each of 3 prompts, got keys of shape \(2,\)"):
     sampling.example_rngs(rngs, [*prompts, np.array([3])])
+  with pytest.raises(TypeError, match=r"f: rng must be a random key, such as .*, got 0"):
+    sampling.example_rngs(0, prompts, caller="f")

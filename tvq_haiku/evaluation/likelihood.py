@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import packing
 from tvq_haiku.data.stream import TokenStream
-from tvq_haiku.model import transformer
+from tvq_haiku.model import preconditions, transformer
 from tvq_haiku.parallel import sharding
 from tvq_haiku.training import losses
 from tvq_haiku.types import Array, Batch, Params, StopRequest
-from tvq_haiku.utils import checks, progress
+from tvq_haiku.utils import checks, progress, value_checks
 
 
 class EvalSums(NamedTuple):
@@ -163,16 +163,20 @@ def evaluate(
     The likelihood, or None if the evaluation was stopped.
 
   Raises:
-    ValueError: the model is an encoder, or a size is less than 1.
+    ValueError: the model is an encoder or reads features, `params` do not fit it, or a size is less
+      than 1.
+    TypeError: an argument has a wrong type; the message names it.
   """
-  if not config.causal:
-    raise ValueError(
-      "evaluate: causal=False: an encoder sees the tokens that it would predict. "
-      "Use a causal model."
+  preconditions.check_language_model("evaluate", params, config)
+  if not isinstance(stream, TokenStream):
+    raise TypeError(
+      "evaluate: stream must be a TokenStream, such as tvq_haiku.data.stream_of([tokens]), got "
+      f"{type(stream).__name__}."
     )
-  for name, value in (("batch_size", batch_size), ("window_len", window_len), ("align", align)):
-    if value < 1:
-      raise ValueError(f"evaluate: {name}={value!r} must be at least 1.")
+  batch_size, window_len, align = (
+    value_checks.check_integer("evaluate", name, value)
+    for name, value in (("batch_size", batch_size), ("window_len", window_len), ("align", align))
+  )
   eval_step = make_eval_step(config, mesh=mesh)
   state = _initial_state(config, batch_size, mesh)
   layout = dict(batch_size=batch_size, window_len=window_len, align=align)

@@ -16,11 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvq_haiku.config import TransformerConfig
-from tvq_haiku.data.vocabulary import ByteVocabulary
-from tvq_haiku.model import transformer
+from tvq_haiku.data import vocabulary as vocabulary_lib
+from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
+from tvq_haiku.model import preconditions, transformer
+from tvq_haiku.ops.padding import round_up_to_power_of_two
 from tvq_haiku.training import losses
 from tvq_haiku.types import Array, Batch, HostBatch, Params
-from tvq_haiku.utils import progress
+from tvq_haiku.utils import progress, value_checks
+
+_MIN_WINDOW_LEN = 16  # shorter texts share a compiled program with those of this length
 
 
 class Scores(NamedTuple):
@@ -42,19 +46,22 @@ def score(
   config: TransformerConfig,
   texts: Sequence[str | bytes],
   *,
+  vocabulary: Vocabulary = ByteVocabulary,
   batch_size: int = 8,
   window_len: int = 512,
   show_progress: bool = False,
 ) -> Scores:
-  """Computes the log-probability of each text under a byte-level model, in constant memory.
+  """Computes the log-probability of each text under a model of text, in constant memory.
 
   Every text starts from the initial state and ends with an eos, like a document in training. Every
-  byte has all earlier bytes of its text as context. Texts of different lengths may share a batch.
+  token has all earlier tokens of its text as context. Texts of different lengths may share a batch.
 
   Args:
-    params: parameters of a model with the byte vocabulary.
+    params: parameters of the model.
     config: configuration of the model.
-    texts: a sequence of str, which are encoded as UTF-8, or bytes.
+    texts: a list or an array of str, which are encoded as UTF-8, or bytes.
+    vocabulary: vocabulary of the model. With subwords, a score is that of the tokens of
+      `vocabulary.encode`.
     batch_size: B, the maximum number of texts in a batch.
     window_len: T, the number of tokens of each text in a step; the result does not depend on it.
     show_progress: whether to show progress on standard error.
@@ -65,6 +72,7 @@ def score(
   Raises:
     ValueError: the model is an encoder or has another vocabulary, `params` do not fit it, `texts`
       is a single text, or a size is less than 1.
+    TypeError: an argument has a wrong type; the message names it, and the index of a text.
 
   >>> config = TransformerConfig.tiny()
   >>> model = transformer.make_transformer(config)
@@ -73,51 +81,55 @@ def score(
   >>> scores.n_token.tolist(), scores.bits_per_byte.shape
   ([5, 18], (2,))
   """
-  if not config.causal:
-    raise ValueError(
-      "score: causal=False: an encoder sees the tokens that it would predict. Use a causal model."
-    )
-  ByteVocabulary.check("score", config.n_vocab)
-  if isinstance(texts, (str, bytes)):
-    raise ValueError(
-      f"score: texts must be a list of texts, got one {type(texts).__name__}. Pass [text]."
-    )
-  for name, value in (("batch_size", batch_size), ("window_len", window_len)):
-    if value < 1:
-      raise ValueError(f"score: {name}={value!r} must be at least 1.")
-  transformer.check_params(params, config)
-  documents = [ByteVocabulary.encode(text) for text in texts]
-  n_byte = np.array([len(document) for document in documents], np.int64)
+  preconditions.check_language_model("score", params, config)
+  vocabulary_lib.check_vocabulary("score", vocabulary, config.n_vocab)
+  batch_size = value_checks.check_integer("score", "batch_size", batch_size)
+  window_len = value_checks.check_integer("score", "window_len", window_len)
+  raw_texts = value_checks.check_texts("score", "texts", texts)
+  eos = [vocabulary.EOS]
+  documents = [np.concatenate([eos, vocabulary.encode(raw), eos]) for raw in raw_texts]
+  n_token = np.array([len(document) - 1 for document in documents], np.int64)
   logprobs = np.zeros(len(documents), np.float64)
   # Texts of similar length share a batch, so that little of it is padding.
-  order = np.argsort(-n_byte, kind="stable")
+  order = np.argsort(-n_token, kind="stable")
   groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-  n_window = sum(-(-(int(n_byte[group[0]]) + 1) // window_len) for group in groups)
+  n_window = sum(-(-int(n_token[group[0]]) // window_len) for group in groups)
   n_done = 0
   with progress.bar("scoring", n_window, enabled=show_progress) as report:
     for group in groups:
-      state = transformer.initial_state(config, len(group))
-      for batch in _windows([documents[i] for i in group], window_len):
+      B = min(batch_size, round_up_to_power_of_two(len(group)))
+      state = transformer.initial_state(config, B)
+      for batch in _windows([documents[i] for i in group], B, window_len):
         nats, state = _window_nats(params, config, batch, state)
-        logprobs[group] -= np.asarray(nats, np.float64)
+        logprobs[group] -= np.asarray(nats, np.float64)[: len(group)]
         n_done += 1
         report(n_done)
-  return Scores(logprobs, n_byte + 1, n_byte)
+  return Scores(logprobs, n_token, np.array([len(raw) for raw in raw_texts], np.int64))
 
 
-def _windows(documents: Sequence[np.ndarray], window_len: int) -> Iterator[HostBatch]:
-  """Yields the windows [B, T] of B documents, one per batch element; the rest is padding.
+def _windows(
+  documents: Sequence[np.ndarray], batch_size: int, window_len: int
+) -> Iterator[HostBatch]:
+  """Yields the windows of several documents, one per batch element; the rest is padding.
 
-  If all documents fit into one window, it is only as long as the longest document.
+  If all documents fit into one window, its length is a power of two that is hardly longer than the
+  longest document: few compiled programs serve documents of all lengths.
+
+  Args:
+    documents: at most `batch_size` arrays of tokens; the first and the last token of each is an
+      eos.
+    batch_size: B.
+    window_len: maximum number of tokens of a document in a window.
+
+  Yields:
+    Batches [B, T].
   """
-  eos = ByteVocabulary.EOS
-  closed = [np.concatenate([[eos], document, [eos]]) for document in documents]
-  longest = max(len(tokens) for tokens in closed) - 1
-  T = min(window_len, longest)
+  longest = max(len(tokens) for tokens in documents) - 1
+  T = min(window_len, max(_MIN_WINDOW_LEN, round_up_to_power_of_two(longest)))
   for start in range(0, longest, T):
-    inputs, targets = np.zeros((2, len(closed), T), np.int32)
-    doc_ids = np.full((len(closed), T), -1, np.int32)
-    for b, tokens in enumerate(closed):
+    inputs, targets = np.zeros((2, batch_size, T), np.int32)
+    doc_ids = np.full((batch_size, T), -1, np.int32)
+    for b, tokens in enumerate(documents):
       window = tokens[start : start + T + 1]
       n = max(len(window) - 1, 0)
       inputs[b, :n], targets[b, :n], doc_ids[b, :n] = window[:n], window[1:], 0

@@ -19,8 +19,8 @@ from tvq_haiku.config import TransformerConfig
 from tvq_haiku.generation import decoder, decoder_weights
 from tvq_haiku.generation.decoder import DecodeState
 from tvq_haiku.generation.decoder_weights import DecoderWeights
+from tvq_haiku.model import preconditions, transformer
 from tvq_haiku.model import state as state_lib
-from tvq_haiku.model import transformer
 from tvq_haiku.model.transformer import TransformerState
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import checks
@@ -71,8 +71,7 @@ def decode_step(
   >>> decoder.finish_decoding(state).position.tolist()
   [7, 7]
   """
-  if not config.causal:
-    raise ValueError("decode_step: causal=False: an encoder has no next token. Use a causal model.")
+  preconditions.check_causal("decode_step", config)
   if not config.no_emb and getattr(inputs, "ndim", None) == 1:
     checks.check_tokens(inputs[:, None], config.n_vocab)
   return _decode_step(params, config, inputs, state)

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import chex
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from tvq_haiku.config import TransformerConfig
+from tvq_haiku.data import vocabulary as vocabulary_lib
 from tvq_haiku.data.vocabulary import ByteVocabulary, Vocabulary
 from tvq_haiku.generation import decoder, decoder_weights, prefill, sample_loop, sampling, stopping
+from tvq_haiku.model import preconditions, transformer
 from tvq_haiku.model import state as state_lib
-from tvq_haiku.model import transformer
 from tvq_haiku.types import Array, Params
-from tvq_haiku.utils import checks
+from tvq_haiku.utils import checks, value_checks
 
 
 class GenerateOutput(NamedTuple):
@@ -37,7 +39,7 @@ class GenerateOutput(NamedTuple):
 def generate(
   params: Params,
   config: TransformerConfig,
-  prompts: Array,
+  prompts: npt.ArrayLike,
   *,
   max_new_tokens: int,
   rng: Array,
@@ -46,7 +48,7 @@ def generate(
   top_p: float = 1.0,
   top_k: int | None = None,
   min_p: float | None = None,
-  eos_id: int | None = None,
+  eos_id: int | Sequence[int] | None = None,
   stop: Sequence[Sequence[int]] = (),
   state: transformer.TransformerState | None = None,
   logits: Array | None = None,
@@ -55,7 +57,8 @@ def generate(
   """Continues each prompt of a batch.
 
   The result for a prompt does not depend on the rest of the batch, except that matrix products of
-  different shapes round differently. Memory does not depend on the length of prompt or text.
+  different shapes round differently. Memory does not depend on the length of prompt or text. The
+  function compiles its own steps, so it cannot be called inside `jax.jit`.
 
   Args:
     params: parameters of `make_transformer(config)`.
@@ -71,8 +74,11 @@ def generate(
       least this number; 1 disables the filter.
     top_k: samples from this number of most probable tokens.
     min_p: samples from tokens whose probability is at least this fraction of the highest one.
-    eos_id: token that ends a text. It also starts a text whose prompt is empty.
-    stop: sequences of tokens; a text ends when one of them has been sampled completely.
+    eos_id: token that ends a text, or several such tokens. The first of them also starts a text
+      whose prompt is empty.
+    stop: sequences of tokens; a text ends when one of them has been sampled completely. Other
+      values of `stop` and `eos_id` do not recompile, up to 4 conditions of up to 8 tokens; more
+      of them do when their number or length exceeds the next power of two.
     state: the state that the prompts continue, such as `state` of an earlier output. None: each
       prompt starts a new document.
     logits: [B, X]: `logits` of the same output, required if an empty prompt continues a text.
@@ -83,7 +89,8 @@ def generate(
 
   Raises:
     ValueError: an argument has a wrong shape or value; the message names it.
-    TypeError: an argument has a wrong dtype; the message names it.
+    TypeError: an argument has a wrong type or dtype; the message names it. Or the function is
+      called inside of a transformation such as `jax.jit`.
 
   >>> import jax
   >>> config = TransformerConfig.tiny()
@@ -93,60 +100,38 @@ def generate(
   >>> out.tokens.shape, out.lengths.tolist(), out.state.position.tolist()
   ((1, 4), [4], [7])
   """
+  arguments = (prompts, lengths, rng, state, logits, temperature, top_p, top_k, min_p, eos_id, stop)
+  value_checks.check_not_traced("generate", arguments)
+  preconditions.check_language_model("generate", params, config)
   sampling_params = sampling.make_sampling_params(
     temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, caller="generate"
   )
-  stop_conditions = stopping.make_stop_conditions(eos_id, stop)
+  max_new_tokens = value_checks.check_integer("generate", "max_new_tokens", max_new_tokens)
+  eos_ids = stopping.check_eos_ids("generate", eos_id, config.n_vocab)
+  sequences = stopping.check_stop_sequences("generate", stop, config.n_vocab)
   prompt_list = prefill.unpad_prompts(prompts, lengths, config.n_vocab)
-  B = len(prompt_list)
-  _check_arguments(params, config, B, max_new_tokens, stop_conditions, state, logits)
-  rngs = sampling.example_rngs(rng, prompt_list)
+  rngs = sampling.example_rngs(rng, prompt_list, caller="generate")
+  B, X = len(prompt_list), config.n_vocab
+  if state is not None:
+    state_lib.check_state(state, config, B)
+  checks.check_arrays("generate", chex.Dimensions(B=B, X=X), logits=(logits, "BX", jnp.floating))
   state = transformer.initial_state(config, B) if state is None else state
   if logits is None:
-    prompt_list = prefill.fill_empty_prompts(prompt_list, state, eos_id)
+    prompt_list = prefill.fill_empty_prompts(prompt_list, state, eos_ids)
   state, logits = prefill.prefill(params, config, prompt_list, state, logits)
+  conditions = stopping.make_stop_conditions([*([token] for token in eos_ids), *sequences])
   sampled, generation = sample_loop.sample_in_chunks(
     decoder_weights.prepare_weights(params, config),
     config,
-    sample_loop.start_generation(config, state, logits, stop_conditions),
+    sample_loop.start_generation(config, state, logits, conditions),
     rngs,
     sampling_params,
-    max_new_tokens=int(max_new_tokens),
-    stop=stop_conditions,
+    max_new_tokens=max_new_tokens,
+    stop=conditions,
     show_progress=show_progress,
   )
   state = decoder.finish_decoding(generation.decode_state)
   return GenerateOutput(**sampled._asdict(), state=state, logits=generation.logits)
-
-
-def _check_arguments(
-  params: Params,
-  config: TransformerConfig,
-  batch_size: int,
-  max_new_tokens: int,
-  stop: stopping.StopConditions,
-  state: transformer.TransformerState | None,
-  logits: Array | None,
-) -> None:
-  """Raises a ValueError unless these arguments of `generate` are valid and fit each other."""
-  B, X = batch_size, config.n_vocab
-  if not config.causal:
-    raise ValueError("generate: causal=False: an encoder does not continue a text.")
-  transformer.check_params(params, config)
-  if not max_new_tokens == int(max_new_tokens) >= 1:
-    raise ValueError(
-      f"generate: max_new_tokens={max_new_tokens!r} must be an integer of at least 1."
-    )
-  if stop.eos_id is not None and not 0 <= stop.eos_id < X:
-    raise ValueError(f"generate: eos_id={stop.eos_id} must be None or lie in [0, {X}).")
-  if not all(stop.sequences):
-    raise ValueError(
-      f"generate: stop={list(map(list, stop.sequences))}: each stop sequence must have at least "
-      "one token."
-    )
-  if state is not None:
-    state_lib.check_state(state, config, B)
-  checks.check_arrays("generate", chex.Dimensions(B=B, X=X), logits=(logits, "BX", jnp.floating))
 
 
 def continue_text(
@@ -169,8 +154,9 @@ def continue_text(
     max_new_tokens: maximum number of tokens (bytes, for the byte vocabulary) to sample for each
       prompt.
     rng: one key or [B] keys, as in `generate`.
-    stop: stop texts: a text ends before the first of them. With a vocabulary of subwords, a stop
-      text is found only if the model writes it with the tokens of `vocabulary.encode`.
+    stop: stop texts: a text ends before the first of them. With a vocabulary of subwords, tokens
+      may be sampled after a stop text that the model writes with other tokens than those of
+      `vocabulary.encode`; they are removed.
     vocabulary: vocabulary of the model.
     **settings: `temperature`, `top_p`, `top_k`, `min_p` and `show_progress` of `generate`.
 
@@ -180,19 +166,15 @@ def continue_text(
   Raises:
     ValueError: an argument has a wrong value, or the vocabulary is not that of the model; the
       message names it.
+    TypeError: an argument has a wrong type; the message names it.
   """
-  vocabulary.check("continue_text", config.n_vocab)
-  if isinstance(prompts, (str, bytes)) or not prompts:
-    raise ValueError(f"continue_text: prompts={prompts!r} must be a list of at least one text.")
-  if isinstance(stop, (str, bytes)):
-    raise ValueError(f"continue_text: stop={stop!r} must be a list of texts, not one text.")
-  eos = ByteVocabulary.EOS  # the same in every vocabulary
-  prompt_list = [np.append(eos, vocabulary.encode(text)) for text in prompts]
-  lengths = np.array([len(prompt) for prompt in prompt_list])
-  padded = np.zeros((len(prompt_list), lengths.max()), np.int32)
-  for row, prompt in zip(padded, prompt_list, strict=True):
-    row[: len(prompt)] = prompt
-  stop_sequences = [vocabulary.encode(text).tolist() for text in stop]
+  preconditions.check_language_model("continue_text", params, config)
+  vocabulary_lib.check_vocabulary("continue_text", vocabulary, config.n_vocab)
+  texts = value_checks.check_texts("continue_text", "prompts", prompts)
+  if not texts:
+    raise ValueError("continue_text: prompts must be a list of at least one text, got none.")
+  stop_texts = stopping.check_stop_texts("continue_text", stop)
+  padded, lengths = _pad([np.append(vocabulary.EOS, vocabulary.encode(text)) for text in texts])
   out = generate(
     params,
     config,
@@ -200,12 +182,22 @@ def continue_text(
     lengths=lengths,
     max_new_tokens=max_new_tokens,
     rng=rng,
-    eos_id=eos,
-    stop=stop_sequences,
+    eos_id=vocabulary.EOS,
+    stop=stopping.encode_stop_texts(vocabulary, stop_texts),
     **settings,
   )
-  texts = []
+  continuations = []
   for row, n in zip(np.asarray(out.tokens), np.asarray(out.lengths), strict=True):
-    tokens = stopping.strip_stop_sequence(row[:n].tolist(), stop_sequences)
-    texts.append(vocabulary.decode(tokens).decode(errors="replace"))
-  return texts
+    raw = vocabulary.decode(row[:n])
+    end, _ = stopping.find_stop_text(raw, stop_texts)
+    continuations.append(raw[:end].decode(errors="replace"))
+  return continuations
+
+
+def _pad(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns prompts of any lengths as one array [B, P] int32, and their lengths [B]."""
+  lengths = np.array([len(prompt) for prompt in prompts])
+  padded = np.zeros((len(prompts), lengths.max()), np.int32)
+  for row, prompt in zip(padded, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  return padded, lengths

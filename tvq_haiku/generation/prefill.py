@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -16,21 +17,11 @@ import numpy as np
 from tvq_haiku.attention.compressive_cache import NO_DOCUMENT
 from tvq_haiku.config import TransformerConfig
 from tvq_haiku.model import transformer
+from tvq_haiku.ops.padding import round_up_to_power_of_two
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import checks
 
 _MAX_WINDOW_LEN = 1024  # maximum number of tokens of each prompt in one call of the model
-
-
-def round_up_to_power_of_two(n: int) -> int:
-  """Returns the smallest power of two >= n.
-
-  Arrays whose lengths are rounded up in this way need few compiled programs.
-
-  >>> [round_up_to_power_of_two(n) for n in (1, 2, 3, 8, 9)]
-  [1, 2, 4, 8, 16]
-  """
-  return 1 << max(n - 1, 0).bit_length()
 
 
 def unpad_prompts(
@@ -50,11 +41,16 @@ def unpad_prompts(
     ValueError: a shape is wrong, a length is not in [0, P], or a token is not in [0, X).
     TypeError: tokens or lengths are not integers.
   """
-  prompts = np.asarray(prompts)
+  prompts = _as_array("prompts", prompts)
+  if prompts.dtype.kind in "US":
+    raise TypeError(
+      "generate: prompts must be integers, got text: pass it to continue_text or to "
+      "LanguageModel.generate, or encode it with the vocabulary of the model."
+    )
   if prompts.ndim != 2 or prompts.shape[0] == 0:
     raise ValueError(f"generate: prompts must be [B, P] with B >= 1, got shape {prompts.shape}.")
   B, P = prompts.shape
-  lengths = np.full(B, P) if lengths is None else np.asarray(lengths)
+  lengths = np.full(B, P) if lengths is None else _as_array("lengths", lengths)
   if not np.issubdtype(lengths.dtype, np.integer):
     raise TypeError(f"generate: lengths must be integers, got {lengths.dtype}.")
   if lengths.shape != (B,) or not ((0 <= lengths) & (lengths <= P)).all():
@@ -63,25 +59,39 @@ def unpad_prompts(
       "prompts."
     )
   if P:
-    checks.check_tokens(prompts, n_vocab)
+    try:
+      checks.check_tokens(prompts, n_vocab)
+    except (TypeError, ValueError) as error:
+      raise type(error)(f"generate: prompts: {error}") from None
   return [row[:n].astype(np.int32) for row, n in zip(prompts, lengths, strict=True)]
 
 
+def _as_array(name: str, values: Any) -> np.ndarray:
+  """Returns an argument of `generate` as an array; lists of unequal lengths are none."""
+  try:
+    return np.asarray(values)
+  except ValueError:
+    raise ValueError(
+      f"generate: {name} has rows of different lengths: pad the prompts at their ends to [B, P], "
+      "and pass their lengths as `lengths`."
+    ) from None
+
+
 def fill_empty_prompts(
-  prompts: Sequence[np.ndarray], state: transformer.TransformerState, eos_id: int | None
+  prompts: Sequence[np.ndarray], state: transformer.TransformerState, eos_ids: Sequence[int]
 ) -> list[np.ndarray]:
-  """Replaces each empty prompt by the eos token, which starts a new text.
+  """Replaces each empty prompt by the first eos token, which starts a new text.
 
   Args:
     prompts: B arrays of int32 tokens.
     state: the state that the prompts continue.
-    eos_id: see `generate`.
+    eos_ids: see `generate`; may be empty.
 
   Returns:
     B arrays of at least one token.
 
   Raises:
-    ValueError: a prompt is empty, and it continues a text or `eos_id` is None.
+    ValueError: a prompt is empty, and it continues a text or there is no eos token.
   """
   is_new = np.asarray(state.document) < 0
   for b, prompt in enumerate(prompts):
@@ -90,9 +100,9 @@ def fill_empty_prompts(
         f"generate: prompts[{b}] is empty, so the logits of its next token are unknown: pass the "
         "`logits` that came with `state`."
       )
-    if prompt.size == 0 and eos_id is None:
+    if prompt.size == 0 and not eos_ids:
       raise ValueError(f"generate: prompts[{b}] is empty: pass an `eos_id` to start the text with.")
-  return [prompt if prompt.size else np.array([eos_id], np.int32) for prompt in prompts]
+  return [prompt if prompt.size else np.array(eos_ids[:1], np.int32) for prompt in prompts]
 
 
 def prefill(

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvq_haiku.config import TransformerConfig
-from tvq_haiku.generation import decoder, prefill, sampling
+from tvq_haiku.generation import decoder, sampling
 from tvq_haiku.generation.decoder_weights import DecoderWeights
 from tvq_haiku.generation.sampling import SamplingParams
 from tvq_haiku.generation.stopping import StopConditions, ends_text
 from tvq_haiku.model import transformer
+from tvq_haiku.ops import padding
 from tvq_haiku.types import Array
 from tvq_haiku.utils import progress
 
@@ -45,7 +46,7 @@ class SampledTokens(NamedTuple):
   lengths: Array  # [B] int32: number of sampled tokens
 
 
-@functools.partial(jax.jit, static_argnames=("config", "stop"))
+@functools.partial(jax.jit, static_argnames="config")
 def start_generation(
   config: TransformerConfig,
   state: transformer.TransformerState,
@@ -100,7 +101,7 @@ def sample_in_chunks(
   Returns:
     The sampled tokens, T = max_new_tokens, and the state after them.
   """
-  chunk_len = min(_MAX_CHUNK_LEN, prefill.round_up_to_power_of_two(max_new_tokens))
+  chunk_len = min(_MAX_CHUNK_LEN, padding.round_up_to_power_of_two(max_new_tokens))
   chunks: list[SampledTokens] = []
   with progress.bar("sampling", max_new_tokens, enabled=show_progress) as report:
     for start in range(0, max_new_tokens, chunk_len):
@@ -133,9 +134,7 @@ class _LoopCarry(NamedTuple):
   logprobs: Array  # [B, T] f32; 0 in columns that are not yet sampled
 
 
-@functools.partial(
-  jax.jit, static_argnames=("config", "chunk_len", "stop"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=("config", "chunk_len"), donate_argnames="state")
 def sample_tokens(
   weights: DecoderWeights,
   config: TransformerConfig,

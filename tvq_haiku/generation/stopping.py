@@ -1,81 +1,203 @@
-"""Conditions that end a text: an eos token, and stop sequences of several tokens.
+"""Conditions that end a text: sequences of one or more tokens, or of bytes.
 
-Letters: B batch, X vocabulary, n number of tokens.
+Letters: B batch, n number of recent tokens, S number of sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 
+from tvq_haiku.data.vocabulary import Vocabulary
+from tvq_haiku.ops.padding import round_up_to_power_of_two
 from tvq_haiku.types import Array
+from tvq_haiku.utils import value_checks
+
+# Most conditions fit into this array, and so share a compiled program.
+_MIN_SEQUENCES = 4
+_MIN_TOKENS = 8
+_ANY = -2  # matches every token
+_NEVER = -3  # matches no token
 
 
 class StopConditions(NamedTuple):
-  """Conditions that end a text: a static argument under jit, so each new value recompiles."""
+  """Token sequences that end a text, as an array, so that other sequences do not recompile."""
 
-  eos_id: int | None = None  # token in [0, X) that ends a text; None: there is no such token
-  sequences: tuple[tuple[int, ...], ...] = ()  # stop sequences of at least one token each
+  # [S, n] int32: sequences end at the right; `_ANY` is before them, and `_NEVER` in unused rows.
+  sequences: Array
 
   @property
   def max_len(self) -> int:
     """Number of most recent tokens that `ends_text` needs."""
-    return max([1, *map(len, self.sequences)])
+    return self.sequences.shape[1]
 
 
-def make_stop_conditions(eos_id: int | None, sequences: Iterable[Iterable[int]]) -> StopConditions:
-  """Converts an eos and stop sequences (lists or arrays of tokens) to hashable stop conditions."""
-  return StopConditions(
-    eos_id=None if eos_id is None else int(eos_id),
-    sequences=tuple(tuple(int(token) for token in sequence) for sequence in sequences),
-  )
+def make_stop_conditions(sequences: Iterable[Sequence[int]] = ()) -> StopConditions:
+  """Converts sequences of at least one token each to stop conditions.
+
+  Args:
+    sequences: a text ends with any of them. A token that ends a text is a sequence of one token.
+
+  >>> make_stop_conditions([[1], [13, 13]]).sequences.shape
+  (4, 8)
+  """
+  rows = [list(sequence) for sequence in sequences]
+  n = round_up_to_power_of_two(max([_MIN_TOKENS, *map(len, rows)]))
+  array = np.full((round_up_to_power_of_two(max(_MIN_SEQUENCES, len(rows))), n), _NEVER, np.int32)
+  for row, sequence in zip(array, rows, strict=False):  # the other rows of the array are padding
+    row[:] = _ANY
+    row[n - len(sequence) :] = sequence
+  return StopConditions(array)
 
 
 def ends_text(recent_tokens: Array, stop: StopConditions) -> Array:
   """Returns, for each text, whether its last sampled token ends it.
 
   Args:
-    recent_tokens: [B, n] int32: the last n >= stop.max_len sampled tokens; -1 where fewer than n
+    recent_tokens: [B, n] int32: the last n = stop.max_len sampled tokens; -1 where fewer than n
       tokens have been sampled.
     stop: the conditions.
 
   Returns:
     [B] bool.
 
-  >>> recent_tokens = jnp.array([[5, 1], [1, 5]])
-  >>> ends_text(recent_tokens, StopConditions(eos_id=1)).tolist()
+  >>> recent_tokens = jnp.array([[-1] * 6 + [5, 1], [-1] * 6 + [1, 5]])
+  >>> ends_text(recent_tokens, make_stop_conditions([[1]])).tolist()
   [True, False]
-  >>> ends_text(recent_tokens, StopConditions(sequences=((5,), (5, 1)))).tolist()
+  >>> ends_text(recent_tokens, make_stop_conditions([[5], [5, 1]])).tolist()
   [True, True]
   """
-  chex.assert_rank(recent_tokens, 2)
-  chex.assert_axis_dimension_gteq(recent_tokens, 1, stop.max_len)
-  is_end = jnp.zeros(recent_tokens.shape[:1], bool)
-  if stop.eos_id is not None:
-    is_end |= recent_tokens[:, -1] == stop.eos_id
-  for sequence in stop.sequences:
-    is_end |= jnp.all(recent_tokens[:, -len(sequence) :] == jnp.array(sequence), axis=1)
-  return is_end
+  chex.assert_shape(recent_tokens, (None, stop.max_len))
+  matches = (stop.sequences == _ANY) | (recent_tokens[:, None] == stop.sequences)  # [B, S, n]
+  return jnp.any(jnp.all(matches, axis=2), axis=1)
 
 
-def strip_stop_sequence(tokens: list[int], sequences: Sequence[Sequence[int]]) -> list[int]:
-  """Removes the longest stop sequence that `tokens` ends with, if there is one.
+def check_eos_ids(caller: str, eos_id: Any, n_vocab: int) -> list[int]:
+  """Returns the argument `eos_id` as a list of tokens.
 
-  >>> strip_stop_sequence([5, 1, 2], [[2], [1, 2], [7]])
-  [5]
+  Args:
+    caller: name of the function, for the message.
+    eos_id: None, a token, or several tokens.
+    n_vocab: X; tokens must lie in [0, X).
+
+  Raises:
+    ValueError: the argument is anything else.
+
+  >>> check_eos_ids("f", [1, 13], n_vocab=20)
+  [1, 13]
   """
-  matches = [len(s) for s in sequences if tokens[-len(s) :] == list(s)]
-  return tokens[: len(tokens) - max(matches, default=0)]
+  if eos_id is None:
+    return []
+  tokens = _integers(eos_id if _is_list(eos_id) else [eos_id], n_vocab)
+  if tokens is None:
+    raise ValueError(
+      f"{caller}: eos_id={eos_id!r} must be None, a token in [0, {n_vocab}), or a list of tokens."
+    )
+  return tokens
 
 
-def partial_match_len(tokens: list[int], sequences: Sequence[Sequence[int]]) -> int:
-  """Returns the length of the longest suffix of `tokens` that is a proper prefix of a sequence.
+def check_stop_sequences(caller: str, stop: Any, n_vocab: int) -> list[list[int]]:
+  """Returns the argument `stop` of a function of tokens as lists of tokens.
 
-  >>> partial_match_len([5, 1, 2], [[1, 2, 3], [2, 9]])
+  Args:
+    caller: name of the function, for the message.
+    stop: the argument that was passed.
+    n_vocab: X; tokens must lie in [0, X).
+
+  Raises:
+    ValueError: the argument does not hold sequences of at least one token.
+
+  >>> check_stop_sequences("f", [1, 13], n_vocab=20)
+  Traceback (most recent call last):
+  ValueError: f: stop=[1, 13] must be a list of sequences of one or more tokens in [0, 20), such ...
+  """
+  sequences = [_integers(s, n_vocab) for s in stop] if _is_list(stop) else [None]
+  if not all(sequences):  # a sequence is None or empty
+    raise ValueError(
+      f"{caller}: stop={stop!r} must be a list of sequences of one or more tokens in "
+      f"[0, {n_vocab}), such as [[13], [5, 6]]. eos_id takes single tokens, such as [1, 13]; "
+      "continue_text and LanguageModel take texts."
+    )
+  return sequences
+
+
+def check_stop_texts(caller: str, stop: Any) -> list[bytes]:
+  """Returns the argument `stop` of a function of texts as bytes.
+
+  Args:
+    caller: name of the function, for the message.
+    stop: the argument that was passed.
+
+  Raises:
+    ValueError: the argument is one text, or it has an empty text.
+    TypeError: an element is not a text.
+  """
+  texts = value_checks.check_texts(caller, "stop", stop)
+  if not all(texts):
+    raise ValueError(f"{caller}: stop={stop!r}: a stop text must not be empty.")
+  return texts
+
+
+def _is_list(value: Any) -> bool:
+  """Returns whether a value has elements, and is not a text."""
+  is_text = isinstance(value, (str, bytes, bytearray))
+  return isinstance(value, Iterable) and not is_text and getattr(value, "ndim", 1) > 0
+
+
+def _integers(values: Any, limit: int) -> list[int] | None:
+  """Returns a list of integers in [0, limit); None if `values` is anything else."""
+  if not _is_list(values):
+    return None
+  try:
+    return [
+      value_checks.check_integer("", "", value, minimum=0, maximum=limit - 1) for value in values
+    ]
+  except ValueError:
+    return None
+
+
+def encode_stop_texts(vocabulary: Vocabulary, stop_texts: Sequence[bytes]) -> list[np.ndarray]:
+  """Returns the tokens of the texts that a vocabulary restores.
+
+  They end most texts while they are sampled. But subwords may write a stop text in other tokens,
+  too, so the bytes of the sampled tokens must be searched for it.
+  """
+  encoded = [(text, vocabulary.encode(text)) for text in stop_texts]
+  return [tokens for text, tokens in encoded if vocabulary.decode(tokens) == text]
+
+
+def find_stop_text(text: bytes, stop_texts: Sequence[bytes], start: int = 0) -> tuple[int, int]:
+  """Finds the stop text that is complete first, and of several such texts the longest.
+
+  Args:
+    text: the text to search.
+    stop_texts: texts of at least one byte.
+    start: a stop text does not begin before this position.
+
+  Returns:
+    Its beginning and its end in `text`; if there is none, twice the length of `text`.
+
+  >>> find_stop_text(b"to be or not", [b"not", b"be", b"to be"])
+  (0, 5)
+  >>> find_stop_text(b"to be", [b"not"])
+  (5, 5)
+  """
+  found = [
+    (begin + len(stop), begin) for stop in stop_texts if (begin := text.find(stop, start)) >= 0
+  ]
+  end, begin = min(found, default=(len(text), len(text)))
+  return begin, end
+
+
+def partial_match_len(text: bytes, stop_texts: Sequence[bytes]) -> int:
+  """Returns the length of the longest end of `text` with which a stop text begins.
+
+  >>> partial_match_len(b"to be", [b"bet", b"ex"])
   2
   """
-  lengths = (n for s in sequences for n in range(1, len(s)) if tokens[-n:] == list(s[:n]))
+  lengths = (n for stop in stop_texts for n in range(1, len(stop)) if text.endswith(stop[:n]))
   return max(lengths, default=0)

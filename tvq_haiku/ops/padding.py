@@ -1,4 +1,4 @@
-"""Moves padding to the end of each row, and back.
+"""Moves padding to the end of each row, and back; rounds lengths up.
 
 Between `compact` and `restore`, the padding of each row follows its tokens. So the index of a token
 in its row is also its index in the text, wherever the caller's padding was.
@@ -120,3 +120,14 @@ def document_positions(
     jnp.where(has_tokens, last_of_row, last_doc),
     jnp.where(has_tokens, n_of_row, n_before),
   )
+
+
+def round_up_to_power_of_two(n: int) -> int:
+  """Returns the smallest power of two >= n.
+
+  Arrays whose lengths are rounded up in this way need few compiled programs.
+
+  >>> [round_up_to_power_of_two(n) for n in (1, 2, 3, 8, 9)]
+  [1, 2, 4, 8, 16]
+  """
+  return 1 << max(n - 1, 0).bit_length()
