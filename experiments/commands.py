@@ -10,7 +10,7 @@ import jax
 from experiments import command_line, run_setup
 from experiments.run_setup import Configs, RunSetup
 import tvq_haiku as tvq
-from tvq_haiku.checkpoint import export, run_directory
+from tvq_haiku.checkpoint import checkpoints, export, run_directory
 from tvq_haiku.data.sources import base
 from tvq_haiku.evaluation import memory_plan
 from tvq_haiku.model import remat as remat_lib
@@ -21,8 +21,6 @@ from tvq_haiku.run import commands as run_commands
 from tvq_haiku.run import experiment as experiment_lib
 from tvq_haiku.types import Params
 from tvq_haiku.utils import progress
-
-_PARAMETERS_FILE = "params.safetensors"
 
 
 def train(setup: RunSetup) -> None:
@@ -89,7 +87,7 @@ def train_vocab(setup: RunSetup) -> None:
 def export_params(setup: RunSetup) -> None:
   """Writes the parameters and the configuration of a checkpoint to one file."""
   run = _load_run(setup)
-  file = setup.workdir / _PARAMETERS_FILE
+  file = setup.workdir / export.PARAMS_FILE
   export.export_params(run.train_state.params, run.config, file)
   print(f"Wrote the parameters after {int(run.train_state.step)} updates to {file}")
 
@@ -121,7 +119,7 @@ def info(setup: RunSetup) -> None:
 
 def _load_run(setup: RunSetup) -> tvq.Checkpoint:
   """Returns the checkpoint that --weights selects; --config flags change its configuration."""
-  return experiment_lib.load_run(
+  return checkpoints.load_run(
     setup.workdir, weights=setup.flags.evaluation.weights, changes=setup.flags.model_changes
   )
 

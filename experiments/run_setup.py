@@ -13,6 +13,7 @@ from experiments import config_flags, specs
 from experiments.run_flags import RunFlags
 import tvq_haiku as tvq
 from tvq_haiku import data
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.data.sources import base
 from tvq_haiku.data.vocabulary import Vocabulary
 from tvq_haiku.parallel import multihost, sharding
@@ -81,7 +82,7 @@ def _vocabulary_file(
   """Returns the path of the SentencePiece model, or None if the tokens are bytes."""
   if vocab is not None:
     return None if vocab == specs.BYTES else pathlib.Path(vocab)
-  file = workdir / experiment_lib.VOCABULARY_FILE
+  file = workdir / run_directory.VOCABULARY_FILE
   return None if spec.vocabularies[0] == specs.BYTES and not file.exists() else file
 
 

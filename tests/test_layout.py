@@ -22,6 +22,7 @@ ORDER = (
   "checkpoint",
   "generation",
   "evaluation",
+  "language_model",
   "run",
   "__init__",
 )

@@ -17,6 +17,8 @@ from tvq_haiku.generation.decode_step import decode_step
 from tvq_haiku.generation.decoder import DecodeState, finish_decoding, start_decoding
 from tvq_haiku.generation.decoder_weights import DecoderWeights, prepare_weights
 from tvq_haiku.generation.generate import GenerateOutput, continue_text, generate
+from tvq_haiku.generation.saved_state import SavedState, load_state, save_state
+from tvq_haiku.language_model import LanguageModel, load
 from tvq_haiku.model.transformer import (
   Transformer,
   TransformerOutput,

@@ -17,7 +17,8 @@ def readme_blocks(language):
   return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
 
 
-def test_python_examples_run():
+def test_python_examples_run(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # the examples write files
   script = "".join(readme_blocks("python"))
   namespace = {}
   exec(compile(script, "README.md", "exec"), namespace)

@@ -11,6 +11,7 @@ import pytest
 
 import tvq_haiku as tvq
 from tvq_haiku import data
+from tvq_haiku.checkpoint import checkpoints
 from tvq_haiku.data import toy_datasets
 from tvq_haiku.run import commands, metric_writers
 from tvq_haiku.run import experiment as experiment_lib
@@ -131,7 +132,7 @@ class TestTrain:
       if "validation_loss_lm" in record
     )
     assert first.keys() == last.keys() == {"step", "validation_loss_lm"}
-    checkpoint = experiment_lib.load_run(experiment.workdir, weights="last")
+    checkpoint = checkpoints.load_run(experiment.workdir, weights="last")
     metrics = experiment.measure_split(
       checkpoint.train_state.params, CONFIG, experiment.open_split("validation"), max_tokens=40
     )

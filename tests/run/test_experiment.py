@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tvq_haiku as tvq
-from tvq_haiku.run import experiment as experiment_lib
+from tvq_haiku.checkpoint import checkpoints
 from tvq_haiku.run import metric_writers
 
 from damage import damage
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_encoder_is_rejected(runs):
-  with pytest.raises(ValueError, match="causal=False: an encoder attends to the tokens"):
+  with pytest.raises(ValueError, match="causal=False: an encoder cannot predict"):
     dataclasses.replace(runs["text"][0], config=CONFIG.replace(causal=False))
 
 
@@ -70,15 +70,15 @@ def test_best_checkpoint_has_the_lowest_validation_loss(runs):
     if "validation_loss_lm" in record
   }
   assert len(losses) == 2
-  best = experiment_lib.load_run(experiment.workdir)
+  best = checkpoints.load_run(experiment.workdir)
   assert int(best.train_state.step) == min(losses, key=losses.get)
-  last = experiment_lib.load_run(experiment.workdir, weights="last")
+  last = checkpoints.load_run(experiment.workdir, weights="last")
   assert int(last.train_state.step) == int(checkpoint.train_state.step) == 8
 
 
 def test_newest_checkpoint_is_loaded_if_there_is_no_best_one(tmp_path):
   tvq.save_checkpoint(tmp_path, helpers.make_checkpoint(4))
-  assert int(experiment_lib.load_run(tmp_path).train_state.step) == 4
+  assert int(checkpoints.load_run(tmp_path).train_state.step) == 4
 
 
 def test_damaged_best_checkpoint_points_to_the_last_one(tmp_path):
@@ -86,17 +86,17 @@ def test_damaged_best_checkpoint_points_to_the_last_one(tmp_path):
     tvq.save_checkpoint(directory, helpers.make_checkpoint(4))
   damage(tmp_path / "best" / "checkpoints" / "4", "empty")
   with pytest.raises(tvq.CheckpointError, match=r"best/checkpoints/4 is damaged.*--weights=last"):
-    experiment_lib.load_run(tmp_path)
-  assert int(experiment_lib.load_run(tmp_path, weights="last").train_state.step) == 4
+    checkpoints.load_run(tmp_path)
+  assert int(checkpoints.load_run(tmp_path, weights="last").train_state.step) == 4
 
 
 def test_fields_that_keep_the_parameters_may_be_changed(runs):
   experiment, _ = runs["text"]
-  loaded = experiment_lib.load_run(experiment.workdir, changes={"precision": "bfloat16"})
+  loaded = checkpoints.load_run(experiment.workdir, changes={"precision": "bfloat16"})
   assert loaded.config == CONFIG.replace(precision="bfloat16")
 
 
 def test_fields_that_change_the_parameters_are_rejected(runs):
   experiment, _ = runs["text"]
   with pytest.raises(ValueError, match="params do not fit this config"):
-    experiment_lib.load_run(experiment.workdir, changes={"d_model": 32})
+    checkpoints.load_run(experiment.workdir, changes={"d_model": 32})

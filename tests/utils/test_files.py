@@ -54,6 +54,34 @@ def test_failed_write_keeps_the_old_content(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_directory_is_written_with_all_files(tmp_path):
+  (tmp_path / "empty").mkdir()
+  for path in (tmp_path / "a" / "b", tmp_path / "empty"):
+    files.write_directory(path, {"one": b"1", "two": b""})
+    assert sorted(os.listdir(path)) == ["one", "two"]
+    assert (path / "one").read_bytes() == b"1"
+  assert os.listdir(tmp_path / "a") == ["b"]
+
+
+def test_a_directory_with_files_is_not_replaced(tmp_path):
+  (tmp_path / "file").write_text("old")
+  for path in (tmp_path, tmp_path / "file"):
+    with pytest.raises(FileExistsError, match=f"{path} exists already: name a new directory"):
+      files.write_directory(path, {"one": b"1"})
+  assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failed_write_leaves_no_directory(tmp_path, monkeypatch):
+  def raise_disk_full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", raise_disk_full)
+    with pytest.raises(OSError, match=r"cannot write .*/new: No space left on device\."):
+      files.write_directory(tmp_path / "new", {"one": b"1"})
+  assert os.listdir(tmp_path) == []
+
+
 def test_unused_path_counts_up(tmp_path):
   path = tmp_path / "sample.txt"
   for name in ("sample.txt", "sample-2.txt", "sample-3.txt"):

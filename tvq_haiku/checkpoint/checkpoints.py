@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import os
 import pathlib
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.checkpoint.run_directory import CheckpointError
 from tvq_haiku.config import TrainConfig, TransformerConfig
+from tvq_haiku.model import transformer
 from tvq_haiku.parallel import multihost, sharding
 from tvq_haiku.training import train_step as train_step_lib
 from tvq_haiku.types import Array, ArrayTree
@@ -74,6 +75,45 @@ def load_checkpoint(
   if checkpoint is None:  # a training process has replaced all of them in the meantime
     return load_checkpoint(path, mesh=mesh)
   return checkpoint
+
+
+def load_run(
+  directory: str | os.PathLike,
+  *,
+  weights: str = "best",
+  changes: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+  """Loads the best checkpoint of a run, or its newest one.
+
+  Args:
+    directory: directory of the run.
+    weights: "best": the checkpoint with the lowest validation loss, or the newest one if no
+      validation was made; "last": the newest one.
+    changes: fields of the model configuration to change, such as `precision`.
+
+  Returns:
+    The checkpoint, with the changed configuration.
+
+  Raises:
+    CheckpointError: there is no checkpoint, or it is damaged.
+    ValueError: `weights` has another value, or the changed configuration needs parameters of
+      different shapes.
+  """
+  if weights not in ("best", "last"):
+    raise ValueError(f"weights={weights!r} must be 'best' or 'last'.")
+  best = pathlib.Path(directory) / run_directory.BEST_DIRECTORY
+  if weights == "best" and run_directory.has_checkpoint(best):
+    try:
+      checkpoint = load_checkpoint(best)
+    except CheckpointError as error:
+      raise CheckpointError(
+        f"{error} Load the newest checkpoint with weights='last' (--weights=last) instead."
+      ) from error
+  else:
+    checkpoint = load_checkpoint(directory)
+  config = checkpoint.config.replace(**(changes or {}))
+  transformer.check_params(checkpoint.train_state.params, config)
+  return checkpoint._replace(config=config)
 
 
 def _load_newest(

@@ -20,6 +20,7 @@ from tvq_haiku.model import transformer
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import files, optional
 
+PARAMS_FILE = "params.safetensors"  # the usual name of an exported file
 _FORMAT = "tvq_haiku"  # stored in the metadata, to recognize safetensors files of other programs
 
 
@@ -46,15 +47,24 @@ def export_params(params: Params, config: TransformerConfig, file: str | os.Path
   ...   import_params(f"{directory}/model.safetensors")[1] == config
   True
   """
+  content = serialize_params(params, config)
+  file = pathlib.Path(file).absolute()
+  files.write_atomically(files.prepare_directory(file.parent) / file.name, content)
+
+
+def serialize_params(params: Params, config: TransformerConfig) -> bytes:
+  """Returns the content of the file that `export_params` writes.
+
+  Raises:
+    ValueError: the parameters do not fit the configuration.
+  """
   transformer.check_params(params, config)
   arrays = {
     f"{module}/{name}": np.ascontiguousarray(jax.device_get(value))
     for module, leaves in params.items()
     for name, value in leaves.items()
   }
-  content = _safetensors().save(arrays, {"format": _FORMAT, "config": config.to_json()})
-  file = pathlib.Path(file).absolute()
-  files.write_atomically(files.prepare_directory(file.parent) / file.name, content)
+  return _safetensors().save(arrays, {"format": _FORMAT, "config": config.to_json()})
 
 
 def import_params(file: str | os.PathLike) -> tuple[Params, TransformerConfig]:

@@ -23,6 +23,7 @@ from tvq_haiku.utils import files
 
 BEST_DIRECTORY = "best"
 CONFIG_FILE = "config.json"
+VOCABULARY_FILE = "vocab.model"  # the SentencePiece vocabulary, if tokens are not bytes
 STEPS_DIRECTORY = "checkpoints"
 DAMAGED_DIRECTORY = "damaged"
 MANIFEST_FILE = "manifest.json"

@@ -19,7 +19,7 @@ from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.generation import generate as generate_lib
 from tvq_haiku.parallel import multihost, sharding
 from tvq_haiku.run import data_statistics, metric_writers, trainer
-from tvq_haiku.run.experiment import VOCABULARY_FILE, Experiment
+from tvq_haiku.run.experiment import Experiment
 from tvq_haiku.types import Params
 from tvq_haiku.utils import files
 
@@ -132,7 +132,7 @@ def _save_inputs(
 ) -> None:
   """Saves data.json, and the vocabulary, so that the run does not need the original file."""
   if isinstance(experiment.vocabulary, PieceVocabulary):
-    files.write_atomically(workdir / VOCABULARY_FILE, experiment.vocabulary.file.read_bytes())
+    files.write_atomically(workdir / run_directory.VOCABULARY_FILE, experiment.vocabulary.model)
   data_statistics.save_statistics(workdir, splits)
 
 

@@ -14,22 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import pathlib
-from typing import Any
 
 import jax
 
-from tvq_haiku.checkpoint import checkpoints, run_directory
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data import token_cache
 from tvq_haiku.data.sources.base import Source
 from tvq_haiku.data.vocabulary import Vocabulary
 from tvq_haiku.evaluation import likelihood
-from tvq_haiku.model import transformer
+from tvq_haiku.model import preconditions
 from tvq_haiku.parallel import multihost
 from tvq_haiku.training import size_checks
 from tvq_haiku.types import Params, StopRequest
 
-VOCABULARY_FILE = "vocab.model"
 # Name of a metric that papers report -> function that computes it from the likelihood of a complete
 # split and the statistics of the split.
 MEASURES: Mapping[str, Callable[[likelihood.Likelihood, token_cache.SplitStatistics], float]] = {
@@ -61,11 +58,7 @@ class Experiment:
   def __post_init__(self):
     size_checks.check_sizes(self.config, self.train_cfg, self.mesh)
     self.vocabulary.check("config.n_vocab", self.config.n_vocab)
-    if not self.config.causal:
-      raise ValueError(
-        "Experiment: causal=False: an encoder attends to the tokens that it should predict. Use "
-        "causal=True."
-      )
+    preconditions.check_causal("Experiment", self.config)
     if self.train_cfg.sequence_len % self.align:
       raise ValueError(
         f"Experiment: sequence_len={self.train_cfg.sequence_len} must be a multiple of "
@@ -129,33 +122,3 @@ class Experiment:
     return {"loss_lm": total.nats_per_token} | {
       name: MEASURES[name](total, split.statistics) for name in measures
     }
-
-
-def load_run(
-  workdir: pathlib.Path, *, weights: str = "best", changes: Mapping[str, Any] | None = None
-) -> checkpoints.Checkpoint:
-  """Loads a checkpoint of a run.
-
-  Args:
-    workdir: directory of the run.
-    weights: "best": the checkpoint with the lowest validation loss, or the newest one if no
-      validation was made; "last": the newest one.
-    changes: fields of the model configuration to change, such as `precision`.
-
-  Raises:
-    CheckpointError: there is no checkpoint, or it is damaged.
-    ValueError: the changed configuration needs parameters of different shapes.
-  """
-  best = workdir / run_directory.BEST_DIRECTORY
-  if weights == "best" and run_directory.has_checkpoint(best):
-    try:
-      checkpoint = checkpoints.load_checkpoint(best)
-    except run_directory.CheckpointError as error:
-      raise run_directory.CheckpointError(
-        f"{error} Use --weights=last to load the newest checkpoint instead."
-      ) from error
-  else:
-    checkpoint = checkpoints.load_checkpoint(workdir)
-  config = checkpoint.config.replace(**(changes or {}))
-  transformer.check_params(checkpoint.train_state.params, config)
-  return checkpoint._replace(config=config)

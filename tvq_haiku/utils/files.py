@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import fcntl
 import itertools
 import json
 import os
 import pathlib
+import shutil
 import uuid
 import zlib
 
@@ -56,6 +57,32 @@ def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
     raise OSError(f"cannot write {file}: {error.strerror}.") from error
   finally:
     draft.unlink(missing_ok=True)
+
+
+def write_directory(directory: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+  """Writes a new directory so that readers see all of its files or none.
+
+  Args:
+    directory: the directory to create. It may exist if it is empty.
+    contents: name of a file -> its content.
+
+  Raises:
+    FileExistsError: the directory holds files, or it is a file.
+    OSError: the directory cannot be written; the message names it.
+  """
+  if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    raise FileExistsError(f"{directory} exists already: name a new directory, or an empty one.")
+  parent = prepare_directory(directory.parent)
+  draft = parent / f".{directory.name}.{uuid.uuid4().hex}"
+  try:
+    draft.mkdir()
+    for name, content in contents.items():
+      (draft / name).write_bytes(content)
+    os.replace(draft, directory)
+  except OSError as error:
+    raise OSError(f"cannot write {directory}: {error.strerror}.") from error
+  finally:
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def unused_path(path: pathlib.Path) -> pathlib.Path:
