@@ -106,8 +106,8 @@ def main() -> None:
   elif _STREAM.value:
     for prompt in prompts:
       _print_now(prompt.decode(errors="replace"))
-      conversation = tvq.Conversation(*model, **settings)
-      for text in conversation.write(prompt, max_new_tokens=length, stop=stop):
+      lm = tvq.LanguageModel(*model)
+      for text in lm.stream(prompt, max_new_tokens=length, stop=stop, **settings):
         _print_now(text)
       _print_now("\n")
   else:
