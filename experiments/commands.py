@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 
-import jax
-
-from experiments import command_line, run_setup
+from experiments import command_line, initialization, model_size, run_setup
 from experiments.run_setup import Configs, RunSetup
 import tvq_haiku as tvq
-from tvq_haiku.checkpoint import checkpoints, export, run_directory
+from tvq_haiku.checkpoint import checkpoints, run_directory
 from tvq_haiku.data.sources import base
 from tvq_haiku.evaluation import memory_plan
-from tvq_haiku.model import remat as remat_lib
-from tvq_haiku.model import transformer
 from tvq_haiku.parallel import multihost, sharding
-from tvq_haiku.run import best_checkpoint, summary, trainer
+from tvq_haiku.run import best_checkpoint, data_statistics, measures, summary, trainer
 from tvq_haiku.run import commands as run_commands
 from tvq_haiku.run import experiment as experiment_lib
 from tvq_haiku.types import Params
@@ -27,10 +22,11 @@ def train(setup: RunSetup) -> None:
   """Trains the model, or resumes its training, and prints the commands to run next."""
   experiment = run_setup.make_experiment(setup, run_setup.resolve_configs(setup))
   train_flags = setup.flags.train
-  _warn_about_memory(experiment)
+  if multihost.is_main_process():
+    model_size.log_size(setup, experiment)
   run = run_commands.train(
     experiment,
-    params=_initial_params(experiment, train_flags.init),
+    params=_initial_params(setup, experiment),
     validate_tokens=train_flags.validate_tokens,
     tensorboard=train_flags.tensorboard,
     wandb=train_flags.wandb,
@@ -52,11 +48,15 @@ def evaluate(setup: RunSetup) -> None:
   split = setup.flags.command
   run = _load_run(setup)
   experiment = run_setup.make_experiment(setup, Configs(run.config, run.train_cfg))
-  metrics = run_commands.evaluate(experiment, run, split)
-  values = ", ".join(f"{name} {_format(metrics[name])}" for name in experiment.measures)
+  weights = setup.flags.evaluation.weights
+  metrics, file = run_commands.evaluate(experiment, run, split, weights=weights)
+  values = ", ".join(
+    f"{name} {measures.format_value(metrics[name])}" for name in experiment.measures
+  )
   print(
     f"{split}: {values}, loss_lm {metrics['loss_lm']:.4f} nats per token; "
-    f"{metrics['tokens']:,} tokens ({metrics['bytes']:,} bytes), after {metrics['step']} updates"
+    f"{metrics['tokens']:,} tokens ({metrics['bytes']:,} bytes), after {metrics['step']} updates\n"
+    f"Written to {file}"
   )
 
 
@@ -87,19 +87,30 @@ def train_vocab(setup: RunSetup) -> None:
 def export_params(setup: RunSetup) -> None:
   """Writes the parameters and the configuration of a checkpoint to one file."""
   run = _load_run(setup)
-  file = setup.workdir / export.PARAMS_FILE
-  export.export_params(run.train_state.params, run.config, file)
+  file = run_commands.export_params(setup.workdir, run)
   print(f"Wrote the parameters after {int(run.train_state.step)} updates to {file}")
 
 
 def info(setup: RunSetup) -> None:
-  """Prints the configuration, the size and the cost of the model, and statistics of the data."""
+  """Prints the state of the run, its settings, the cost of the model, and statistics of the data.
+
+  If there is no run yet, the settings are those of a new one.
+  """
   configs, mesh = run_setup.resolve_configs(setup), setup.flags.devices.mesh
+  is_run = run_directory.has_checkpoint(setup.workdir)
+  if is_run:
+    print(summary.describe_run(setup.workdir) + "\n")
+  else:
+    print(f"There is no run in {setup.workdir}. The settings of a new one:\n")
   print(summary.describe_model(*configs))
   if mesh:
     print("\n" + memory_plan.describe_plan(*configs, sharding.parse_mesh(mesh)))
-  if setup.flags.data_dir is None and not setup.flags.smoke:
-    print("\nData: set --data_dir to see its statistics.")
+  has_words = setup.preset.image_size is None
+  if setup.flags.data_dir is None and (is_run or not setup.flags.smoke):
+    statistics = data_statistics.load_statistics(setup.workdir)
+    print("\nData of the run:" if statistics else "\nData: set --data_dir to see its statistics.")
+    for split, values in statistics.items():
+      print(summary.describe_data(split, values, has_words=has_words))
     return
   print("\nData:")
   if setup.vocab_file and not setup.vocab_file.exists():
@@ -114,7 +125,7 @@ def info(setup: RunSetup) -> None:
   experiment = run_setup.make_experiment(setup, configs)
   for split in base.SPLITS:
     statistics = experiment.open_split(split).statistics
-    print(summary.describe_data(split, statistics, has_words=experiment.image_size is None))
+    print(summary.describe_data(split, statistics, has_words=has_words))
 
 
 def _load_run(setup: RunSetup) -> tvq.Checkpoint:
@@ -124,32 +135,16 @@ def _load_run(setup: RunSetup) -> tvq.Checkpoint:
   )
 
 
-def _warn_about_memory(experiment: experiment_lib.Experiment) -> None:
-  """Logs a warning if the training probably needs more memory than the device has."""
-  axes = dict(experiment.mesh.shape) if experiment.mesh else None
-  plan = memory_plan.plan_memory(experiment.config, experiment.train_cfg, axes)
-  needed = sum(plan.memory.values())
-  available = remat_lib.device_memory_bytes(jax.devices()[0])
-  if needed > available:
-    progress.log(
-      f"warning: training needs about {needed / 1e9:,.0f} GB of memory per device, but only "
-      f"{available / 1e9:,.0f} GB are available; --size=cpu selects a small model"
-    )
-
-
-def _initial_params(experiment: experiment_lib.Experiment, init: str | None) -> Params | None:
-  """Returns the parameters of the file `init`, or None if the run does not start from them."""
+def _initial_params(setup: RunSetup, experiment: experiment_lib.Experiment) -> Params | None:
+  """Returns the parameters that --init names, or None if the run does not start from them."""
+  init = setup.flags.train.init
   if init is None:
     return None
   if run_directory.latest_step(experiment.workdir) is not None:
     progress.log(f"--init={init} is ignored: {experiment.workdir} holds a run, which is resumed")
     return None
-  try:
-    params, _ = export.import_params(init)
-    transformer.check_params(params, experiment.config)
-  except (OSError, ValueError) as error:
-    raise ValueError(f"--init={init}: {error}") from error
-  return params
+  weights = setup.flags.evaluation.weights
+  return initialization.load_params(init, experiment.config, weights=weights)
 
 
 def _describe_result(
@@ -167,17 +162,10 @@ def _describe_result(
     )
   best = "All validation losses were non-finite."
   if validations.best_step >= 0:
-    bits = validations.best_loss / math.log(2)
-    best = (
-      f"Best validation loss: {bits:.4f} bits per {experiment.token_name}, after "
-      f"{validations.best_step} updates."
-    )
+    figure = measures.describe(validations.known_metrics, experiment.token_name)
+    best = f"Best validation: {figure}, after {validations.best_step} updates."
   return (
     f"Trained for {n_update} updates. {best}\n"
     f"To test it: {command_line.other_command('test')}\n"
     f"To sample:  {command_line.other_command('sample')}"
   )
-
-
-def _format(value: float) -> str:
-  return f"{value:.4f}" if value < 1e5 else f"{value:.3g}"

@@ -5,7 +5,7 @@
 
 Ctrl-C stops the run and saves it; the same command resumes it. At the end, the command prints the
 bits per byte of the held-out novel for the model, and for gzip, bzip2 and xz, which are given the
-same training text.
+same training text. metrics.jsonl in the directory of the run holds the learning curve.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ import tvq_haiku as tvq
 from tvq_haiku import data
 from tvq_haiku.data import austen_novels
 from tvq_haiku.evaluation import baseline_compressors
-from tvq_haiku.run import trainer
+from tvq_haiku.run import commands, metric_writers, trainer
 from tvq_haiku.types import Params
 from tvq_haiku.utils import files
 
+_COMMAND = flags.DEFINE_enum(
+  "command",
+  "train",
+  ("train", "export"),
+  "train: train the model, or resume its training, and print the report. export: write the "
+  "parameters to WORKDIR/params.safetensors.",
+)
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
@@ -88,12 +95,20 @@ class Novels(NamedTuple):
 
 
 def main() -> None:
-  """Trains, or resumes; when the training is complete, tests the model and prints a report."""
+  """Trains, or resumes; when the training is complete, tests the model and prints a report.
+
+  With --command=export, writes the parameters to a file instead.
+  """
   smoke, seed = _SMOKE.value, _SEED.value
   config, train_cfg = (_SMOKE_MODEL, _SMOKE_TRAINING) if smoke else (_MODEL, _TRAINING)
   default_workdir = "runs/quickstart-smoke" if smoke else "runs/quickstart"
   workdir = pathlib.Path(_WORKDIR.value or default_workdir)
   report_file = workdir / "report.txt"
+  if _COMMAND.value == "export":
+    run = tvq.load_checkpoint(workdir)
+    file = commands.export_params(workdir, run)
+    print(f"Wrote the parameters after {int(run.train_state.step)} updates to {file}")
+    return
 
   # -- data ------------------------------------------------------------------------------------
   novels = _load_novels(_SMOKE_BYTES if smoke else None)
@@ -105,12 +120,11 @@ def main() -> None:
   )
 
   # -- training --------------------------------------------------------------------------------
-  options = trainer.TrainerOptions(token_name="byte")
-  run = trainer.fit(config, train_cfg, batches, workdir, seed=seed, options=options)
-  n_update, n_max = int(run.train_state.step), train_cfg.n_max_step
-  if n_update < n_max:
+  run = _train(config, train_cfg, batches, workdir, seed)
+  n_update, n_all = int(run.train_state.step), train_cfg.n_update
+  if n_update < n_all:
     resume = command_line.resume_command()
-    print(f"Stopped after {n_update} of {n_max} updates and saved. To resume: {resume}")
+    print(f"Stopped after {n_update} of {n_all} updates and saved. To resume: {resume}")
     return
   if report_file.exists():
     print(report_file.read_text(encoding="utf-8", errors="surrogateescape"))
@@ -137,6 +151,37 @@ def _load_novels(n_byte: int | None) -> Novels:
     {title: text[:n_byte] for title, text in texts.items() if title != austen_novels.HELD_OUT},
     held_out,
   )
+
+
+def _train(
+  config: tvq.TransformerConfig,
+  train_cfg: tvq.TrainConfig,
+  batches: data.PackedBatches,
+  workdir: pathlib.Path,
+  seed: int,
+) -> tvq.Checkpoint:
+  """Trains, or resumes, and returns the last checkpoint; records metrics of the training.
+
+  Args:
+    config: the model's configuration.
+    train_cfg: the training's configuration.
+    batches: the training batches.
+    workdir: directory of the run.
+    seed: seed of the initial parameters.
+  """
+  with commands.lock(files.prepare_directory(workdir)):
+    checkpoint = trainer.resume_or_initialize(config, train_cfg, workdir, seed=seed)
+    step = int(checkpoint.train_state.step)
+    with metric_writers.open_writers(workdir, step=step, tensorboard=False) as writers:
+      return trainer.fit(
+        config,
+        train_cfg,
+        batches,
+        workdir,
+        seed=seed,
+        checkpoint=checkpoint,
+        record=writers.write,
+      )
 
 
 def _bits_per_byte(

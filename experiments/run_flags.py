@@ -26,8 +26,9 @@ flags.DEFINE_string("data_dir", None, "Directory or file with the data set.")
 flags.DEFINE_string(
   "workdir",
   None,
-  "Directory of the run. Default: runs/NAME, runs/NAME-cpu with --size=cpu, runs/NAME-smoke with "
-  "--smoke.",
+  "Directory of the run. Default: runs/NAME, with the name of the experiment; for text, "
+  "runs/text-DATA, with the name of the data. It ends in -cpu with --size=cpu, and is "
+  "runs/NAME-smoke with --smoke.",
 )
 flags.DEFINE_string(
   "cache_dir",
@@ -37,10 +38,10 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum(
   "size",
-  "paper",
+  None,
   specs.SIZES,
   "Default values of the --config flags. paper: the settings of the paper. cpu: a small model that "
-  "two CPU cores train in minutes.",
+  "two CPU cores train in minutes. Default: cpu for text, paper for the other experiments.",
 )
 flags.DEFINE_boolean(
   "smoke",
@@ -85,7 +86,9 @@ flags.DEFINE_integer("keep", 2, "Number of most recent checkpoints to keep.", lo
 flags.DEFINE_string(
   "init",
   None,
-  "File with the initial parameters, written by --command=export. Default: random parameters.",
+  "Directory of a run, or file written by --command=export, with the initial parameters. Its model "
+  "configuration replaces the defaults of --size, and its vocabulary that of the experiment. "
+  "Default: random parameters.",
 )
 flags.DEFINE_integer(
   "max_skipped",
@@ -141,7 +144,8 @@ flags.DEFINE_enum(
   "weights",
   "best",
   ("best", "last"),
-  "Checkpoint to evaluate, sample from or export. best: the one with the lowest validation loss, "
+  "Checkpoint to evaluate, sample from, export or, with --init, start from. best: the one with the "
+  "lowest validation loss, "
   "or the most recent one if no validation was made. last: the most recent one.",
 )
 flags.DEFINE_multi_string("prompt", [""], "Text to continue. Repeat the flag for several prompts.")
@@ -171,7 +175,7 @@ class TrainFlags:
   tensorboard: bool
   wandb: str | None  # project
   keep: int  # checkpoints
-  init: str | None  # .safetensors file
+  init: str | None  # directory of a run, or .safetensors file
   max_skipped: int  # updates
   debug_nans: bool
 
@@ -215,7 +219,7 @@ class RunFlags:
   data_dir: str | None
   workdir: str | None
   cache_dir: str | None
-  size: str  # one of specs.SIZES
+  size: str | None  # one of specs.SIZES; None: the default of the experiment
   smoke: bool
   seed: int
   vocab: str | None

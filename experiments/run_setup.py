@@ -9,7 +9,7 @@ from typing import NamedTuple
 from absl import flags
 import jax
 
-from experiments import config_flags, specs
+from experiments import config_flags, initialization, specs
 from experiments.run_flags import RunFlags
 import tvq_haiku as tvq
 from tvq_haiku import data
@@ -19,6 +19,8 @@ from tvq_haiku.data.vocabulary import Vocabulary
 from tvq_haiku.parallel import multihost, sharding
 from tvq_haiku.run import experiment as experiment_lib
 from tvq_haiku.utils import progress
+
+_RUN_COMMANDS = ("validation", "test", "sample", "export")  # commands that need a run
 
 
 class Configs(NamedTuple):
@@ -56,10 +58,9 @@ def make_setup(spec: specs.ExperimentSpec, run_flags: RunFlags) -> RunSetup:
     raise flags.ValidationError(
       f"--vocab={run_flags.vocab}: the tokens of {spec.name} are bytes: do not set --vocab."
     )
-  size = specs.SMOKE if run_flags.smoke else run_flags.size
-  suffix = "" if size == specs.SIZES[0] else f"-{size}"
-  workdir = pathlib.Path(run_flags.workdir or f"runs/{spec.name}{suffix}")
-  vocab_file = _vocabulary_file(spec, run_flags.vocab, workdir)
+  size = specs.SMOKE if run_flags.smoke else run_flags.size or spec.default_size
+  workdir = pathlib.Path(run_flags.workdir or _default_workdir(spec, run_flags, size))
+  vocab_file = _vocabulary_file(spec, run_flags, workdir)
   if vocab_file is None and run_flags.command == "train_vocab":
     raise flags.ValidationError(
       "--command=train_vocab: the tokens are bytes, so there is no vocabulary to train."
@@ -76,40 +77,102 @@ def make_setup(spec: specs.ExperimentSpec, run_flags: RunFlags) -> RunSetup:
   )
 
 
+def _default_workdir(spec: specs.ExperimentSpec, run_flags: RunFlags, size: str) -> str:
+  """Returns the working directory of a command without --workdir.
+
+  Args:
+    spec: the experiment.
+    run_flags: the flags of the command.
+    size: name of the preset.
+
+  Raises:
+    ValidationError: the directory contains the name of the data, and --data_dir is missing.
+  """
+  parts = [spec.name]
+  if spec.names_data and not run_flags.smoke:
+    if run_flags.data_dir is not None:
+      parts.append(base.data_name(run_flags.data_dir))
+    elif run_flags.command in _RUN_COMMANDS:
+      runs = sorted(map(str, pathlib.Path("runs").glob(f"{spec.name}*")))
+      raise flags.ValidationError(
+        f"--command={run_flags.command}: which run? Set --workdir, or --data_dir to the data that "
+        "the run was trained on." + (f" Here are {', '.join(runs)}." if runs else "")
+      )
+  return "runs/" + "-".join(parts if size == specs.SIZES[0] else [*parts, size])
+
+
 def _vocabulary_file(
-  spec: specs.ExperimentSpec, vocab: str | None, workdir: pathlib.Path
+  spec: specs.ExperimentSpec, run_flags: RunFlags, workdir: pathlib.Path
 ) -> pathlib.Path | None:
-  """Returns the path of the SentencePiece model, or None if the tokens are bytes."""
-  if vocab is not None:
-    return None if vocab == specs.BYTES else pathlib.Path(vocab)
+  """Returns the path of the SentencePiece model, or None if the tokens are bytes.
+
+  Args:
+    spec: the experiment.
+    run_flags: the flags of the command.
+    workdir: directory of the run.
+  """
+  if run_flags.vocab is not None:
+    return None if run_flags.vocab == specs.BYTES else pathlib.Path(run_flags.vocab)
   file = workdir / run_directory.VOCABULARY_FILE
-  return None if spec.vocabularies[0] == specs.BYTES and not file.exists() else file
+  if file.exists():
+    return file
+  if run_directory.has_checkpoint(workdir):
+    return None
+  if run_flags.train.init is not None:
+    return initialization.find_vocabulary(run_flags.train.init)
+  return None if spec.vocabularies[0] == specs.BYTES else file
 
 
 def resolve_configs(setup: RunSetup) -> Configs:
-  """Returns the configurations of the preset, changed by the --config flags.
+  """Returns the configurations of `_base_configs`, changed by the --config flags.
 
   If --config.n_max_step shortens the training, the warm-up takes at most a tenth of it, unless
   --config.n_warmup_step is given.
 
   Raises:
     IllegalFlagValueError: the configurations would be invalid.
+    ValueError: --init names no model.
   """
-  preset, train_changes = setup.preset, dict(setup.flags.train_changes)
+  base_configs, train_changes = _base_configs(setup), dict(setup.flags.train_changes)
   if "n_max_step" in train_changes:
     tenth = train_changes["n_max_step"] // 10
-    train_changes.setdefault("n_warmup_step", min(preset.train_cfg.n_warmup_step, tenth))
+    n_warmup_step = min(base_configs.train_cfg.n_warmup_step, tenth)
+    train_changes.setdefault("n_warmup_step", n_warmup_step)
   return Configs(
-    config_flags.apply_changes(preset.config, setup.flags.model_changes),
-    config_flags.apply_changes(preset.train_cfg, train_changes),
+    config_flags.apply_changes(base_configs.config, setup.flags.model_changes),
+    config_flags.apply_changes(base_configs.train_cfg, train_changes),
   )
+
+
+def _base_configs(setup: RunSetup) -> Configs:
+  """Returns the configurations that the --config flags change.
+
+  These are the configurations of the preset, but with the model of --init. --command=info describes
+  the run in --workdir if there is one.
+  """
+  configs, init = Configs(setup.preset.config, setup.preset.train_cfg), setup.flags.train.init
+  is_run = run_directory.has_checkpoint(setup.workdir)
+  if is_run and setup.flags.command == "info":
+    return Configs(*run_directory.load_config(setup.workdir))
+  if init is None:
+    return configs
+  if is_run:  # it was started from --init, which may no longer exist
+    return configs._replace(config=run_directory.load_config(setup.workdir)[0])
+  return configs._replace(config=initialization.read_config(init))
 
 
 def open_source(setup: RunSetup) -> base.Source:
   """Returns the data set in --data_dir, or with --smoke a small one, written to WORKDIR/data."""
   if setup.flags.smoke:
-    return setup.spec.smoke_source(setup.workdir / "data")
+    return setup.spec.smoke_source(_data_dir(setup))
   return setup.spec.source(setup.flags.data_dir)
+
+
+def _data_dir(setup: RunSetup) -> pathlib.Path | None:
+  """Returns the file or directory of the data set; None if it is not known."""
+  if setup.flags.smoke:
+    return setup.workdir / "data"
+  return pathlib.Path(setup.flags.data_dir) if setup.flags.data_dir else None
 
 
 def train_vocabulary(setup: RunSetup, source: base.SampledSource, n_vocab: int) -> pathlib.Path:
@@ -174,8 +237,10 @@ def make_experiment(setup: RunSetup, configs: Configs) -> experiment_lib.Experim
     train_cfg=configs.train_cfg,
     workdir=setup.workdir,
     cache_dir=setup.cache_dir,
+    data_dir=_data_dir(setup),
     measures=spec.measures,
-    token_name="token" if setup.vocab_file else spec.token_name,
+    # A token is a byte only if no tokens end documents: see `run.measures`.
+    token_name="token" if setup.vocab_file or (source and source.has_eos) else spec.token_name,
     image_size=setup.preset.image_size,
     seed=run_flags.seed,
     eval_rows=run_flags.evaluation.eval_rows,

@@ -25,14 +25,16 @@ class SizePreset(NamedTuple):
 class ExperimentSpec(NamedTuple):
   """The settings that distinguish one experiment from the others."""
 
-  name: str  # of the command; the default working directory is runs/NAME
+  name: str  # of the command and of the default working directory
   source: Callable[[str | None], base.Source]  # opens the data set in --data_dir
   smoke_source: Callable[[pathlib.Path], base.Source]  # writes a small data set to a directory
   presets: Mapping[str, SizePreset]  # keys: SIZES and SMOKE
-  measures: tuple[str, ...]  # metrics to report, the main one first; see `run.experiment.MEASURES`
+  measures: tuple[str, ...]  # metrics to report, the main one first; see `run.measures`
   token_name: str = "byte"  # what one token is, for messages
   vocabularies: tuple[str, ...] = (BYTES,)  # kinds that --vocab may select, the default first
   top_p: float = 0.95  # default of --top_p
+  default_size: str = SIZES[0]  # of --size
+  names_data: bool = False  # whether the default working directory is runs/NAME-DATA, not runs/NAME
 
 
 # A byte-level text model that two CPU cores train in minutes.

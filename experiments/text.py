@@ -1,8 +1,11 @@
 """Trains a language model on a text file, or on a directory of text files.
 
-  python -m experiments.text --size=cpu --data_dir=FILE
-  python -m experiments.text --size=cpu --data_dir=FILE --command=test
-  python -m experiments.text --size=cpu --command=sample --prompt='Once '
+  python -m experiments.text --data_dir=FILE
+  python -m experiments.text --data_dir=FILE --command=test
+  python -m experiments.text --data_dir=FILE --command=sample --prompt='Once '
+
+The model is small; --size=paper selects the paper's. The run is in runs/text-NAME-cpu, where NAME
+is the name of the data.
 
 Directories named train, validation and test hold the three splits. Without them, the files are
 concatenated in the order of their names: the first 90 % of the bytes are the training split, and
@@ -37,6 +40,8 @@ SPEC = specs.ExperimentSpec(
   },
   measures=("bits_per_byte",),
   vocabularies=(specs.BYTES, specs.SENTENCEPIECE),
+  default_size="cpu",
+  names_data=True,
 )
 
 if __name__ == "__main__":

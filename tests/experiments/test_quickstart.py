@@ -6,6 +6,10 @@ import signal
 
 import pytest
 
+import tvq_haiku as tvq
+from tvq_haiku.run import metric_writers
+
+import helpers
 from launching import assert_fails_in_one_line, run, start, workspace
 
 assert workspace  # a fixture
@@ -22,8 +26,24 @@ def test_report_compares_the_model_with_compressors_and_shows_samples(quickstart
   )
   assert out.count("\n  [") == 3  # samples
   assert "python -m experiments.sample --checkpoint=runs/quickstart" in out
-  assert re.search(r"training \d+/\d+  \d\.\d{3} bits per byte  [\d,]+ tokens/s  \d+ s left", err)
+  assert re.search(r"training \d+/\d+  \d\.\d{3} bits per token  [\d,]+ tokens/s  \d+ s left", err)
   assert "Traceback" not in err and "checkpoint_manager" not in err
+
+
+def test_learning_curve_is_recorded(quickstart, workspace):
+  records = metric_writers.read_records(workspace / "runs" / "quickstart")
+  assert [record["step"] for record in records] == [10, 20]
+  assert all(0 < record["loss_lm"] < 9 for record in records)
+
+
+def test_parameters_are_exported(quickstart, workspace):
+  status, out, err = run(f"{COMMAND} --command=export", workspace)
+  assert (status, err) == (0, "")
+  assert out == "Wrote the parameters after 20 updates to runs/quickstart/params.safetensors\n"
+  params, config = tvq.import_params(workspace / "runs" / "quickstart" / "params.safetensors")
+  run_params = tvq.load_checkpoint(workspace / "runs" / "quickstart").train_state.params
+  assert config.n_vocab == 259
+  helpers.assert_same(params, run_params)
 
 
 def test_complete_run_prints_its_report_again(quickstart, workspace):

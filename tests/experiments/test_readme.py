@@ -47,9 +47,11 @@ def test_commands_run(quickstart, workspace):
     if "experiments.text" in command:
       command += " --cache_dir=cache"
       if "--command" not in command:
-        command += (
-          " --config.n_max_step=8 --config.n_warmup_step=2 --config.d_model=32 --config.d_v=32"
-        )
+        command += " --config.n_max_step=8 --config.n_warmup_step=2"
+        if "--config.n_extra_step" in command:
+          command += " --config.n_extra_step=4"
+        if "--init" not in command:
+          command += " --config.d_model=32 --config.d_v=32"
     environment = os.environ | dict(variable.split("=") for variable in variables.split())
     status, out, err = run(command, workspace, env=environment)
     assert status == 0 and out.strip(), (command, err)

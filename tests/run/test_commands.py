@@ -47,7 +47,7 @@ class TestEvaluate:
     # Only images fit into the rows of a batch; a text loses context where it is split into rows.
     for n_row in (1, 3) if kind == "images" else (1,):
       e = dataclasses.replace(experiment, eval_rows=n_row)
-      metrics = commands.evaluate(e, checkpoint, "test")
+      metrics, _ = commands.evaluate(e, checkpoint, "test", weights="last")
       np.testing.assert_allclose(metrics["loss_lm"], nats / n_token, rtol=1e-5)
       measure, value = {
         "text": ("bits_per_byte", nats / math.log(2) / n_byte),
@@ -58,6 +58,10 @@ class TestEvaluate:
       assert metrics | {"loss_lm": None, measure: None} == {
         "loss_lm": None,
         measure: None,
+        "split": "test",
+        "data": None,
+        "checksum": experiment.open_split("test").statistics.checksum,
+        "weights": "last",
         "step": 8,
         "tokens": n_token,
         "bytes": n_byte,
@@ -66,8 +70,31 @@ class TestEvaluate:
 
   def test_metrics_are_written(self, runs):
     experiment, checkpoint = runs["text"]
-    metrics = commands.evaluate(experiment, checkpoint, "test")
-    assert json.loads((experiment.workdir / "test.figures.json").read_text()) == metrics
+    for split in ("validation", "test"):
+      metrics, file = commands.evaluate(experiment, checkpoint, split)
+      assert file == experiment.workdir / f"{split}.figures.json"
+      assert json.loads(file.read_text()) == metrics
+
+  @pytest.mark.parametrize("changed", ["all", "test"])
+  def test_metrics_of_other_data_are_written_to_another_file(self, runs, tmp_path, changed):
+    """Data of the same name and size, of which all bytes or only those of the test split differ."""
+    experiment, checkpoint = runs["text"]
+    own = commands.evaluate(experiment, checkpoint, "test")
+    content = bytearray(experiment.source._file.read_bytes())
+    start = {"all": 0, "test": 2850}[changed]
+    content[start:] = bytes(byte ^ 1 for byte in content[start:])
+    (tmp_path / "enwik8").write_bytes(content)
+    other = dataclasses.replace(
+      experiment,
+      source=data.Enwik8(tmp_path, n_byte=3000),
+      data_dir=tmp_path / "enwik8",
+      cache_dir=tmp_path / "cache",
+    )
+    metrics, file = commands.evaluate(other, checkpoint, "test")
+    assert file.name == f"test-enwik8-{metrics['checksum']:08x}.figures.json"
+    assert json.loads(file.read_text()) == metrics and metrics["data"] == str(tmp_path / "enwik8")
+    assert commands.evaluate(other, checkpoint, "test") == (metrics, file)
+    assert json.loads(own[1].read_text()) == own[0]  # not overwritten
 
   def test_damaged_tokens_are_rejected(self, runs, tmp_path):
     experiment = dataclasses.replace(runs["text"][0], cache_dir=tmp_path)

@@ -22,6 +22,7 @@ STATISTICS = SplitStatistics(
   dtype="|u1",
   offset=3,
 )
+OTHER_STATISTICS = dataclasses.replace(STATISTICS, checksum=8)
 
 
 def splits(**changes):
@@ -66,6 +67,33 @@ def test_another_vocabulary_is_rejected(tmp_path):
     tvq.CheckpointError, match=r"it is pieces-330-aa in the run, bytes here\. Leave --vocab out"
   ):
     data_statistics.check_vocabulary(tmp_path, data.ByteVocabulary)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_data_of_the_run_are_recognized(tmp_path, split):
+  """The test split, of which there are no statistics, is judged by the validation split."""
+  is_own = lambda opened: data_statistics.is_data_of_run(tmp_path, split, opened.__getitem__)
+  assert not is_own(splits())  # nothing is known about the run
+  data_statistics.save_statistics(tmp_path, splits())
+  assert is_own(splits())
+  other = {name: Split(split.stream, OTHER_STATISTICS) for name, split in splits().items()}
+  assert not is_own(other)
+
+
+def test_data_with_an_empty_split_are_not_those_of_the_run(tmp_path):
+  data_statistics.save_statistics(tmp_path, splits())
+
+  def open_split(name):
+    raise ValueError(f"the split {name!r} is empty")
+
+  assert not data_statistics.is_data_of_run(tmp_path, "test", open_split)
+
+
+def test_all_statistics_can_be_loaded(tmp_path):
+  assert data_statistics.load_statistics(tmp_path) == {}
+  data_statistics.save_statistics(tmp_path, splits(n_byte=91))
+  loaded = data_statistics.load_statistics(tmp_path)
+  assert loaded == {name: split.statistics for name, split in splits(n_byte=91).items()}
 
 
 def test_missing_file_is_not_checked(tmp_path):

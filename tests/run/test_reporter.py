@@ -141,4 +141,4 @@ def test_validation_is_recorded_and_stays_in_the_progress_line():
   for update in (6, 8):
     recorder.report(update, [1.0, 1.0])
     recorder.reporter.flush()
-    assert "  validation 2.000" in recorder.shown[-1][1]
+    assert "  validation 1.5000 bits per byte" in recorder.shown[-1][1]

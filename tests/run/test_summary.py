@@ -4,9 +4,10 @@ import jax
 import pytest
 
 import tvq_haiku as tvq
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.data.token_cache import SplitStatistics
 from tvq_haiku.evaluation import flops, memory_plan
-from tvq_haiku.run import summary
+from tvq_haiku.run import best_checkpoint, summary
 
 from small_experiments import CONFIG, TRAIN_CONFIG
 
@@ -65,6 +66,24 @@ def test_data_is_described_in_one_line(has_words):
   numbers += ["500", "words"] if has_words else []
   entropy = "unigram entropy 4.000 bits per token, 2.000 bits per byte"
   assert words == ["train", *numbers, *entropy.split()]
+
+
+def test_run_is_described_with_its_best_validation(runs):
+  experiment, _ = runs["text"]
+  status = best_checkpoint.read_validations(experiment.workdir)
+  best = status.best_metrics["bits_per_byte"]
+  assert summary.describe_run(experiment.workdir).splitlines() == [
+    f"Run:               {experiment.workdir}",
+    "Updates:           8 of 8",
+    f"Best validation:   {best:.4f} bits per byte, after {status.best_step} updates",
+  ]
+
+
+def test_run_without_validation_is_described(tmp_path):
+  run_directory.write_config(tmp_path, CONFIG, TRAIN_CONFIG.replace(n_extra_step=2000))
+  (tmp_path / "checkpoints" / "1500").mkdir(parents=True)
+  text = summary.describe_run(tmp_path)
+  assert "1,500 of 2,008\n" in text and text.endswith("no validation with a finite loss")
 
 
 def test_large_sizes_are_printed_in_gigabytes():

@@ -93,6 +93,25 @@ def import_params(file: str | os.PathLike) -> tuple[Params, TransformerConfig]:
   return params, config
 
 
+def read_config(file: str | os.PathLike) -> TransformerConfig:
+  """Reads the configuration in a file that `export_params` wrote, without the parameters.
+
+  Raises:
+    ValueError: the file is damaged, or `export_params` did not write it.
+    OSError: the file cannot be read.
+  """
+  path = pathlib.Path(file)
+  with path.open("rb") as stream:
+    size = stream.read(8)
+    header = stream.read(min(int.from_bytes(size, "little"), path.stat().st_size))
+  try:
+    return TransformerConfig.from_json(_metadata(size + header)["config"])
+  except Exception as error:  # a damaged file can cause many types
+    raise ValueError(
+      f"{file} does not hold the parameters of a model: {files.short_message(error)}"
+    ) from error
+
+
 def _metadata(content: bytes) -> dict[str, str]:
   """Returns the metadata of a safetensors file.
 

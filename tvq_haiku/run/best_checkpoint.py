@@ -1,11 +1,13 @@
 """The checkpoint with the lowest validation loss.
 
 best/              a run directory that holds only this checkpoint
-validation.json    the updates before the last and the best validation so far, and the lowest loss
+validation.json    the updates before the last and the best validation so far, and the metrics of
+                   the best one
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import json
 import math
 import os
@@ -25,6 +27,12 @@ class ValidationStatus(NamedTuple):
   step: int = -1  # updates made before the last validation; -1: none
   best_step: int = -1  # updates made before the validation with the lowest loss; -1: none
   best_loss: float = math.inf  # loss of that validation in nats per token
+  best_metrics: Mapping[str, float] = {}  # all metrics of that validation; empty: not recorded
+
+  @property
+  def known_metrics(self) -> Mapping[str, float]:
+    """The metrics of the best validation; only the loss if the others were not recorded."""
+    return self.best_metrics or {"loss_lm": self.best_loss}
 
 
 def read_validations(directory: str | os.PathLike) -> ValidationStatus:
@@ -46,14 +54,14 @@ def read_validations(directory: str | os.PathLike) -> ValidationStatus:
 
 
 def keep_best(
-  directory: str | os.PathLike, checkpoint: checkpoints.Checkpoint, loss: float
+  directory: str | os.PathLike, checkpoint: checkpoints.Checkpoint, metrics: Mapping[str, float]
 ) -> bool:
   """Records a validation, and saves its checkpoint under best/ if its loss is the lowest so far.
 
   Args:
     directory: directory of the run.
     checkpoint: the validated checkpoint.
-    loss: its loss on the validation split, in nats per token.
+    metrics: its metrics on the validation split, with `loss_lm` in nats per token.
 
   Returns:
     Whether the loss is the lowest so far.
@@ -64,7 +72,7 @@ def keep_best(
   """
   path, step = pathlib.Path(directory), int(checkpoint.train_state.step)
   best_directory = path / run_directory.BEST_DIRECTORY
-  status = read_validations(path)
+  status, loss = read_validations(path), metrics["loss_lm"]
   is_best = bool(multihost.broadcast(loss < status.best_loss))
   if is_best:
     # If the run was resumed from an older checkpoint, best/ may hold a later one. It holds this
@@ -72,7 +80,7 @@ def keep_best(
     run_directory.set_aside_later(best_directory, after=step)
     if step not in run_directory.saved_steps(best_directory):
       checkpoint_writer.save_checkpoint(best_directory, checkpoint, max_to_keep=1)
-    status = ValidationStatus(step, step, loss)
+    status = ValidationStatus(step, step, loss, dict(metrics))
   else:
     status = status._replace(step=step)
   if multihost.is_main_process():

@@ -8,13 +8,15 @@ import dataclasses
 import io
 import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 
-from tvq_haiku.checkpoint import checkpoints, run_directory
+from tvq_haiku.checkpoint import checkpoints, export, run_directory
 from tvq_haiku.data import image_grid, packing, token_cache
 from tvq_haiku.data.sentencepiece_vocabulary import PieceVocabulary
+from tvq_haiku.data.sources import base
 from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.generation import generate as generate_lib
 from tvq_haiku.parallel import multihost, sharding
@@ -57,7 +59,7 @@ def train(
     OSError: a file cannot be written.
   """
   e, workdir = experiment, files.prepare_directory(experiment.workdir)
-  with _lock(workdir), contextlib.ExitStack() as stack:
+  with lock(workdir), contextlib.ExitStack() as stack:
     is_resumed = run_directory.has_checkpoint(workdir)
     if is_resumed:
       run_directory.check_same_run(workdir, e.config, e.train_cfg)
@@ -98,8 +100,12 @@ def train(
 
 
 @contextlib.contextmanager
-def _lock(workdir: pathlib.Path) -> Iterator[None]:
-  """Prevents other runs from training in the directory; process 0 of the run holds the lock."""
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Prevents other runs from training in the directory; process 0 of the run holds the lock.
+
+  Raises:
+    CheckpointError: another run trains in the directory.
+  """
   with contextlib.ExitStack() as stack:
     if multihost.is_main_process():
       try:
@@ -137,19 +143,26 @@ def _save_inputs(
 
 
 def evaluate(
-  experiment: Experiment, checkpoint: checkpoints.Checkpoint, split_name: str
-) -> dict[str, float]:
-  """Computes the metrics of a checkpoint on a complete split; writes them to SPLIT.figures.json.
+  experiment: Experiment,
+  checkpoint: checkpoints.Checkpoint,
+  split_name: str,
+  *,
+  weights: str | None = None,
+) -> tuple[dict[str, Any], pathlib.Path]:
+  """Computes the metrics of a checkpoint on a complete split, and writes them to a file.
 
   Args:
     experiment: the experiment of the checkpoint.
     checkpoint: the checkpoint.
     split_name: "train", "validation" or "test".
+    weights: which checkpoint of the run it is, for the file; None: not known.
 
   Returns:
-    `loss_lm` in nats per token, the measures of the experiment, the `step` of the checkpoint, the
-    numbers of `tokens` and `bytes` of the split, and the number of `rows`: parts of the split that
-    were read in parallel.
+    The metrics and the file: SPLIT.figures.json for the data of the run; for other data, a name
+    that contains the name and the checksum of the data. The metrics are `loss_lm` in nats per
+    token, the measures of the experiment, the `step` of the checkpoint, the numbers of `tokens` and
+    `bytes` of the split, and the number of `rows`: parts of the split that were read in parallel.
+    `split`, `data` (a path), `checksum` and `weights` tell what was measured.
 
   Raises:
     CheckpointError: the run was trained with a different vocabulary.
@@ -159,15 +172,48 @@ def evaluate(
   split = experiment.open_split(split_name)
   token_cache.verify(split)
   metrics = experiment.measure_split(checkpoint.train_state.params, checkpoint.config, split)
+  data_dir = experiment.data_dir
   metrics |= {
+    "split": split_name,
+    "data": None if data_dir is None else str(data_dir.absolute()),
+    "checksum": split.statistics.checksum,
+    "weights": weights,
     "step": int(checkpoint.train_state.step),
     "tokens": split.statistics.n_token,
     "bytes": split.statistics.n_byte,
     "rows": experiment.eval_rows,
   }
+  file = _figures_file(experiment, split_name, split.statistics.checksum)
+  content = json.dumps(metric_writers.finite(metrics), indent=1)
+  files.write_atomically(file, content + "\n")
+  return metrics, file
+
+
+def _figures_file(experiment: Experiment, split_name: str, checksum: int) -> pathlib.Path:
+  """Returns the file for the metrics of a split, which no other data use.
+
+  Args:
+    experiment: the experiment.
+    split_name: name of the split.
+    checksum: checksum of its tokens.
+  """
   file = experiment.workdir / f"{split_name}.figures.json"
-  files.write_atomically(file, json.dumps(metric_writers.finite(metrics), indent=1) + "\n")
-  return metrics
+  if data_statistics.is_data_of_run(experiment.workdir, split_name, experiment.open_split):
+    try:
+      written = json.loads(file.read_text(encoding="utf-8"))["checksum"]
+    except (OSError, LookupError, TypeError, ValueError):
+      written = checksum  # there is no such file, or it does not name its data
+    if written == checksum:
+      return file
+  name = "data" if experiment.data_dir is None else base.data_name(experiment.data_dir)
+  return experiment.workdir / f"{split_name}-{name}-{checksum:08x}.figures.json"
+
+
+def export_params(workdir: pathlib.Path, checkpoint: checkpoints.Checkpoint) -> pathlib.Path:
+  """Writes the parameters and the configuration of a checkpoint to one file; returns its path."""
+  file = workdir / export.PARAMS_FILE
+  export.export_params(checkpoint.train_state.params, checkpoint.config, file)
+  return file
 
 
 def sample_texts(

@@ -5,15 +5,18 @@ A run must be resumed with the data, and used with the vocabulary, that it was s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import pathlib
+from typing import Any, TypeVar
 
 from tvq_haiku.checkpoint import run_directory
-from tvq_haiku.data.token_cache import Split
+from tvq_haiku.data.token_cache import Split, SplitStatistics
 from tvq_haiku.data.vocabulary import Vocabulary
 from tvq_haiku.utils import files
+
+Value = TypeVar("Value")
 
 _FILE = "data.json"
 _IDENTITY = ("vocabulary", "n_byte", "n_token", "checksum")  # fields that identify a split
@@ -50,14 +53,56 @@ def check_vocabulary(workdir: pathlib.Path, vocabulary: Vocabulary) -> None:
       )
 
 
+def is_data_of_run(
+  workdir: pathlib.Path, split_name: str, open_split: Callable[[str], Split]
+) -> bool:
+  """Returns whether a dataset is the one that the run was started on.
+
+  Args:
+    workdir: directory of the run.
+    split_name: the split that matters. The validation split decides instead if the run has no
+      statistics of this one, as for the test split.
+    open_split: opens a split of the dataset.
+  """
+  saved = _load_identities(workdir)
+  name = split_name if split_name in saved else "validation"
+  if name not in saved:
+    return False
+  try:
+    statistics = open_split(name).statistics
+  except ValueError:  # the split is empty, which it was not when the run was started
+    return False
+  return all(saved[name][field] == getattr(statistics, field) for field in _IDENTITY)
+
+
+def load_statistics(workdir: pathlib.Path) -> dict[str, SplitStatistics]:
+  """Returns the statistics in data.json, by split; empty if there is no file.
+
+  Raises:
+    CheckpointError: the file is damaged.
+  """
+  return _read(workdir, lambda split: SplitStatistics(**split))
+
+
 def _load_identities(workdir: pathlib.Path) -> dict[str, dict[str, str | int]]:
   """Returns the identifying fields of each split in data.json; empty if there is no file."""
+  return _read(workdir, lambda split: {field: split[field] for field in _IDENTITY})
+
+
+def _read(workdir: pathlib.Path, parse: Callable[[Mapping[str, Any]], Value]) -> dict[str, Value]:
+  """Returns the content of data.json, by split; empty if there is no file.
+
+  Args:
+    workdir: directory of the run.
+    parse: called with the statistics of each split.
+
+  Raises:
+    CheckpointError: the file is damaged.
+  """
   file = workdir / _FILE
   try:
     statistics = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {
-      name: {field: split[field] for field in _IDENTITY} for name, split in statistics.items()
-    }
+    return {name: parse(split) for name, split in statistics.items()}
   except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise run_directory.CheckpointError(
       f"{file} is damaged. Remove it to continue without checking the training data."

@@ -5,13 +5,15 @@ WORKDIR/                  a training run, see `checkpoint.run_directory`
         data.json         statistics of the training data, see `data_statistics`
         metrics.jsonl     metrics of training and validation, see `metric_writers`
         tensorboard/      the same metrics as TensorBoard event files
-        SPLIT.figures.json    metrics of a complete split, see `commands.evaluate`
+        SPLIT.figures.json    metrics of a complete split of the data of the run; the metrics of
+                              other data are in other files, see `commands.evaluate`
+        params.safetensors    exported parameters, see `commands.export_params`
         samples/          generated texts and images, see `commands`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import pathlib
 
@@ -24,16 +26,9 @@ from tvq_haiku.data.vocabulary import Vocabulary
 from tvq_haiku.evaluation import likelihood
 from tvq_haiku.model import preconditions
 from tvq_haiku.parallel import multihost
+from tvq_haiku.run import measures as measures_lib
 from tvq_haiku.training import size_checks
 from tvq_haiku.types import Params, StopRequest
-
-# Name of a metric that papers report -> function that computes it from the likelihood of a complete
-# split and the statistics of the split.
-MEASURES: Mapping[str, Callable[[likelihood.Likelihood, token_cache.SplitStatistics], float]] = {
-  "bits_per_byte": lambda total, statistics: total.bits_per(statistics.n_byte),
-  "bits_per_dim": lambda total, statistics: total.bits_per(statistics.n_byte),
-  "word_perplexity": lambda total, statistics: total.perplexity_per(statistics.n_word),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +42,9 @@ class Experiment:
   workdir: pathlib.Path  # directory of the run
   # Directory of tokenized splits, which several runs may share; None: the default directory.
   cache_dir: pathlib.Path | None
-  measures: Sequence[str]  # names in MEASURES
+  measures: Sequence[str]  # names in `measures.MEASURES`, the main one first
   token_name: str  # unit of the loss in the progress line, such as "byte"
+  data_dir: pathlib.Path | None = None  # where the dataset is, for the files of metrics
   image_size: int | None = None  # height and width in pixels; None: documents are not images
   seed: int = 0  # seed of the initial parameters, dropout, the order of the data, and samples
   eval_rows: int = 8  # batch size of evaluation: number of parts of a split read in parallel
@@ -120,5 +116,5 @@ class Experiment:
     # The statistics count words and bytes of the complete split only.
     measures = self.measures if n == split.statistics.n_token else ()
     return {"loss_lm": total.nats_per_token} | {
-      name: MEASURES[name](total, split.statistics) for name in measures
+      name: measures_lib.MEASURES[name].compute(total, split.statistics) for name in measures
     }

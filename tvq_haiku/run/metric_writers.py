@@ -244,13 +244,16 @@ def read_records(workdir: str | os.PathLike) -> list[dict[str, float]]:
   return records
 
 
-def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-  """Replaces non-finite values, which JSON cannot represent, with None.
+def finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
+  """Replaces non-finite numbers, which JSON cannot represent, with None.
 
-  >>> finite({"loss": math.nan, "step": 3})
-  {'loss': None, 'step': 3}
+  >>> finite({"loss": math.nan, "step": 3, "split": "test"})
+  {'loss': None, 'step': 3, 'split': 'test'}
   """
-  return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+  return {
+    name: None if isinstance(value, float) and not math.isfinite(value) else value
+    for name, value in metrics.items()
+  }
 
 
 def _step_and_kind(record: Mapping[str, float]) -> tuple[int, bool]:

@@ -14,6 +14,7 @@ import numpy as np
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.evaluation import flops
 from tvq_haiku.parallel import multihost
+from tvq_haiku.run import measures
 from tvq_haiku.run.metric_writers import RecordMetrics
 from tvq_haiku.run.trainer_options import TrainerOptions
 from tvq_haiku.types import Array
@@ -87,13 +88,13 @@ class Reporter:
       self.restart_clock()  # speed is measured from one record to the next
 
   def report_validation(self, update: int, metrics: Mapping[str, float]) -> None:
-    """Writes the metrics of a validation, and shows its loss in the progress line from then on.
+    """Writes the metrics of a validation, and shows the main one in the progress line from then on.
 
     Args:
       update: number of updates made so far.
       metrics: metrics of the validation split, with `loss_lm` in nats per token.
     """
-    self._validation_note = f"  validation {metrics['loss_lm'] / math.log(2):.3f}"
+    self._validation_note = f"  validation {measures.describe(metrics, self._options.token_name)}"
     if self._record:
       self._record(update, {f"validation_{name}": value for name, value in metrics.items()})
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data.token_cache import SplitStatistics
 from tvq_haiku.evaluation import flops, memory_plan
 from tvq_haiku.model import transformer
+from tvq_haiku.run import best_checkpoint, measures
 
 
 def count_params(config: TransformerConfig) -> int:
@@ -50,6 +53,22 @@ def describe_model(config: TransformerConfig, train_cfg: TrainConfig) -> str:
       + ")",
       f"State:             {_format_bytes(state_bytes(config))} per batch element, at any context "
       "length",
+    ]
+  )
+
+
+def describe_run(workdir: pathlib.Path) -> str:
+  """Returns the progress of the run in a directory, and its best validation."""
+  _, train_cfg = run_directory.load_config(workdir)
+  n_update, status = run_directory.latest_step(workdir), best_checkpoint.read_validations(workdir)
+  best = "no validation with a finite loss"
+  if status.best_step >= 0:
+    best = f"{measures.describe(status.known_metrics)}, after {status.best_step:,} updates"
+  return "\n".join(
+    [
+      f"Run:               {workdir}",
+      f"Updates:           {n_update:,} of {train_cfg.n_update:,}",
+      f"Best validation:   {best}",
     ]
   )
 

@@ -278,7 +278,7 @@ class Trainer:
     if metrics is None:
       return False
     self.reporter.report_validation(int(self.checkpoint.train_state.step), metrics)
-    best_checkpoint.keep_best(self.workdir, self.checkpoint, metrics["loss_lm"])
+    best_checkpoint.keep_best(self.workdir, self.checkpoint, metrics)
     return True
 
   def _check_skipped(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import os
 import pathlib
+import re
 from typing import NamedTuple, Protocol
 
 SPLITS = ("train", "validation", "test")
+_LONGEST_NAME = 60  # characters that `data_name` returns
 
 JSON = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 
@@ -134,6 +136,17 @@ def _check_link(path: pathlib.Path) -> None:
     raise ValueError(
       f"{path} is a broken link (to {path.readlink()}): restore its target, or remove the link."
     )
+
+
+def data_name(data_dir: str | os.PathLike) -> str:
+  """Returns the name of a directory, or of a file without its suffix, as a part of file names.
+
+  >>> data_name("novels/Pride & Prejudice.txt"), data_name("/")
+  ('Pride-Prejudice', 'data')
+  """
+  path = pathlib.Path(os.path.abspath(data_dir))
+  name = path.name if path.is_dir() else path.stem
+  return re.sub(r"[^\w.]+", "-", name).strip("-.")[:_LONGEST_NAME] or "data"
 
 
 def fingerprint(files: Sequence[pathlib.Path]) -> list[JSON]:

@@ -1,0 +1,112 @@
+"""The model that a new run starts from (--init): that of another run, or of an exported file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import pathlib
+
+import jax
+
+import tvq_haiku as tvq
+from tvq_haiku.checkpoint import checkpoints, export, run_directory
+from tvq_haiku.data.vocabulary import ByteVocabulary
+from tvq_haiku.model import transformer
+from tvq_haiku.types import Params
+from tvq_haiku.utils import progress
+
+
+def read_config(init: str) -> tvq.TransformerConfig:
+  """Returns the configuration of the model.
+
+  Args:
+    init: directory of a run, or file or directory of exported parameters.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  path = pathlib.Path(init)
+  with _naming_flag(init):
+    if not path.exists():
+      raise ValueError(
+        "it does not exist. Expected: the directory of a run, or a file that --command=export "
+        "wrote."
+      )
+    file = _exported_file(path)
+    return run_directory.load_config(path)[0] if file is None else export.read_config(file)
+
+
+def find_vocabulary(init: str) -> pathlib.Path | None:
+  """Returns the SentencePiece vocabulary of the model, or None if its tokens are bytes.
+
+  The vocabulary is in the directory of the run, from which a file may have been exported.
+
+  Args:
+    init: directory of a run, or file or directory of exported parameters.
+
+  Raises:
+    ValueError: there is no such model, or its vocabulary cannot be found.
+  """
+  path, config = pathlib.Path(init), read_config(init)
+  is_directory = path.is_dir() and path.absolute().name != run_directory.BEST_DIRECTORY
+  file = (path if is_directory else path.absolute().parent) / run_directory.VOCABULARY_FILE
+  if file.exists():
+    return file
+  if config.n_vocab != ByteVocabulary.SIZE:
+    raise ValueError(
+      f"--init={init}: the model has n_vocab={config.n_vocab}, but {file} does not exist: set "
+      "--vocab to its vocabulary."
+    )
+  return None
+
+
+def load_params(init: str, config: tvq.TransformerConfig, *, weights: str) -> Params:
+  """Loads the parameters, and logs what was loaded.
+
+  Args:
+    init: directory of a run, or file or directory of exported parameters.
+    config: configuration of the new run's model.
+    weights: which checkpoint of a run: see `checkpoints.load_run`.
+
+  Raises:
+    ValueError: the parameters cannot be loaded, or do not fit the configuration.
+  """
+  path, origin = pathlib.Path(init), ""
+  with _naming_flag(init):
+    file = _exported_file(path)
+    if file is None:
+      run = checkpoints.load_run(path, weights=weights)
+      params, saved = run.train_state.params, run.config
+      origin = f", after {int(run.train_state.step):,} updates"
+    else:
+      params, saved = export.import_params(file)
+    transformer.check_params(params, config)
+  n_param = sum(x.size for x in jax.tree.leaves(params))
+  changes = [
+    f"{field.name}={getattr(config, field.name)} instead of {getattr(saved, field.name)}"
+    for field in dataclasses.fields(config)
+    if getattr(config, field.name) != getattr(saved, field.name)
+  ]
+  progress.log(
+    f"starting from {init}{origin}: {n_param:,} parameters and the configuration of the model"
+    + (f", with {', '.join(changes)}" if changes else "")
+  )
+  return params
+
+
+def _exported_file(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the file of exported parameters, or None if `path` is the directory of a run."""
+  if path.is_file():
+    return path
+  file = path / export.PARAMS_FILE
+  return file if file.is_file() and not run_directory.has_checkpoint(path) else None
+
+
+@contextlib.contextmanager
+def _naming_flag(init: str) -> Iterator[None]:
+  """Puts the flag and its value before the message of an error."""
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    raise ValueError(f"--init={init}: {error}") from error
