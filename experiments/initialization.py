@@ -13,6 +13,7 @@ import tvq_haiku as tvq
 from tvq_haiku.checkpoint import checkpoints, export, run_directory
 from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.model import transformer
+from tvq_haiku.parallel import multihost
 from tvq_haiku.types import Params
 from tvq_haiku.utils import progress
 
@@ -76,8 +77,13 @@ def load_params(init: str, config: tvq.TransformerConfig, *, weights: str) -> Pa
   with _naming_flag(init):
     file = _exported_file(path)
     if file is None:
+      if not multihost.is_single_process():
+        raise ValueError(
+          "several processes can only start from a file: write it with --command=export."
+        )
       run = checkpoints.load_run(path, weights=weights)
-      params, saved = run.train_state.params, run.config
+      # Arrays of the host can be put on any device; loaded arrays are bound to the first one.
+      params, saved = jax.device_get(run.train_state.params), run.config
       origin = f", after {int(run.train_state.step):,} updates"
     else:
       params, saved = export.import_params(file)
@@ -88,10 +94,11 @@ def load_params(init: str, config: tvq.TransformerConfig, *, weights: str) -> Pa
     for field in dataclasses.fields(config)
     if getattr(config, field.name) != getattr(saved, field.name)
   ]
-  progress.log(
-    f"starting from {init}{origin}: {n_param:,} parameters and the configuration of the model"
-    + (f", with {', '.join(changes)}" if changes else "")
-  )
+  if multihost.is_main_process():
+    progress.log(
+      f"starting from {init}{origin}: {n_param:,} parameters and the configuration of the model"
+      + (f", with {', '.join(changes)}" if changes else "")
+    )
   return params
 
 

@@ -1,9 +1,11 @@
 """The model that a new run starts from: of a run, of its best checkpoint, or of a file."""
 
+import jax
 import pytest
 
 from experiments import initialization
 import tvq_haiku as tvq
+from tvq_haiku.parallel import multihost
 
 import helpers
 
@@ -55,6 +57,21 @@ def test_changed_settings_are_named(run_dir, capsys):
 def test_parameters_that_do_not_fit_are_refused(run_dir):
   with pytest.raises(ValueError, match=r"^--init=.*params do not fit this config"):
     initialization.load_params(str(run_dir), CONFIG.replace(d_model=32), weights="best")
+
+
+def test_parameters_can_be_put_on_a_mesh(run_dir):
+  params = initialization.load_params(str(run_dir), CONFIG, weights="best")
+  state = tvq.init_train_state(
+    CONFIG, helpers.RUN_TRAINING, jax.random.key(0), params, mesh="fsdp:2"
+  )
+  helpers.assert_same(state.params, params)
+
+
+def test_several_processes_need_a_file(run_dir, monkeypatch):
+  monkeypatch.setattr(multihost, "is_single_process", lambda: False)
+  with pytest.raises(ValueError, match="several processes can only start from a file"):
+    initialization.load_params(str(run_dir), CONFIG, weights="best")
+  initialization.load_params(str(run_dir / "params.safetensors"), CONFIG, weights="best")
 
 
 def test_vocabulary_of_bytes_has_no_file(run_dir):
