@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import os
-
-from experiments import command_line, initialization, model_size, run_setup
+from experiments import (
+  command_line,
+  initialization,
+  model_size,
+  open_run,
+  run_setup,
+  sampling,
+)
 from experiments.run_setup import Configs, RunSetup
 import tvq_haiku as tvq
 from tvq_haiku.checkpoint import checkpoints, run_directory
 from tvq_haiku.data.sources import base
 from tvq_haiku.evaluation import memory_plan
 from tvq_haiku.parallel import multihost, sharding
-from tvq_haiku.run import best_checkpoint, data_statistics, measures, summary, trainer
+from tvq_haiku.run import (
+  best_checkpoint,
+  data_statistics,
+  measures,
+  run_record,
+  summary,
+  trainer,
+)
 from tvq_haiku.run import commands as run_commands
 from tvq_haiku.run import experiment as experiment_lib
 from tvq_haiku.types import Params
@@ -62,20 +74,17 @@ def evaluate(setup: RunSetup) -> None:
 
 def sample(setup: RunSetup) -> None:
   """Samples text, or a grid of images, from a checkpoint."""
-  run, sampling = _load_run(setup), setup.flags.sampling
-  experiment = run_setup.make_experiment(setup, Configs(run.config, run.train_cfg))
-  top_p = setup.spec.top_p if sampling.top_p is None else sampling.top_p
-  settings = dict(temperature=sampling.temperature, top_p=top_p)
-  if experiment.image_size:
-    file = run_commands.sample_images(experiment, run, sampling.images, **settings)
-  else:
-    # Restores the bytes that were typed; they need not be valid UTF-8.
-    prompts = [os.fsencode(prompt) for prompt in sampling.prompt]
-    texts, file = run_commands.sample_texts(
-      experiment, run, prompts, max_new_tokens=sampling.length, **settings
-    )
-    print("\n\n".join(texts))
-  print(f"Written to {file}")
+  vocabulary = None if setup.flags.vocab is None else run_setup.open_vocabulary(setup, None, 0)
+  run = open_run.open_run(
+    setup.workdir,
+    weights=setup.flags.evaluation.weights,
+    vocabulary=vocabulary,
+    changes=setup.flags.model_changes,
+  )
+  if run.record.name is None:  # a run of an earlier version
+    record = run_record.RunRecord(setup.spec.name, setup.preset.image_size, setup.spec.top_p)
+    run = run._replace(record=record)
+  sampling.sample(run, setup.flags.sampling, seed=setup.flags.seed)
 
 
 def train_vocab(setup: RunSetup) -> None:

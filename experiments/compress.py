@@ -1,7 +1,7 @@
-r"""Compresses a file losslessly with a byte-level model, to verify the model's bits per byte.
+r"""Compresses a file losslessly with the model of a run, to verify the model's bits per byte.
 
-  python -m experiments.compress --checkpoint=runs/quickstart README.md
-  python -m experiments.compress --checkpoint=runs/quickstart \
+  python -m experiments.compress --workdir=runs/quickstart README.md
+  python -m experiments.compress --workdir=runs/quickstart \
       --decompress README.md.tvqz --output=copy.md
 
 The compressed file does not contain the model. Decompression needs the same checkpoint, the same
@@ -19,13 +19,12 @@ import pathlib
 
 from absl import flags
 
-from experiments import launcher
+from experiments import launcher, open_run, shared_flags
 import tvq_haiku as tvq
 from tvq_haiku.utils import files
 
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Directory of the training run.", required=True
-)
+shared_flags.define_run_flags()
+shared_flags.define_weights_flag()
 _DECOMPRESS = flags.DEFINE_boolean(
   "decompress", False, "Decompress FILE instead of compressing it."
 )
@@ -53,15 +52,14 @@ def main(file: str) -> None:
   if output.exists():
     raise ValueError(f"{output} exists already: remove it, or set a different --output.")
   files.prepare_directory(output.absolute().parent)
-  run = tvq.load_checkpoint(_CHECKPOINT.value)
-  model = (run.train_state.params, run.config)
+  model = open_run.open_run(flags.FLAGS.workdir, weights=flags.FLAGS.weights).model
   if _DECOMPRESS.value:
     try:
-      result = tvq.decompress(*model, content, show_progress=True)
+      result = model.decompress(content, show_progress=True)
     except tvq.CompressionError as error:
       raise ValueError(f"{file}: {error}") from error
   else:
-    result = tvq.compress(*model, content, rows=_ROWS.value, show_progress=True)
+    result = model.compress(content, rows=_ROWS.value, show_progress=True)
   files.write_atomically(output, result)
   rate = ""
   if content and not _DECOMPRESS.value:

@@ -1,6 +1,6 @@
-"""Evaluates a byte-level model on a file and prints its bits per byte.
+"""Evaluates the model of a run of any experiment on a file, and prints its bits per byte.
 
-python -m experiments.evaluate --checkpoint=runs/quickstart --file=README.md
+python -m experiments.evaluate --workdir=runs/quickstart --file=README.md
 """
 
 from __future__ import annotations
@@ -10,44 +10,28 @@ from experiments import restart
 if __name__ == "__main__":
   restart.restart_with_malloc_settings()  # before JAX is imported
 
-import pathlib
-
 from absl import flags
 
-from experiments import launcher
-import tvq_haiku as tvq
-from tvq_haiku import data
+from experiments import evaluation, launcher, open_run, shared_flags
 
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Directory of the training run.", required=True
-)
+shared_flags.define_run_flags()
+shared_flags.define_weights_flag()
+shared_flags.define_evaluation_flags()
+flags.DEFINE_alias("rows", "eval_rows")  # an earlier name
 _FILE = flags.DEFINE_string(
-  "file", None, "File to evaluate; its bytes are the tokens.", required=True
-)
-_ROWS = flags.DEFINE_integer(
-  "rows",
-  1,
-  "Batch size: the file is divided into this many parts, which are read in parallel. A larger "
-  "number is faster, but each part starts without context.",
-  lower_bound=1,
+  "file",
+  None,
+  "File to evaluate: a text or, for a model of images, a picture, or the bytes of several images, "
+  "of the size of the run.",
+  required=True,
 )
 
 
 def main() -> None:
   """Prints the bits per byte of --file."""
-  text = pathlib.Path(_FILE.value).read_bytes()
-  if not text:
-    raise ValueError(f"--file={_FILE.value} is empty: there is nothing to evaluate.")
-  run = tvq.load_checkpoint(_CHECKPOINT.value)
-  data.ByteVocabulary.check(f"--checkpoint={_CHECKPOINT.value}", run.config.n_vocab)
-  stream = data.stream_of([data.ByteVocabulary.encode(text)])
-  likelihood = tvq.evaluate(
-    run.train_state.params, run.config, stream, batch_size=_ROWS.value, show_progress=True
-  )
-  print(
-    f"{likelihood.bits_per(len(text)):.4f} bits per byte over {len(text):,} bytes "
-    f"({likelihood.nats_per_token:.4f} nats per token)"
-  )
+  options = shared_flags.read_group(shared_flags.EvalFlags)
+  run = open_run.open_run(flags.FLAGS.workdir, weights=options.weights)
+  print(evaluation.evaluate_file(run, _FILE.value, options))
 
 
 if __name__ == "__main__":

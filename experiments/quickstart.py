@@ -252,8 +252,7 @@ def _describe(
     lines.append(f"  [{prompt}]{passage}\n".replace("\n", "\n  "))
   lines += [
     f"The checkpoint is in {workdir}. To sample more:",
-    f"  python -m experiments.sample --checkpoint={shlex.quote(str(workdir))} "
-    "--prompt='The Admiral '",
+    f"  python -m experiments.sample --workdir={shlex.quote(str(workdir))} --prompt='The Admiral '",
     "",
   ]
   return "\n".join(lines)

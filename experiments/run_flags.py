@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 from absl import flags
 
-from experiments import config_flags, specs
+from experiments import config_flags, shared_flags, specs
+from experiments.shared_flags import EvalFlags, SampleFlags
 import tvq_haiku as tvq
 
 COMMANDS = ("train", "validation", "test", "sample", "train_vocab", "export", "info")
@@ -127,41 +128,9 @@ flags.DEFINE_integer(
 )
 
 # -- evaluation and samples ----------------------------------------------------------------------
-flags.DEFINE_integer(
-  "eval_rows",
-  8,
-  "Batch size of evaluations: the split is divided into this many parts, which are read in "
-  "parallel. A larger number is faster, but each part starts without context.",
-  lower_bound=1,
-)
-flags.DEFINE_integer(
-  "eval_window",
-  512,
-  "Number of tokens that an evaluation reads at a time. Changes the speed, not the result.",
-  lower_bound=1,
-)
-flags.DEFINE_enum(
-  "weights",
-  "best",
-  ("best", "last"),
-  "Checkpoint to evaluate, sample from, export or, with --init, start from. best: the one with the "
-  "lowest validation loss, "
-  "or the most recent one if no validation was made. last: the most recent one.",
-)
-flags.DEFINE_multi_string("prompt", [""], "Text to continue. Repeat the flag for several prompts.")
-flags.DEFINE_integer("length", 500, "Maximum number of tokens to sample.", lower_bound=1)
-flags.DEFINE_integer("images", 4, "Number of images to sample.", lower_bound=1)
-flags.DEFINE_float(
-  "temperature", 1.0, "Sampling temperature; 0: always the most likely token.", lower_bound=0.0
-)
-flags.DEFINE_float(
-  "top_p",
-  None,
-  "Sample from the smallest set of most likely tokens whose probabilities sum to at least this. "
-  "Default: the paper's value, 0.9 for enwik8, 0.8 for pg19, 0.999 for imagenet64; 0.95 for text.",
-  lower_bound=1e-9,
-  upper_bound=1.0,
-)
+shared_flags.define_weights_flag()
+shared_flags.define_evaluation_flags()
+shared_flags.define_sampling_flags()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,26 +161,6 @@ class DeviceFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalFlags:
-  """Flags that choose a checkpoint, and how to read a split."""
-
-  eval_rows: int  # batch size
-  eval_window: int  # tokens
-  weights: str  # "best" or "last"
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleFlags:
-  """Flags of sampling."""
-
-  prompt: Sequence[str]
-  length: int  # tokens
-  images: int
-  temperature: float
-  top_p: float | None  # None: the default of the experiment
-
-
-@dataclasses.dataclass(frozen=True)
 class RunFlags:
   """The flags of a command. Each field holds the value of the flag of the same name."""
 
@@ -232,22 +181,15 @@ class RunFlags:
   train_changes: Mapping[str, Any]  # fields of TrainConfig whose flags were given
 
 
-Group = TypeVar("Group", TrainFlags, DeviceFlags, EvalFlags, SampleFlags)
-
-
 def read_flags() -> RunFlags:
   """Returns the values of all flags; call it once, after they were parsed."""
   groups = dict(
-    train=_read_group(TrainFlags),
-    devices=_read_group(DeviceFlags),
-    evaluation=_read_group(EvalFlags),
-    sampling=_read_group(SampleFlags),
+    train=shared_flags.read_group(TrainFlags),
+    devices=shared_flags.read_group(DeviceFlags),
+    evaluation=shared_flags.read_group(EvalFlags),
+    sampling=shared_flags.read_group(SampleFlags),
     model_changes=config_flags.explicit_values(tvq.TransformerConfig),
     train_changes=config_flags.explicit_values(tvq.TrainConfig),
   )
   names = {field.name for field in dataclasses.fields(RunFlags)} - groups.keys()
   return RunFlags(**{name: flags.FLAGS[name].value for name in names}, **groups)
-
-
-def _read_group(cls: type[Group]) -> Group:
-  return cls(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(cls)})

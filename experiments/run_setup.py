@@ -228,7 +228,7 @@ def make_experiment(setup: RunSetup, configs: Configs) -> experiment_lib.Experim
     configs: the model and its training.
   """
   spec, run_flags = setup.spec, setup.flags
-  source = None if run_flags.command == "sample" else open_source(setup)
+  source = open_source(setup)
   return experiment_lib.Experiment(
     mesh=_make_mesh(run_flags),
     source=source,
@@ -240,8 +240,10 @@ def make_experiment(setup: RunSetup, configs: Configs) -> experiment_lib.Experim
     data_dir=_data_dir(setup),
     measures=spec.measures,
     # A token is a byte only if no tokens end documents: see `run.measures`.
-    token_name="token" if setup.vocab_file or (source and source.has_eos) else spec.token_name,
+    token_name="token" if setup.vocab_file or source.has_eos else spec.token_name,
+    name=spec.name,
     image_size=setup.preset.image_size,
+    top_p=spec.top_p,
     seed=run_flags.seed,
     eval_rows=run_flags.evaluation.eval_rows,
     eval_window=run_flags.evaluation.eval_window,

@@ -1,10 +1,16 @@
 """Experiments on small datasets in the formats of the large ones."""
 
+import jax
+import jax.numpy as jnp
+
 import tvq_haiku as tvq
 from tvq_haiku import data
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.data import toy_datasets
 from tvq_haiku.run import experiment as experiment_lib
-from tvq_haiku.run import trainer
+from tvq_haiku.run import run_record, trainer
+
+import helpers
 
 KINDS = ("text", "books", "images")
 CONFIG = tvq.TransformerConfig.tiny(
@@ -26,6 +32,8 @@ def make_experiment(directory, kind):
     workdir=directory / kind,
     cache_dir=directory / "cache",
     token_name="byte",
+    name=f"small-{kind}",
+    top_p=0.7,
     eval_rows=3,
     eval_window=32,
   )
@@ -50,3 +58,23 @@ def make_experiment(directory, kind):
         image_size=IMAGE_SIZE,
       )
   return experiment_lib.Experiment(**settings)
+
+
+def save_run(directory, kind):
+  """Writes a run of the given kind to `directory`, as if it had been trained for 8 updates.
+
+  Its parameters are random.
+  """
+  config = CONFIG
+  if kind == "books":
+    words = data.austen()["Emma"][:3000].decode().split()
+    vocabulary = data.train_pieces(words, directory / run_directory.VOCABULARY_FILE, size=330)
+    config = config.replace(n_vocab=vocabulary.size)
+  state = tvq.init_train_state(
+    config, TRAIN_CONFIG, jax.random.key(0), helpers.random_params(config)
+  )
+  state = state._replace(step=jnp.int32(8))
+  tvq.save_checkpoint(directory, tvq.Checkpoint(config, TRAIN_CONFIG, state, jax.random.key(1), 4))
+  image_size = IMAGE_SIZE if kind == "images" else None
+  run_record.write_record(directory, run_record.RunRecord(f"small-{kind}", image_size, 0.7))
+  return directory

@@ -271,11 +271,11 @@ def load(
     )
   if vocabulary is None:
     directory = path.parent if path.is_file() else path
-    vocabulary = _find_vocabulary(directory)
+    vocabulary = find_vocabulary(directory)
   return LanguageModel(params, config, vocabulary=vocabulary)
 
 
-def _find_vocabulary(directory: pathlib.Path) -> PieceVocabulary | None:
+def find_vocabulary(directory: pathlib.Path) -> PieceVocabulary | None:
   """Returns the vocabulary that belongs to a model in `directory`; None: it has none of its own."""
   directories = [directory]
   if directory.absolute().name == run_directory.BEST_DIRECTORY:

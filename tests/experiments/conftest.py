@@ -1,10 +1,13 @@
-"""A small run of the quickstart, which the tests of several commands share."""
+"""Small runs that the tests of several commands share."""
 
 import shutil
 
 import pytest
 
+from experiments import open_run
+
 from launching import make_workspace, run
+import small_experiments
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,13 @@ def quickstart(quickstart_run, workspace):
   directory, out, err = quickstart_run
   shutil.copytree(directory / "runs", workspace / "runs")
   return out, err
+
+
+@pytest.fixture(scope="session")
+def saved_runs(tmp_path_factory):
+  """A run of each kind of experiment, with random parameters."""
+  directory = tmp_path_factory.mktemp("saved-runs")
+  return {
+    kind: open_run.open_run(small_experiments.save_run(directory / kind, kind), weights="best")
+    for kind in small_experiments.KINDS
+  }

@@ -68,7 +68,7 @@ def test_help_lists_all_flags_with_the_defaults_of_each_size(workspace, no_home)
   assert not err, (status, err)
   text = " ".join(out.split())
   assert "--n_byte: Expected size of the file in bytes" in text
-  assert "--[no]smoke: Use a tiny model" in text
+  assert "--[no]smoke: Use a tiny model" in text and "--top_k: Number of most likely" in text
   width = "--config.d_model: Model width D; must be even. (default: paper 768, cpu 256, smoke 32)"
   assert width in text
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 def test_decompression_restores_the_file_and_evaluation_agrees_on_its_size(quickstart, workspace):
   text = (workspace / "README.md").read_bytes()[:2000]
   (workspace / "short.txt").write_bytes(text)
-  compress = "python -m experiments.compress --checkpoint=runs/quickstart"
+  compress = "python -m experiments.compress --workdir=runs/quickstart"
   status, out, err = run(f"{compress} short.txt", workspace)
   assert status == 0, err
   compressed = (workspace / "short.txt.tvqz").read_bytes()
@@ -21,7 +21,7 @@ def test_decompression_restores_the_file_and_evaluation_agrees_on_its_size(quick
   (workspace / "short.txt").unlink()
   status, out, err = run(f"{compress} --decompress short.txt.tvqz", workspace)
   assert status == 0 and (workspace / "short.txt").read_bytes() == text, err
-  evaluate = "python -m experiments.evaluate --checkpoint=runs/quickstart --file=short.txt"
+  evaluate = "python -m experiments.evaluate --workdir=runs/quickstart --file=short.txt"
   status, out, err = run(evaluate, workspace)
   assert status == 0, err
   # An arithmetic coder needs a few bytes more than the likelihood of the text, and a header.
@@ -31,21 +31,21 @@ def test_decompression_restores_the_file_and_evaluation_agrees_on_its_size(quick
 @pytest.mark.parametrize(
   "command, status, message",
   [
-    ("compress --checkpoint=runs/quickstart", 2, "FILE is missing"),
-    ("compress --checkpoint=runs/quickstart empty.txt twice", 2, "unexpected argument 'twice'"),
+    ("compress --workdir=runs/quickstart", 2, "FILE is missing"),
+    ("compress --workdir=runs/quickstart empty.txt twice", 2, "unexpected argument 'twice'"),
     (
-      "compress --checkpoint=runs/quickstart empty.txt --output=README.md",
+      "compress --workdir=runs/quickstart empty.txt --output=README.md",
       1,
       "README.md exists already",
     ),
-    ("compress --checkpoint=runs/quickstart --decompress README.md", 1, "with --output"),
+    ("compress --workdir=runs/quickstart --decompress README.md", 1, "with --output"),
     (
-      "compress --checkpoint=runs/quickstart --decompress README.md --output=x",
+      "compress --workdir=runs/quickstart --decompress README.md --output=x",
       1,
       "README.md: this is not compressed data",
     ),
-    ("evaluate --checkpoint=runs/quickstart --file=missing.txt", 1, "missing.txt"),
-    ("evaluate --checkpoint=runs/quickstart --file=empty.txt", 1, "empty.txt is empty"),
+    ("evaluate --workdir=runs/quickstart --file=missing.txt", 1, "missing.txt"),
+    ("evaluate --workdir=runs/quickstart --file=empty.txt", 1, "empty.txt is empty"),
   ],
 )
 def test_wrong_input_is_reported_in_one_line(quickstart, workspace, command, status, message):

@@ -25,7 +25,7 @@ def test_report_compares_the_model_with_compressors_and_shows_samples(quickstart
     r"tvq_haiku +\d\.\d{3}\n +gzip -9 +\d\.\d{3}\n +bzip2 -9 +\d\.\d{3}\n +xz -9e +\d\.\d{3}\n", out
   )
   assert out.count("\n  [") == 3  # samples
-  assert "python -m experiments.sample --checkpoint=runs/quickstart" in out
+  assert "python -m experiments.sample --workdir=runs/quickstart" in out
   assert re.search(r"training \d+/\d+  \d\.\d{3} bits per token  [\d,]+ tokens/s  \d+ s left", err)
   assert "Traceback" not in err and "checkpoint_manager" not in err
 
@@ -71,7 +71,7 @@ def test_damaged_checkpoint_is_reported_in_one_line(quickstart, workspace):
   files = [path for path in (workspace / "damaged" / "checkpoints").rglob("*") if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:1000])
-  for command in ("sample --checkpoint=damaged", "quickstart --smoke --workdir=damaged"):
+  for command in ("sample --workdir=damaged", "quickstart --smoke --workdir=damaged"):
     assert_fails_in_one_line(command, workspace, 1, "damaged or incomplete")
 
 

@@ -109,7 +109,7 @@ def test_launched_command_runs_with_the_settings_and_starts_twice(workspace, tmp
     "  execv(*arguments)\n"
     "os.execv = logged\n"
   )
-  command = "python -m experiments.evaluate --checkpoint=nowhere '--file=README.md'"
+  command = "python -m experiments.evaluate --workdir=nowhere '--file=README.md'"
   status, out, err = run_with_sitecustomize(code, command, workspace, tmp_path)
   assert (status, out) == (1, "") and "nowhere holds no checkpoint" in err, err
   first, restarted, second = (json.loads(line) for line in log.read_text().splitlines())
@@ -119,7 +119,7 @@ def test_launched_command_runs_with_the_settings_and_starts_twice(workspace, tmp
   assert first[3] == second[3] and second[3][1:] == [
     "-m",
     "experiments.evaluate",
-    "--checkpoint=nowhere",
+    "--workdir=nowhere",
     "--file=README.md",
   ]
 

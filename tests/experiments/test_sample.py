@@ -16,7 +16,7 @@ assert workspace  # a fixture
 
 pytestmark = pytest.mark.slow
 
-SAMPLE = "python -m experiments.sample --checkpoint=runs/quickstart"
+SAMPLE = "python -m experiments.sample --workdir=runs/quickstart"
 # At temperature 0, the text does not end: an end-of-document token is never the most likely one.
 ENDLESS = SAMPLE + " --temperature=0 --length=1000000"
 
@@ -77,19 +77,20 @@ def test_checkpoint_with_a_different_vocabulary_is_refused(workspace, command):
     checkpoint = tvq.Checkpoint(config, train_cfg, state, jax.random.key(0), 0)
     tvq.save_checkpoint(workspace / "other", checkpoint)
   message = "n_vocab=11, not the 259"
-  assert_fails_in_one_line(f"{command} --checkpoint=other", workspace, 1, message)
+  assert_fails_in_one_line(f"{command} --workdir=other", workspace, 1, message)
   assert not (workspace / "x").exists()
 
 
 @pytest.mark.parametrize(
   "command, status, message",
   [
-    ("sample", 2, "--checkpoint"),
-    ("sample --checkpoint=nowhere", 1, "nowhere holds no checkpoint: config.json is missing"),
-    ("sample --checkpoint=nowhere --top_p=1.5", 2, "top_p"),
-    ("sample --checkpoint=runs/quickstart --length=0", 2, "length"),
-    ("sample --checkpoint=runs/quickstart --top_p=0", 2, "top_p"),
-    ("sample --checkpoint=runs/quickstart --stream --png=x.png", 1, "exclude each other"),
+    ("sample", 2, "--workdir"),
+    ("sample --workdir=nowhere", 1, "nowhere holds no checkpoint: config.json is missing"),
+    ("sample --workdir=nowhere --top_p=1.5", 2, "top_p"),
+    ("sample --workdir=runs/quickstart --length=0", 2, "length"),
+    ("sample --workdir=runs/quickstart --top_p=0", 2, "top_p"),
+    ("sample --workdir=runs/quickstart --stream --interactive", 2, "exclude each other"),
+    ("sample --checkpoint=runs/quickstart --png=x.png", 2, "if it is, set --image_size"),
   ],
 )
 def test_wrong_input_is_reported_in_one_line(quickstart, workspace, command, status, message):

@@ -1,4 +1,4 @@
-"""The commands of an experiment: training, evaluation and sampling."""
+"""The commands of an experiment: training and evaluation."""
 
 import dataclasses
 import json
@@ -6,14 +6,13 @@ import math
 
 import jax
 import numpy as np
-from PIL import Image
 import pytest
 
 import tvq_haiku as tvq
 from tvq_haiku import data
 from tvq_haiku.checkpoint import checkpoints
 from tvq_haiku.data import toy_datasets
-from tvq_haiku.run import commands, metric_writers
+from tvq_haiku.run import commands, metric_writers, run_record
 from tvq_haiku.run import experiment as experiment_lib
 from tvq_haiku.utils import files
 
@@ -170,6 +169,13 @@ class TestTrain:
     saved = data.PieceVocabulary(experiment.workdir / "vocab.model")
     assert saved.fingerprint == experiment.vocabulary.fingerprint
 
+  def test_experiment_is_recorded(self, runs):
+    for kind, record in {
+      "text": run_record.RunRecord("small-text", None, 0.7),
+      "images": run_record.RunRecord("small-images", small_experiments.IMAGE_SIZE, 0.7),
+    }.items():
+      assert run_record.read_record(runs[kind][0].workdir) == record
+
   def test_directory_in_use_is_rejected(self, runs):
     experiment, _ = runs["text"]
     with (
@@ -199,35 +205,7 @@ def test_another_vocabulary_is_rejected(runs, tmp_path):
   message = rf"is {experiment.vocabulary.fingerprint} in the run, {other.fingerprint} here"
   with pytest.raises(tvq.CheckpointError, match=message):
     commands.evaluate(changed, checkpoint, "test")
-  with pytest.raises(tvq.CheckpointError, match=message):
-    commands.sample_texts(changed, checkpoint, [b""], max_new_tokens=3)
   with pytest.raises(tvq.CheckpointError, match=r"data mismatch .*: train vocabulary is"):
     commands.train(changed, tensorboard=False)
   saved = data.PieceVocabulary(experiment.workdir / "vocab.model")
   assert saved.fingerprint == experiment.vocabulary.fingerprint  # not overwritten
-
-
-class TestSample:
-  def test_texts_continue_their_prompts(self, runs):
-    experiment, checkpoint = runs["books"]
-    sample = lambda: commands.sample_texts(
-      experiment, checkpoint, [b"Anne ", b""], max_new_tokens=12, temperature=0.8
-    )
-    texts, file = sample()
-    assert len(texts) == 2 and texts[0].startswith("Anne ")
-    assert file.parent == experiment.workdir / "samples"
-    assert file.name == "step-8-seed-0.txt"
-    assert file.read_text() == f"--- 0 ---\n{texts[0]}\n\n--- 1 ---\n{texts[1]}\n"
-    repeated_texts, other_file = sample()
-    assert repeated_texts == texts and other_file != file  # files are not overwritten
-
-  def test_prompt_of_bytes_need_not_be_utf8(self, runs):
-    texts, _ = commands.sample_texts(*runs["text"], [b"\xff"], max_new_tokens=3)
-    assert texts[0].startswith("\N{REPLACEMENT CHARACTER}")
-
-  def test_images_are_written_as_a_grid(self, runs):
-    experiment, checkpoint = runs["images"]
-    file = commands.sample_images(experiment, checkpoint, 3)
-    assert file.parent == experiment.workdir / "samples" and file.suffix == ".png"
-    with Image.open(file) as grid:
-      assert grid.size == (2 * (4 + 2) + 2, 2 * (4 + 2) + 2)  # 2 x 2 images with margins of 2

@@ -1,31 +1,23 @@
-"""The commands of an experiment: train it, evaluate it on a split, and generate samples."""
+"""The commands of an experiment: train it, and evaluate it on a split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
-import io
 import json
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
-
 from tvq_haiku.checkpoint import checkpoints, export, run_directory
-from tvq_haiku.data import image_grid, packing, token_cache
+from tvq_haiku.data import packing, token_cache
 from tvq_haiku.data.sentencepiece_vocabulary import PieceVocabulary
 from tvq_haiku.data.sources import base
-from tvq_haiku.data.vocabulary import ByteVocabulary
-from tvq_haiku.generation import generate as generate_lib
 from tvq_haiku.parallel import multihost, sharding
-from tvq_haiku.run import data_statistics, metric_writers, trainer
+from tvq_haiku.run import data_statistics, metric_writers, run_record, trainer
 from tvq_haiku.run.experiment import Experiment
 from tvq_haiku.types import Params
 from tvq_haiku.utils import files
-
-_SAMPLES_DIRECTORY = "samples"
 
 
 def train(
@@ -136,7 +128,11 @@ def _training_batches(experiment: Experiment, split: token_cache.Split) -> packi
 def _save_inputs(
   experiment: Experiment, workdir: pathlib.Path, splits: Mapping[str, token_cache.Split]
 ) -> None:
-  """Saves data.json, and the vocabulary, so that the run does not need the original file."""
+  """Saves what later commands need to know of the experiment, and statistics of its data."""
+  run_record.write_record(
+    workdir,
+    run_record.RunRecord(experiment.name, experiment.image_size, experiment.top_p),
+  )
   if isinstance(experiment.vocabulary, PieceVocabulary):
     files.write_atomically(workdir / run_directory.VOCABULARY_FILE, experiment.vocabulary.model)
   data_statistics.save_statistics(workdir, splits)
@@ -214,88 +210,3 @@ def export_params(workdir: pathlib.Path, checkpoint: checkpoints.Checkpoint) -> 
   file = workdir / export.PARAMS_FILE
   export.export_params(checkpoint.train_state.params, checkpoint.config, file)
   return file
-
-
-def sample_texts(
-  experiment: Experiment,
-  checkpoint: checkpoints.Checkpoint,
-  prompts: Sequence[bytes],
-  *,
-  max_new_tokens: int,
-  **sampling: float | None,
-) -> tuple[list[str], pathlib.Path]:
-  """Generates a continuation of each prompt.
-
-  Args:
-    experiment: the experiment of the checkpoint.
-    checkpoint: the checkpoint.
-    prompts: texts to continue; they must be UTF-8 unless tokens are bytes.
-    max_new_tokens: maximum length of a continuation, in tokens.
-    **sampling: sampling parameters of `generate.continue_text`, such as `temperature`.
-
-  Returns:
-    The prompts with their continuations, and the file under samples/ that they were written to.
-
-  Raises:
-    CheckpointError: the run was trained with a different vocabulary.
-  """
-  data_statistics.check_vocabulary(experiment.workdir, experiment.vocabulary)
-  continuations = generate_lib.continue_text(
-    checkpoint.train_state.params,
-    checkpoint.config,
-    prompts,
-    max_new_tokens=max_new_tokens,
-    rng=jax.random.key(experiment.seed),
-    vocabulary=experiment.vocabulary,
-    show_progress=True,
-    **sampling,
-  )
-  texts = [
-    prompt.decode(errors="replace") + continuation
-    for prompt, continuation in zip(prompts, continuations, strict=True)
-  ]
-  file = _unused_sample_file(experiment, checkpoint, "txt")
-  content = "\n\n".join(f"--- {i} ---\n{text}" for i, text in enumerate(texts)) + "\n"
-  files.write_atomically(file, content)
-  return texts, file
-
-
-def sample_images(
-  experiment: Experiment, checkpoint: checkpoints.Checkpoint, n_image: int, **sampling: float | None
-) -> pathlib.Path:
-  """Generates images, and writes them as one grid to a PNG file under samples/.
-
-  Args:
-    experiment: the experiment of the checkpoint, with an `image_size`.
-    checkpoint: the checkpoint.
-    n_image: number of images.
-    **sampling: sampling parameters of `generate.generate`, such as `temperature`.
-
-  Returns:
-    The path of the file.
-  """
-  size = experiment.image_size
-  out = generate_lib.generate(
-    checkpoint.train_state.params,
-    checkpoint.config,
-    np.full((n_image, 1), ByteVocabulary.EOS, np.int32),
-    max_new_tokens=3 * size**2,
-    rng=jax.random.key(experiment.seed),
-    show_progress=True,
-    **sampling,
-  )
-  images = image_grid.images_from_tokens(np.asarray(out.tokens), height=size, width=size)
-  content = io.BytesIO()
-  image_grid.image_grid(images).save(content, format="png")
-  file = _unused_sample_file(experiment, checkpoint, "png")
-  files.write_atomically(file, content.getvalue())
-  return file
-
-
-def _unused_sample_file(
-  experiment: Experiment, checkpoint: checkpoints.Checkpoint, extension: str
-) -> pathlib.Path:
-  """Returns a path under samples/, named after the step and the seed, that does not exist yet."""
-  directory = files.prepare_directory(experiment.workdir / _SAMPLES_DIRECTORY)
-  name = f"step-{int(checkpoint.train_state.step)}-seed-{experiment.seed}.{extension}"
-  return files.unused_path(directory / name)

@@ -2,13 +2,14 @@
 
 WORKDIR/                  a training run, see `checkpoint.run_directory`
         vocab.model       the SentencePiece vocabulary, if tokens are not bytes
+        experiment.json   the name of the experiment and the size of images, see `run_record`
         data.json         statistics of the training data, see `data_statistics`
         metrics.jsonl     metrics of training and validation, see `metric_writers`
         tensorboard/      the same metrics as TensorBoard event files
         SPLIT.figures.json    metrics of a complete split of the data of the run; the metrics of
                               other data are in other files, see `commands.evaluate`
         params.safetensors    exported parameters, see `commands.export_params`
-        samples/          generated texts and images, see `commands`
+        samples/          generated texts and images, see `samples`
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Experiment:
   measures: Sequence[str]  # names in `measures.MEASURES`, the main one first
   token_name: str  # unit of the loss in the progress line, such as "byte"
   data_dir: pathlib.Path | None = None  # where the dataset is, for the files of metrics
+  name: str | None = None  # such as "pg19"; recorded in the directory of the run
   image_size: int | None = None  # height and width in pixels; None: documents are not images
+  top_p: float = 0.95  # nucleus of samples, unless another one is chosen
   seed: int = 0  # seed of the initial parameters, dropout, the order of the data, and samples
   eval_rows: int = 8  # batch size of evaluation: number of parts of a split read in parallel
   eval_window: int = 512  # number of tokens of each part in one step of evaluation
