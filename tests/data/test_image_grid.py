@@ -45,8 +45,13 @@ IMAGES = np.zeros((2, 4, 6, 3), np.uint8)
     ),
     (np.zeros((1, 12)), {}, TypeError, "tokens must be integer, got float"),
     (np.array([[0] * 11 + [259]]), {}, ValueError, r"tokens must lie in \[0, 259\), got 0...259"),
-    (np.zeros((1, 0), int), dict(height=0), ValueError, "height must be at least 1, got 0"),
-    (np.zeros((1, 12), int), dict(width=2.0), TypeError, "width must be an integer, got float"),
+    (
+      np.zeros((1, 0), int),
+      dict(height=0),
+      ValueError,
+      "height=0 must be an integer of at least 1",
+    ),
+    (np.zeros((1, 12), int), dict(width=2.5), ValueError, "width=2.5 must be an integer"),
   ],
 )
 def test_bad_arguments_of_images_from_tokens_are_named(tokens, sizes, error, message):
@@ -64,8 +69,8 @@ def test_bad_arguments_of_images_from_tokens_are_named(tokens, sizes, error, mes
     (IMAGES / 255, None, TypeError, "images must be integer, got float"),
     (IMAGES > 0, None, TypeError, "images must be integer, got bool"),
     (IMAGES.astype(int) + 256, None, ValueError, r"images must lie in \[0, 255\], got 256...256"),
-    (IMAGES, 0, ValueError, "columns must be at least 1, got 0"),
-    (IMAGES, 1.5, TypeError, "columns must be an integer, got float"),
+    (IMAGES, 0, ValueError, "columns=0 must be an integer of at least 1"),
+    (IMAGES, 1.5, ValueError, "columns=1.5 must be an integer"),
   ],
 )
 def test_bad_arguments_of_image_grid_are_named(images, columns, error, message):

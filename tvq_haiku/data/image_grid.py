@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvq_haiku.data.vocabulary import ByteVocabulary
-from tvq_haiku.utils import checks, optional
+from tvq_haiku.utils import checks, optional, value_checks
 
 if TYPE_CHECKING:
   import PIL.Image
@@ -36,13 +36,13 @@ def images_from_tokens(tokens: npt.ArrayLike, *, height: int, width: int) -> np.
 
   Raises:
     ValueError: an argument has a wrong shape or value.
-    TypeError: `tokens` is not an array of integers, or a size is not an integer.
+    TypeError: `tokens` is not an array of integers.
 
   >>> images_from_tokens(np.arange(3, 15)[None], height=2, width=2)[0, 0].tolist()
   [[0, 1, 2], [3, 4, 5]]
   """
-  for name, size in (("height", height), ("width", width)):
-    _check_size("images_from_tokens", name, size)
+  height = value_checks.check_integer("images_from_tokens", "height", height)
+  width = value_checks.check_integer("images_from_tokens", "width", width)
   tokens = np.asarray(tokens)
   axes = ("n", ("3·h·w", 3 * height * width))
   checks.check_arrays("images_from_tokens", chex.Dimensions(), tokens=(tokens, axes, jnp.integer))
@@ -67,7 +67,7 @@ def image_grid(images: npt.ArrayLike, *, columns: int | None = None) -> PIL.Imag
 
   Raises:
     ValueError: an argument has a wrong shape or value.
-    TypeError: `images` is not an array of integers, or `columns` is not an integer.
+    TypeError: `images` is not an array of integers.
     ImportError: Pillow is missing.
 
   >>> image_grid(np.zeros((5, 8, 8, 3), np.uint8)).size
@@ -83,7 +83,7 @@ def image_grid(images: npt.ArrayLike, *, columns: int | None = None) -> PIL.Imag
       f"image_grid: images must lie in [0, 255], got {images.min()}...{images.max()}."
     )
   if columns is not None:
-    _check_size("image_grid", "columns", columns)
+    columns = value_checks.check_integer("image_grid", "columns", columns)
   n, height, width, _ = images.shape
   columns = columns or math.ceil(math.sqrt(n))
   rows = -(-n // columns)
@@ -93,11 +93,3 @@ def image_grid(images: npt.ArrayLike, *, columns: int | None = None) -> PIL.Imag
     top, left = _GAP + row * (height + _GAP), _GAP + column * (width + _GAP)
     grid[top : top + height, left : left + width] = image
   return optional.require("PIL.Image", extra="images", purpose="image files").fromarray(grid)
-
-
-def _check_size(caller: str, name: str, value: int) -> None:
-  """Raises an error that names the argument `name` unless its value is an integer of at least 1."""
-  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-    raise TypeError(f"{caller}: {name} must be an integer, got {type(value).__name__}.")
-  if value < 1:
-    raise ValueError(f"{caller}: {name} must be at least 1, got {value}.")

@@ -36,7 +36,7 @@ from tvq_haiku.types import Params, StopRequest
 class Experiment:
   """A model, its training, its data and its directories."""
 
-  source: Source | None  # the dataset; None if the run is only used to sample
+  source: Source  # the dataset
   vocabulary: Vocabulary
   config: TransformerConfig
   train_cfg: TrainConfig
