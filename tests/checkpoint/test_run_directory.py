@@ -82,8 +82,10 @@ def test_run_can_be_extended_but_not_shortened(run):
   run_directory.check_same_run(run, CONFIG, longer)
   run_directory.extend(run, TRAIN)
   assert run_directory.load_config(run) == (CONFIG, TRAIN)
+  run_directory.write_config(run, CONFIG, TRAIN, rng_impl="rbg")
   run_directory.extend(run, longer.replace(n_accumulate=2))
   assert run_directory.load_config(run) == (CONFIG, longer)
+  assert run_directory.load_rng_impl(run) == "rbg"
   message = "n_extra_step is 4 in the run, 0 here. n_extra_step can be raised, but not lowered"
   with pytest.raises(CheckpointError, match=message):
     run_directory.check_same_run(run, CONFIG, TRAIN)

@@ -74,7 +74,11 @@ def step_directory(directory: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def write_config(
-  directory: pathlib.Path, config: TransformerConfig, train_cfg: TrainConfig
+  directory: pathlib.Path,
+  config: TransformerConfig,
+  train_cfg: TrainConfig,
+  *,
+  rng_impl: str | None = None,
 ) -> None:
   """Writes the configurations of a run to `config.json`.
 
@@ -82,12 +86,15 @@ def write_config(
     directory: the directory of the run.
     config: configuration of the model.
     train_cfg: configuration of its training.
+    rng_impl: kind of the run's random keys; None: it is not recorded.
   """
   content = {
     "format": _FORMAT_VERSION,
     "model": json.loads(config.to_json()),
     "train": json.loads(train_cfg.to_json()),
   }
+  if rng_impl is not None:
+    content["rng_impl"] = rng_impl
   files.write_atomically(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
@@ -190,9 +197,10 @@ def _how_to_go_on(directory: str | os.PathLike, differences: Container[str]) -> 
 
 def extend(directory: pathlib.Path, train_cfg: TrainConfig) -> None:
   """Writes the n_extra_step of `train_cfg` to `config.json` if it is larger than the saved one."""
-  config, saved = load_config(directory)
+  config, saved, rng_impl = _read_config(directory)
   if train_cfg.n_extra_step > saved.n_extra_step:
-    write_config(directory, config, saved.replace(n_extra_step=train_cfg.n_extra_step))
+    longer = saved.replace(n_extra_step=train_cfg.n_extra_step)
+    write_config(directory, config, longer, rng_impl=rng_impl)
 
 
 def set_aside_later(directory: str | os.PathLike, *, after: int) -> None:

@@ -57,8 +57,7 @@ def stop_on_signals(note: str | None = None) -> Iterator[SignalStopRequest]:
   def react(count: int, number: int) -> None:
     if count > 1:
       os._exit(128 + number)
-    request.handle_signal(number, None)
-    if note is not None:
+    elif note is not None:
       _log(note)
 
   with watch(_SIGNALS, request.handle_signal, react):
@@ -90,10 +89,11 @@ class Interruption:
   def _react(self, count: int, number: int) -> None:
     if count > 1:
       os._exit(128 + number)
-    timer = threading.Timer(_GRACE_SECONDS, os._exit, [128 + number])
-    timer.daemon = True
-    timer.start()
-    self.announce()
+    else:
+      timer = threading.Timer(_GRACE_SECONDS, os._exit, [128 + number])
+      timer.daemon = True
+      timer.start()
+      self.announce()
 
 
 @contextlib.contextmanager
