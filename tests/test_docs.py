@@ -99,7 +99,8 @@ def test_messages_and_help_texts_speak_of_updates_and_batches():
   """A step could be either, so only names of fields, metrics and functions contain the word."""
   folders = ("experiments", "tvq_haiku/run", "tvq_haiku/checkpoint", "tvq_haiku/training")
   files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
-  texts = [text for file in (*files, ROOT / "tvq_haiku/config.py") for text in texts_in(file)]
+  files += [ROOT / "tvq_haiku" / name for name in ("config.py", "train_config.py")]
+  texts = [text for file in files for text in texts_in(file)]
   assert len(texts) > 300
   assert [text for text in texts if re.search(r"\bsteps?\b", text)] == []
 

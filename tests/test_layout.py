@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ORDER = (
   "types",
   "utils",
+  "train_config",
   "config",
   "parallel",
   "ops",
