@@ -51,9 +51,9 @@ def clear_compiled_programs():
 
 @pytest.fixture(scope="session")
 def pieces(tmp_path_factory):
-  """A vocabulary of 340 SentencePiece tokens, 256 of which are bytes."""
+  """A vocabulary of 400 SentencePiece tokens, 256 of which are bytes."""
   from tvq_haiku import data
 
   lines = data.austen()["Emma"][:20_000].decode().split("\n")
   file = tmp_path_factory.mktemp("pieces") / "vocab.model"
-  return data.train_pieces(filter(None, lines), file, size=340)
+  return data.train_pieces(filter(None, lines), file, size=400)

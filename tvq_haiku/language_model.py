@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 import os
 import pathlib
-from typing import Any, overload
+from typing import Any
 
 import jax
 
@@ -63,27 +63,19 @@ class LanguageModel:
   def __repr__(self) -> str:
     return f"LanguageModel(n_vocab={self.config.n_vocab}, vocabulary={self.vocabulary.fingerprint})"
 
-  @overload
-  def generate(self, prompts: str | bytes, *, max_new_tokens: int, **settings: Any) -> str: ...
-
-  @overload
-  def generate(
-    self, prompts: Sequence[str | bytes], *, max_new_tokens: int, **settings: Any
-  ) -> list[str]: ...
-
   def generate(
     self,
-    prompts,
+    prompts: str | bytes | Sequence[str | bytes],
     *,
-    max_new_tokens,
-    rng=None,
-    temperature=1.0,
-    top_p=1.0,
-    top_k=None,
-    min_p=None,
-    stop=(),
-    show_progress=False,
-  ):
+    max_new_tokens: int,
+    rng: Array | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    stop: Sequence[str | bytes] = (),
+    show_progress: bool = False,
+  ) -> str | list[str]:
     """Continues one text or several texts.
 
     Args:
@@ -171,24 +163,35 @@ class LanguageModel:
       self.params, self.config, rng=_default_key(rng), vocabulary=self.vocabulary, **settings
     )
 
-  def score(self, texts: Sequence[str | bytes], **settings: Any) -> scoring.Scores:
+  def score(
+    self, texts: Sequence[str | bytes], *, batch_size: int = 8, show_progress: bool = False
+  ) -> scoring.Scores:
     """Computes the log-probability of each text.
 
     Args:
       texts: a list or an array of texts.
-      **settings: `batch_size`, `window_len` and `show_progress` of `tvq.score`.
+      batch_size: maximum number of texts in a batch.
+      show_progress: reports progress on standard error.
 
     Raises:
       ValueError, TypeError: an argument has a wrong value or type; the message names it.
     """
-    return scoring.score(self.params, self.config, texts, vocabulary=self.vocabulary, **settings)
+    return scoring.score(
+      self.params,
+      self.config,
+      texts,
+      vocabulary=self.vocabulary,
+      batch_size=batch_size,
+      show_progress=show_progress,
+    )
 
-  def compress(self, data: bytes, **settings: Any) -> bytes:
-    """Compresses data losslessly.
+  def compress(self, data: bytes, *, rows: int = 1, show_progress: bool = False) -> bytes:
+    """Compresses data losslessly, to about their negative log-likelihood.
 
     Args:
       data: any bytes.
-      **settings: `rows` and `show_progress` of `tvq.compress`.
+      rows: number of parts that are compressed in parallel; each starts without context.
+      show_progress: reports progress on standard error.
 
     Returns:
       The compressed data, for `decompress`.
@@ -197,21 +200,30 @@ class LanguageModel:
       ValueError, TypeError: an argument has a wrong value or type; the message names it.
     """
     return compression.compress(
-      self.params, self.config, data, vocabulary=self.vocabulary, **settings
+      self.params,
+      self.config,
+      data,
+      vocabulary=self.vocabulary,
+      rows=rows,
+      show_progress=show_progress,
     )
 
-  def decompress(self, packed: bytes, **settings: Any) -> bytes:
+  def decompress(self, packed: bytes, *, show_progress: bool = False) -> bytes:
     """Restores the data that `compress` was given.
 
     Args:
       packed: result of `compress` with the same model, on the same kind of machine.
-      **settings: `show_progress` of `tvq.decompress`.
+      show_progress: reports progress on standard error.
 
     Raises:
       CompressionError: the data cannot be restored; the message says why.
     """
     return compression.decompress(
-      self.params, self.config, packed, vocabulary=self.vocabulary, **settings
+      self.params,
+      self.config,
+      packed,
+      vocabulary=self.vocabulary,
+      show_progress=show_progress,
     )
 
   def save(self, directory: str | os.PathLike) -> None:

@@ -49,7 +49,7 @@ class TestPieces:
 
   def test_the_vocabulary_is_part_of_the_model(self, model, pieces, monkeypatch):
     packed = tvq.compress(*model, DATA, vocabulary=pieces)
-    monkeypatch.setattr(pieces, "fingerprint", "pieces-340-0")
+    monkeypatch.setattr(pieces, "fingerprint", "pieces-400-0")
     with pytest.raises(tvq.CompressionError, match="configuration or vocabulary differ"):
       tvq.decompress(*model, packed, vocabulary=pieces)
 

@@ -296,5 +296,5 @@ def test_text_of_pieces_ends_before_a_stop_text_that_spans_tokens(pieces):
   tokens = np.append(1, pieces.encode("Emma "))[None]
   out = tvq.generate(params, config, tokens, max_new_tokens=30, rng=jax.random.key(0), eos_id=1)
   assert text == pieces.decode(out.tokens[0]).decode(errors="replace")
-  stop = text[3:6]
-  assert stop.isascii() and sample(stop=[stop]) == text[: text.find(stop)]
+  stop = next(text[i : i + 2] for i in range(3, 28) if text[i : i + 2].isascii())
+  assert sample(stop=[stop]) == text[: text.find(stop)]

@@ -33,7 +33,7 @@ _EXECUTION_FIELDS = ("block_len", "reduction", "remat")
 
 
 class SavedState(NamedTuple):
-  """What `load_state` returns; the names are those of the arguments of `Conversation`."""
+  """The content of a file; the fields have the names of the arguments of `Conversation`."""
 
   state: TransformerState  # of B texts
   logits: Array | None  # [B, X] f32: logits of the token after `state`; None: they were not saved

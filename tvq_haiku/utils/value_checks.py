@@ -58,9 +58,9 @@ def check_integer(
   Traceback (most recent call last):
   ValueError: f: n=2.5 must be an integer of at least 1.
   """
-  if _is_number(value) and math.isfinite(value) and value == int(value) >= minimum:
-    if maximum is None or value <= maximum:
-      return int(value)
+  is_finite = isinstance(value, int) or (_is_number(value) and math.isfinite(value))
+  if is_finite and value == int(value) >= minimum and (maximum is None or value <= maximum):
+    return int(value)
   limits = f"of at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
   raise ValueError(f"{caller}: {name}={value!r} must be an integer {limits}.")
 
