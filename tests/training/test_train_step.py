@@ -143,6 +143,15 @@ def test_wrong_batches_are_rejected(key, change, message):
     tvq.make_train_step(CONFIG, TRAIN)(initial_state(), batch, jax.random.key(0))
 
 
+@pytest.mark.parametrize("rng", [0, None, np.zeros(2)])
+def test_anything_but_a_key_is_rejected(rng):
+  with pytest.raises(TypeError, match=r"init_train_state: rng must be a random key, such as"):
+    tvq.init_train_state(CONFIG, TRAIN, rng)
+  step = tvq.make_train_step(CONFIG, TRAIN)
+  with pytest.raises(TypeError, match=r"the training step: rng must be a random key, such as"):
+    step(None, {}, rng)
+
+
 def test_parameters_of_a_different_config_are_rejected():
   with pytest.raises(
     ValueError, match=r"quantizer/c_count has shape \(1, 1, 6\), expected \(1, 1, 7\)"

@@ -17,7 +17,7 @@ from tvq_haiku.parallel import sharding
 from tvq_haiku.training import gradients as gradients_lib
 from tvq_haiku.training import optimizers, size_checks
 from tvq_haiku.types import Array, Batch, OptState, Params
-from tvq_haiku.utils import checks
+from tvq_haiku.utils import checks, value_checks
 
 Metrics = dict[str, Array]
 
@@ -68,11 +68,14 @@ def init_train_state(
 
   Raises:
     ValueError: `params` do not fit `config`, or `mesh` is an invalid text.
+    TypeError: `rng` is not a key.
   """
   optimizer = optimizers.make_optimizer(train_cfg)
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
   if params is not None:
     transformer.check_params(params, config)
+  else:
+    rng = value_checks.check_key("init_train_state", rng)
 
   def initialize(rng: Array, params: Params | None) -> TrainState:
     if params is None:
@@ -171,8 +174,9 @@ class TrainStep:
       quantizers.
 
     Raises:
-      ValueError, TypeError: the batch has wrong names, shapes or dtypes.
+      ValueError, TypeError: the batch has wrong names, shapes or dtypes, or `rng` is not a key.
     """
+    rng = value_checks.check_key("the training step", rng)
     shape = (self._train_cfg.global_batch_size, self._train_cfg.sequence_len)
     n_feature = self._config.d_model if self._config.no_emb else None
     checks.check_batch(batch, shape, self._config.n_vocab, n_feature=n_feature)
