@@ -177,37 +177,35 @@ def test_a_conversation_from_a_saved_state_continues_bit_for_bit(tmp_path, text_
 class TestPieces:
   """The model's tokens are pieces of text, which may hold a stop text or begin inside of one."""
 
-  @pytest.fixture(scope="class")
-  def conversation(self, pieces):
+  def model(self, pieces):
     config = CONFIG.replace(n_vocab=pieces.size)
-    params = helpers.random_params(config)
+    return helpers.random_params(config), config
 
-    def start(**kwargs):
-      return tvq.Conversation(params, config, rng=RNG, vocabulary=pieces, **kwargs)
+  def start(self, pieces):
+    return tvq.Conversation(*self.model(pieces), rng=RNG, vocabulary=pieces)
 
-    return start
+  def sample_tokens(self, pieces):
+    """Returns 40 tokens that `generate` samples after the prompt "Emma "."""
+    prompt = np.append(1, pieces.encode("Emma "))[None]
+    out = tvq.generate(*self.model(pieces), prompt, max_new_tokens=40, rng=RNG, eos_id=1)
+    assert out.lengths[0] == 40
+    return out.tokens[0]
 
-  def test_chunks_add_up_to_the_bytes_of_the_tokens(self, conversation, pieces):
-    talk = conversation()
+  def test_chunks_add_up_to_the_bytes_of_the_tokens(self, pieces):
+    talk = self.start(pieces)
     text = "".join(talk.write("Emma ", max_new_tokens=40))
-    raw = pieces.decode(self.tokens(talk, pieces, 40))
+    raw = pieces.decode(self.sample_tokens(pieces))
     assert text + talk.pending.decode(errors="replace") == raw.decode(errors="replace")
 
-  def tokens(self, talk, pieces, n):
-    prompt = np.append(1, pieces.encode("Emma "))[None]
-    config = CONFIG.replace(n_vocab=pieces.size)
-    params = helpers.random_params(config)
-    return tvq.generate(params, config, prompt, max_new_tokens=n, rng=RNG, eos_id=1).tokens[0]
-
-  def test_the_state_ends_with_the_token_that_completes_a_stop_text(self, conversation, pieces):
-    tokens = self.tokens(None, pieces, 40)
+  def test_the_state_ends_with_the_token_that_completes_a_stop_text(self, pieces):
+    tokens = self.sample_tokens(pieces)
     ends = np.cumsum([len(pieces.decode([token])) for token in tokens])
     raw = pieces.decode(tokens)
     i = next(i for i in range(4, 40) if ends[i] - ends[i - 1] > 1)  # a token of several bytes
     stop = raw[ends[i] - 3 : ends[i] - 1]  # ends inside of it
     begin = raw.find(stop)
     n = int(np.searchsorted(ends, begin + len(stop))) + 1
-    talk, shorter = conversation(), conversation()
+    talk, shorter = self.start(pieces), self.start(pieces)
     text = "".join(talk.write("Emma ", max_new_tokens=40, stop=[stop]))
     assert text == raw[:begin].decode(errors="replace")
     list(shorter.write("Emma ", max_new_tokens=n))

@@ -130,8 +130,8 @@ def test_the_compiled_loop_copies_no_ring_buffer_or_cache(with_optimizations, ba
   # No other axis has the same size as W = 25, S = 27 or V = 40.
   config = tiny(d_v=40, mem_len=24, n_code=27)
   program = sample_loop.sample_tokens.lower(
-    config,
     decoder_weights.prepare_weights(random_params(config), config),
+    config,
     start(NO_STOP, config, batch_size),
     jax.random.split(jax.random.key(0), batch_size),
     sampling.make_sampling_params(),

@@ -148,7 +148,7 @@ def test_anything_but_a_key_is_rejected(rng):
   with pytest.raises(TypeError, match=r"init_train_state: rng must be a random key, such as"):
     tvq.init_train_state(CONFIG, TRAIN, rng)
   step = tvq.make_train_step(CONFIG, TRAIN)
-  with pytest.raises(TypeError, match=r"the training step: rng must be a random key, such as"):
+  with pytest.raises(TypeError, match=r"make_train_step: rng must be a random key, such as"):
     step(None, {}, rng)
 
 

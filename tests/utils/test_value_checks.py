@@ -45,7 +45,7 @@ def test_texts_of_any_type_are_converted_to_bytes(value):
 def test_other_texts_are_refused():
   with pytest.raises(TypeError, match="f: text must be a str or bytes, got a dict"):
     value_checks.check_text("f", "text", {})
-  with pytest.raises(ValueError, match=r"f: text='a.udcff' has a surrogate at 1, .* os.fsencode"):
+  with pytest.raises(ValueError, match=r"f: text='a.udcff' has a surrogate at 1, .*os.fsencode"):
     value_checks.check_text("f", "text", "a\udcff")
 
 
@@ -95,7 +95,7 @@ def test_typed_and_old_style_keys_are_accepted():
     (0, "0"),
     (None, "None"),
     ("seed", "'seed'"),
-    (np.uint32(3), r"an array of uint32\[\]"),
+    (np.uint32(3), "3"),
     (np.zeros(2, np.float32), r"an array of float32\[2\]"),
     (np.zeros(3, np.uint32), r"an array of uint32\[3\]"),
     (np.random.default_rng(0), "a Generator"),
@@ -118,7 +118,7 @@ class TestNotTraced:
 
     x = jnp.ones(()) if transform is jax.grad else jnp.ones(2)
     with pytest.raises(
-      TypeError, match=r"f is not for use inside jax.jit or another .* decode_step"
+      TypeError, match=r"f is not for use inside jax.jit or another .*tvq.decode_step"
     ):
       transform(function)(x)
 

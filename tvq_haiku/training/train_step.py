@@ -176,7 +176,7 @@ class TrainStep:
     Raises:
       ValueError, TypeError: the batch has wrong names, shapes or dtypes, or `rng` is not a key.
     """
-    rng = value_checks.check_key("the training step", rng)
+    rng = value_checks.check_key("make_train_step", rng)
     shape = (self._train_cfg.global_batch_size, self._train_cfg.sequence_len)
     n_feature = self._config.d_model if self._config.no_emb else None
     checks.check_batch(batch, shape, self._config.n_vocab, n_feature=n_feature)

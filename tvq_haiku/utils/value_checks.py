@@ -187,6 +187,8 @@ def _describe(value: Any) -> str:
   >>> _describe(None), _describe([1, 2]), _describe("text"), _describe(np.zeros(3))
   ('None', 'a list', "'text'", 'an array of float64[3]')
   """
+  if isinstance(value, np.number):
+    value = value.item()
   if value is None or isinstance(value, (int, float)):
     return repr(value)
   if isinstance(value, (str, bytes)) and len(value) < 30:
