@@ -17,11 +17,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Tiny programs take longer to compile than to run. JAX fails to start if its release does not know
-# an XLA flag, so the flag is first tried in a separate process.
+# Tiny programs take longer to compile than to run. Without fusion emitters, they compile in half
+# the time; without splitting, in four fifths. JAX fails to start if its release does not know an
+# XLA flag, so the flags are first tried in a separate process.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 if "XLA_FLAGS" not in os.environ:
-  os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+  os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+  )
   command = [sys.executable, "-c", "import jax; jax.devices()"]
   if subprocess.run(command, capture_output=True).returncode:
     os.environ["XLA_FLAGS"] = ""

@@ -73,23 +73,23 @@ def assert_same(actual, expected):
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+_ONE_ATTENTION = dict(head_type="mqa", n_head=2, d_v=8)  # programs of half the size
+
 # Name of a variant of the model -> settings for `tiny`.
 VARIANTS = {
   "plain": dict(n_layer=2),
   "heads": dict(n_head=2, d_v=32),
   "absolute": dict(pe_abs=True, e_tie=True, e_preln=True, e_scale=0.3),
-  "long memory": dict(block_len=4, mem_len=24),
-  "short memory": dict(block_len=16, mem_len=3),
-  "single tokens": dict(block_len=1, mem_len=5),
-  "no cache": dict(agg_cache=False),
-  "crossing": dict(doc_mask=False),
-  "scan": dict(reduction="scan", block_len=4),
-  "matmul": dict(reduction="matmul", block_len=5),
-  "assoc_scan": dict(reduction="assoc_scan", block_len=4, mem_len=6),
+  "long memory": dict(**_ONE_ATTENTION, block_len=4, mem_len=24),
+  "short memory": dict(**_ONE_ATTENTION, block_len=16, mem_len=3),
+  "single tokens": dict(**_ONE_ATTENTION, block_len=1, mem_len=5),
+  "no cache": dict(**_ONE_ATTENTION, agg_cache=False),
+  "crossing": dict(**_ONE_ATTENTION, doc_mask=False),
+  "assoc_scan": dict(**_ONE_ATTENTION, reduction="assoc_scan", block_len=4, mem_len=6),
   "mha": dict(head_type="mha", n_head=2, d_v=8, reduction="serial", n_layer=2),
   "mqa": dict(head_type="mqa", n_head=2, d_v=8, reduction="matmul", block_len=4),
   "grouped": dict(head_type="mha", n_head=4, n_kv_head=2, d_v=4, reduction="scan"),
-  "full": dict(attn_type="full", mem_len=64),
+  "full": dict(**_ONE_ATTENTION, attn_type="full", mem_len=64),
   "full mha": dict(attn_type="full", head_type="mha", n_head=2, d_v=8, mem_len=5, block_len=4),
   "hybrid": dict(attn_type=("vq", "full"), mem_len=5, full_len=24),
   "window hybrid": dict(attn_type=("window", "vq"), mem_len=5, n_head=2, d_v=8),
@@ -112,9 +112,11 @@ def tiny(**changes):
 
 # A training run of a few seconds: 12 updates, two per batch.
 RUN = tvq.TransformerConfig.tiny(
+  head_type="mqa",
+  n_head=2,
   d_model=16,
   d_k=8,
-  d_v=16,
+  d_v=8,
   n_code=6,
   n_layer=1,
   block_len=8,

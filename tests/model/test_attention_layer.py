@@ -37,7 +37,9 @@ def forward_and_gradient(config):
 
 @pytest.mark.parametrize("reduction", ["scan", "serial"])
 def test_the_model_uses_hk_scan_and_gets_the_results_of_lax_scan(reduction, monkeypatch):
-  config = helpers.tiny(reduction=reduction, p_dropres=0.2, p_dropsin=0.1, p_droplyr=0.1)
+  config = helpers.tiny(
+    head_type="mqa", n_head=2, d_v=8, reduction=reduction, p_dropres=0.2, p_dropsin=0.1
+  )
   calls = []
   haiku_scan = hk.scan
 
@@ -47,7 +49,7 @@ def test_the_model_uses_hk_scan_and_gets_the_results_of_lax_scan(reduction, monk
 
   monkeypatch.setattr(hk, "scan", counted_scan)
   with_haiku, size_with_haiku = forward_and_gradient(config)
-  assert len(calls) >= 2  # one for each attention of the layer
+  assert len(calls) >= 1
   monkeypatch.setattr(hk, "scan", jax.lax.scan)
   with_lax, size_with_lax = forward_and_gradient(config)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), with_haiku, with_lax)

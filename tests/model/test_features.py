@@ -87,7 +87,7 @@ def test_windows_and_single_steps_give_the_logits_and_state_of_one_call(name):
   helpers.assert_trees_close(tvq.finish_decoding(decoded), one_call.state)
 
 
-@pytest.mark.parametrize("name", ["absolute", "scan", "mha", "hybrid"])
+@pytest.mark.parametrize("name", ["absolute", "grouped", "mha", "hybrid"])
 def test_causality_jacobian_in_the_features_is_lower_triangular(name):
   config, length = tiny(**VARIANTS[name], no_emb=True), 12
   params, features = random_params(config), random_features(config, 1, length)[0]
