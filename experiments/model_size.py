@@ -27,12 +27,12 @@ def log_size(setup: RunSetup, experiment: experiment_lib.Experiment) -> None:
   run_flags, spec, paper = setup.flags, setup.spec, specs.SIZES[0]
   is_implied = run_flags.size is None and not run_flags.smoke and run_flags.train.init is None
   if is_implied and spec.default_size != paper:
-    n_param = summary.count_params(experiment.config) / 1e6
-    n_paper = summary.count_params(spec.presets[paper].config) / 1e6
+    n_param = summary.count_params(experiment.config)
+    n_paper = summary.count_params(spec.presets[paper].config)
     progress.log(
-      f"--size={spec.default_size} by default: {n_param:,.1f} million parameters; training needs "
-      f"about {needed:,.1f} of {available:,.0f} GB of memory. --size={paper} selects the paper's "
-      f"model, with {n_paper:,.1f} million parameters"
+      f"--size={spec.default_size} by default: {n_param:,} parameters; training needs about "
+      f"{needed:,.2f} of {available:,.0f} GB of memory. --size={paper} selects the paper's model, "
+      f"with {n_paper:,} parameters"
     )
   if needed > available:
     progress.log(

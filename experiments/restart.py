@@ -6,8 +6,9 @@ that JAX is imported once and not twice, and Ctrl-C ends the imports without a t
 
 from __future__ import annotations
 
+# The module `signal` imports others, which takes so long that Ctrl-C may end it with a traceback.
+import _signal as signal
 import os
-import signal
 import sys
 
 # The temporary arrays of a training step take hundreds of megabytes. By default, malloc returns

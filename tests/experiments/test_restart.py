@@ -32,8 +32,8 @@ def restarts(monkeypatch):
   """Makes this process look like a command; returns a list that records calls of `os.execv`."""
   calls = []
   monkeypatch.setattr(os, "execv", lambda *arguments: calls.append(arguments))
-  monkeypatch.setattr(signal, "signal", lambda *arguments: None)
-  monkeypatch.setattr(signal, "pthread_sigmask", lambda *arguments: None)
+  for name in ("signal", "pthread_sigmask"):
+    monkeypatch.setattr(restart.signal, name, lambda *arguments: None)
   monkeypatch.setattr(sys, "platform", "linux")
   monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
   set_main_module(monkeypatch, "experiments.text")

@@ -39,7 +39,8 @@ def check_same_data(workdir: pathlib.Path, splits: Mapping[str, Split]) -> None:
   if differences:
     raise run_directory.CheckpointError(
       f"data mismatch with the run in {workdir}: {'; '.join(differences)}. Use the data of the "
-      "run, or another directory (--workdir)."
+      "run, or another directory (--workdir), where --init starts from the parameters of this run: "
+      f"--init={workdir}."
     )
 
 
