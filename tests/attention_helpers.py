@@ -8,7 +8,7 @@ import tvq_haiku as tvq
 
 B, T, K, V, S = 2, 24, 4, 6, 5
 SHORT = 12
-DIVISORS = [1, 2, 3, 4, 6, 12]
+DIVISORS = [1, 3, 4, 12]
 ALL_BLOCKS_AT_ONCE = ["serial", "matmul", "assoc_scan"]
 REDUCTIONS = ["scan", *ALL_BLOCKS_AT_ONCE]
 DOCUMENTS = jnp.array([[0] * 3 + [4] * 15 + [7] * 6, [2] * 20 + [3] + [5] * 3], jnp.int32)

@@ -1,6 +1,7 @@
 """JAX settings for all tests; some of them must be set before JAX is imported."""
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
@@ -41,6 +42,9 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 # start would inherit this, but some tests interrupt them by SIGINT.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tracing makes many objects that live long, which the default thresholds examine again and again.
+gc.set_threshold(100_000, 50, 100)
 
 jax.config.update("jax_num_cpu_devices", 8)  # for tests on meshes
 

@@ -52,8 +52,8 @@ def test_a_step_equals_its_updates_one_by_one():
     loss, aux, gradients = jax.jit(
       train_step_lib.gradients_lib.loss_gradients, static_argnames="config"
     )(
-      CONFIG,
       want.params,
+      CONFIG,
       jax.random.fold_in(rng, i),
       window,
       model_state,
