@@ -77,8 +77,9 @@ def test_training_prints_the_commands_that_test_and_sample(books, workspace):
   n_token = int(printed[3].replace(",", ""))
   nats = float(printed[2]) * n_token
   assert float(printed[1]) == pytest.approx(nats / 0.693147 / 20_000, abs=2e-4)
-  status, out, err = run(commands[1] + " --prompt='It was ' --length=20", workspace)
-  assert status == 0 and out.startswith("It was ") and "samples/step-" in err, err
+  flags = " --prompt='It was ' --length=20 --stream --top_k=40"
+  status, out, err = run(commands[1] + flags, workspace)
+  assert status == 0 and out.startswith("It was ") and "books/samples/step-" in err, err
 
 
 def test_resuming_with_a_different_configuration_is_refused(books, workspace):

@@ -23,12 +23,14 @@ ENDLESS = SAMPLE + " --temperature=0 --length=1000000"
 
 def test_streamed_text_equals_text_sampled_at_once(quickstart, workspace):
   flags = " --prompt='Anne ' --prompt=Bath --length=40 --top_k=50 --min_p=0.01 --stop=qqq"
-  status, at_once, err = run(SAMPLE + flags, workspace)
-  assert status == 0 and not err, err
-  status, streamed, err = run(SAMPLE + " --stream" + flags, workspace)
-  assert status == 0 and not err, err
+  outputs = []
+  for mode, name in (("", "step-20-seed-0.txt"), (" --stream", "step-20-seed-0-2.txt")):
+    status, out, err = run(SAMPLE + mode + flags, workspace)
+    assert (status, err) == (0, f"written to runs/quickstart/samples/{name}\n"), err
+    outputs.append(out)
+  at_once, streamed = outputs
   assert at_once == streamed
-  assert at_once.startswith("Anne ") and "\nBath" in at_once
+  assert at_once.startswith("Anne ") and "\n\nBath" in at_once
 
 
 def test_stream_ends_silently_when_its_reader_closes_it(quickstart, workspace):
@@ -49,7 +51,8 @@ def test_conversation_continues_after_an_interrupted_reply(quickstart, workspace
     process.send_signal(signal.SIGINT)
     process.stdout.readline()  # the reply has ended
   out, err = process.communicate(timeout=120)
-  assert process.returncode == 0 and not out + err, out + err
+  assert process.returncode == 0 and not out, out + err
+  assert err.startswith("written to runs/quickstart/samples/step-20-seed-0"), err
 
 
 def test_interrupted_stream_is_reported_in_one_line(quickstart, workspace):
