@@ -33,9 +33,12 @@ def evaluate_file(run: OpenRun, file: str, options: EvalFlags) -> str:
   if not content:
     raise ValueError(f"--file={file} is empty: there is nothing to evaluate.")
   try:
-    stream = _image_stream(content, size) if size else _text_stream(content, run.model)
+    if size:
+      stream = _image_stream(content, size)
+    else:
+      stream = data.stream_of([run.model.vocabulary.encode(content)])
   except ValueError as error:
-    raise ValueError(f"--file={file} {error}") from error
+    raise ValueError(f"--file={file}: {error}") from error
   n_byte = len(stream) if size else len(content)
   likelihood = tvq.evaluate(
     run.model.params,
@@ -52,14 +55,6 @@ def evaluate_file(run: OpenRun, file: str, options: EvalFlags) -> str:
   )
 
 
-def _text_stream(content: bytes, model: tvq.LanguageModel) -> data.TokenStream:
-  """Returns the tokens of a text as a stream of one document."""
-  try:
-    return data.stream_of([model.vocabulary.encode(content)])
-  except UnicodeDecodeError as error:
-    raise ValueError(f"is not UTF-8: {error.reason}.") from error
-
-
 def _image_stream(content: bytes, size: int) -> data.TokenStream:
   """Returns the bytes of images as a stream of one document per image.
 
@@ -74,7 +69,8 @@ def _image_stream(content: bytes, size: int) -> data.TokenStream:
   pixels = _read_picture(content, size)
   if not pixels or len(pixels) % n_byte:
     raise ValueError(
-      f"must be a picture of {size} x {size} pixels, or the bytes of such images, {n_byte:,} each."
+      f"it must be a picture of {size} x {size} pixels, or the bytes of such images, {n_byte:,} "
+      "each."
     )
   ends = np.arange(n_byte, len(pixels) + 1, n_byte)
   return data.TokenStream(np.frombuffer(pixels, np.uint8), ends, data.ByteVocabulary.OFFSET)

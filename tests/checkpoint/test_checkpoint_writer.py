@@ -25,7 +25,7 @@ def test_files_on_disk(tmp_path):
   content = {p.name for p in (tmp_path / "checkpoints" / "4").iterdir()}
   assert {"manifest.json", "default"} <= content
   settings = json.loads((tmp_path / "config.json").read_text())
-  assert settings.keys() == {"format", "model", "train"} and settings["format"] == 1
+  assert settings.keys() == {"format", "model", "train", "rng_impl"} and settings["format"] == 1
   assert settings["model"]["n_code"] == 6 and settings["train"]["n_max_step"] == 12
 
 

@@ -138,8 +138,9 @@ def test_long_lines_are_used_next_to_short_ones(tmp_path):
 
 def test_lines_with_a_reserved_character_are_used(tmp_path):
   lines = ["It was so."] * 9
-  zebras = data.train_pieces([*lines, "▅ zebra zebra zebra"], tmp_path / "a.model", size=276)
-  assert len(zebras.encode(" zebra")) == 1
+  without = train([*lines, " zebra zebra"], tmp_path, 276)
+  assert train([*lines, "▅ zebra▅ zebra"], tmp_path, 276) == without
+  assert train(lines, tmp_path, 268) != train([*lines, "▅oooo"], tmp_path, 268)
 
 
 def test_lines_may_be_bytes(tmp_path):
@@ -149,10 +150,10 @@ def test_lines_may_be_bytes(tmp_path):
 
 @pytest.mark.parametrize(
   "lines, message",
-  [("It was so.", "must be an iterable of texts, not one text"), ([None], "got NoneType")],
+  [("It was so.", "be an iterable of texts, not one text"), ([None], "hold texts, got NoneType")],
 )
 def test_lines_that_are_not_texts_are_refused(lines, message, tmp_path):
-  with pytest.raises(TypeError, match=f"train_pieces: lines must .*{message}"):
+  with pytest.raises(TypeError, match=f"train_pieces: lines must {message}"):
     data.train_pieces(lines, tmp_path / "a.model", size=300)
 
 

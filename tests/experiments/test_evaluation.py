@@ -60,13 +60,12 @@ def picture(size):
 @pytest.mark.parametrize(
   "kind, content, message",
   [
-    ("text", b"", "is empty: there is nothing to evaluate"),
-    ("books", b"caf\xe9", "is not UTF-8: "),
-    ("images", b"1234", "must be a picture of 4 x 4 pixels, or the bytes of such images, 48 each"),
-    ("images", picture((4, 5)), "must be a picture of 4 x 4 pixels"),
+    ("text", b"", " is empty: there is nothing to evaluate"),
+    ("images", b"1234", ": it must be a picture of 4 x 4 pixels, or the bytes of such images, 48 "),
+    ("images", picture((4, 5)), ": it must be a picture of 4 x 4 pixels"),
   ],
 )
 def test_unsuitable_file_is_named(saved_runs, tmp_path, kind, content, message):
   (tmp_path / "file").write_bytes(content)
-  with pytest.raises(ValueError, match=rf"--file={tmp_path}/file {message}"):
+  with pytest.raises(ValueError, match=rf"--file={tmp_path}/file{message}"):
     evaluation.evaluate_file(saved_runs[kind], str(tmp_path / "file"), ONE_ROW)
