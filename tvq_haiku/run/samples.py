@@ -32,7 +32,9 @@ def new_file(workdir: pathlib.Path, name: str) -> pathlib.Path:
   Raises:
     OSError: samples/ cannot be written to.
   """
-  return files.unused_path(files.prepare_directory(workdir / _DIRECTORY) / name)
+  directory = workdir / _DIRECTORY
+  files.prepare_directory(directory)
+  return files.unused_path(directory / name)
 
 
 class TextFile:
