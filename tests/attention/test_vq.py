@@ -28,6 +28,7 @@ def test_scan_equals_the_reference(block_len, mem_len):
   check_against_reference(arrays, codebook, biases, mem_len=mem_len, block_len=block_len)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_len, mem_len", [(1, 1), (4, 1), (4, 4), (6, 4), (1, 12), (6, 12)])
 @pytest.mark.parametrize("reduction", ALL_BLOCKS_AT_ONCE)
 def test_reductions_of_all_blocks_at_once_equal_the_reference(reduction, block_len, mem_len):
@@ -56,6 +57,7 @@ def test_any_length_equals_the_reference(reduction, length, block_len, mem_len):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize("reduction", ["scan", "assoc_scan"])
 def test_several_heads_equal_the_reference(reduction, heads, kv_heads):
@@ -73,6 +75,7 @@ def test_attention_without_cache_equals_the_reference(reduction, block_len):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_len, mem_len", [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_documents_equal_the_reference(reduction, block_len, mem_len):
@@ -88,6 +91,7 @@ def test_documents_equal_the_reference(reduction, block_len, mem_len):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "block_len, mem_len, settings",
   [
@@ -121,6 +125,7 @@ def test_encoder_takes_no_state():
   assert vq_attention(**arrays, codebook=codebook, is_causal=False).state is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["scan", "serial"])
 @pytest.mark.parametrize("length", [24, 22])  # 11: a remainder in the two-level scan
 def test_remat_changes_neither_values_nor_gradients(reduction, length):

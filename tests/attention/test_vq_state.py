@@ -21,6 +21,8 @@ from attention_helpers import (
   vq_attention,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
   "reduction, cuts",

@@ -15,6 +15,8 @@ from tvq_haiku.run import trainer
 import helpers
 from helpers import assert_same
 
+pytestmark = pytest.mark.slow
+
 COMPAT = pathlib.Path(__file__).parent / "compat"
 CONFIG = helpers.RUN.replace(d_model=8, d_k=4, d_v=8)
 

@@ -12,6 +12,8 @@ from tvq_haiku.evaluation import compression
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tvq.TransformerConfig.tiny(n_layer=1)
 # The logits are small, so that no probability is below the smallest one that the coder can use.
 PARAMS = {

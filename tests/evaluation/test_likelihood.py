@@ -13,6 +13,8 @@ from tvq_haiku.evaluation import likelihood as likelihood_lib
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tvq.TransformerConfig.tiny(n_layer=1)
 TRAIN = tvq.TrainConfig(sequence_len=32, update_len=16, global_batch_size=2)
 PARAMS = helpers.random_params(CONFIG)

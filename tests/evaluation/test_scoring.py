@@ -13,6 +13,8 @@ from tvq_haiku.evaluation import scoring
 
 import helpers
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tvq.TransformerConfig.tiny(n_layer=1)
 PARAMS = helpers.random_params(CONFIG)
 TEXTS = ["", "Anne", "It is a truth universally acknowledged.", b"\xff\x00bytes", "Käse 🧀" * 9]

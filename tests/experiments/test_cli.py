@@ -9,6 +9,8 @@ from launching import assert_fails_in_one_line, run, workspace
 
 assert workspace  # a fixture
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
   "name, n_param",

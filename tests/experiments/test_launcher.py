@@ -10,6 +10,8 @@ from launching import run, workspace
 
 assert workspace  # a fixture
 
+pytestmark = pytest.mark.slow
+
 
 def run_main(body, workspace):
   """Launches a command `demo` whose main function is `body`."""
