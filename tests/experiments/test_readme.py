@@ -22,7 +22,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
   script = "".join(readme_blocks("python"))
   namespace = {}
   exec(compile(script, "README.md", "exec"), namespace)
-  assert namespace["probabilities"].shape == (2, 100, 259)
+  assert namespace["logprobs"].shape == (2, 100, 259)
   assert namespace["metrics"]["loss_lm"].shape == (2,)
 
 
