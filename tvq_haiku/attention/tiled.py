@@ -2,7 +2,7 @@
 
 Scores exist for one tile at a time: the L queries of a block and C keys. The forward pass keeps a
 running maximum and normalizer for each query (the online softmax of Milakov & Gimelshein 2018, as
-in FlashAttention); the backward pass recomputes the scores of each tile, and from their logsumexp
+in FlashAttention); the derivatives recompute the scores of each tile, and from their logsumexp
 the weights. Tiles in which no query of the block sees a key are skipped.
 
 Letters: B batch, R query blocks, G key/value heads, P query heads for each of them, L block length,
@@ -12,14 +12,14 @@ C tile length, n keys, D relative keys, K key width, V value width, M memory len
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from tvq_haiku.attention.compressive_cache import NO_DOCUMENT
-from tvq_haiku.ops import matmul, positions
+from tvq_haiku.ops import linear, matmul, positions
 from tvq_haiku.ops.softmax import MASKED
 from tvq_haiku.types import Array
 
@@ -63,7 +63,26 @@ class _Tile(NamedTuple):
   relative_start: Array  # [] int32: index of the first relative key
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+class _Residuals(NamedTuple):
+  """What the derivatives of `tiled_attention` need."""
+
+  queries: TileQueries
+  keys: TileKeys
+  mixed: Array  # [R, B, G, P, L, V]: the result
+  logsumexp: Array  # [R, B, G, P, L, 1] f32: of the scores of all visible keys
+
+
+class _Changes(NamedTuple):
+  """Tangents or gradients of the arguments of `tiled_attention`."""
+
+  content: Array  # [R, B, G, P, L, K]
+  position: Array  # [R, B, G, P, L, K]
+  keys: Array  # [B, G, n, K]
+  values: Array  # [B, G, n, V]
+  relative: Array  # [G, D, K]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def tiled_attention(layout: TileLayout, queries: TileQueries, keys: TileKeys) -> Array:
   """Mixes the values of all visible keys by softmax, tile by tile.
 
@@ -75,7 +94,24 @@ def tiled_attention(layout: TileLayout, queries: TileQueries, keys: TileKeys) ->
   Returns:
     [R, B, G, P, L, V] in the dtype of the values; zero for a query that sees no key.
   """
-  return _forward(layout, queries, keys)[0]
+  return _forward(layout, queries, keys).mixed
+
+
+@tiled_attention.defjvp
+def _tiled_attention_jvp(
+  layout: TileLayout,
+  primals: tuple[TileQueries, TileKeys],
+  tangents: tuple[TileQueries, TileKeys],
+) -> tuple[Array, Array]:
+  residuals = _forward(layout, *primals)
+  d_queries, d_keys = tangents
+  tangent = linear.linear_call(
+    functools.partial(_tangent, layout),
+    functools.partial(_gradients, layout),
+    residuals,
+    _Changes(*d_queries[:2], *d_keys[:3]),
+  )
+  return residuals.mixed, tangent
 
 
 def visible_tiles(layout: TileLayout, doc_ids: Array, r: Array) -> tuple[Array, Array]:
@@ -145,7 +181,7 @@ def _tile_scores(content: Array, position: Array, keys: Array, relative: Array) 
   return matmul.dots(content, keys, **_F32) + bias  # bgplk,bgck->bgplc
 
 
-def _forward(layout: TileLayout, queries: TileQueries, keys: TileKeys):
+def _forward(layout: TileLayout, queries: TileQueries, keys: TileKeys) -> _Residuals:
   dtype = keys.values.dtype
 
   def attend_block(_, block: tuple[Array, TileQueries]):
@@ -167,25 +203,64 @@ def _forward(layout: TileLayout, queries: TileQueries, keys: TileKeys):
 
     rows = content.shape[:-1]  # [B, G, P, L]
     start = (
-      jnp.full((*rows, 1), MASKED),
-      jnp.zeros((*rows, 1)),
-      jnp.zeros((*rows, keys.values.shape[-1])),
+      jnp.full((*rows, 1), MASKED, jnp.float32),
+      jnp.zeros((*rows, 1), jnp.float32),
+      jnp.zeros((*rows, keys.values.shape[-1]), jnp.float32),
     )
     tiles = visible_tiles(layout, keys.doc_ids, r)
     maximum, normalizer, mixed = jax.lax.fori_loop(*tiles, attend_tile, start)
     # A padding query may see no key. Its weights are zero, here and (exp(MASKED - 0)) in the
-    # backward pass.
+    # derivatives.
     sees_keys = maximum > MASKED
     mixed = jnp.where(sees_keys, mixed / jnp.where(sees_keys, normalizer, 1.0), 0.0)
     logsumexp = jnp.where(sees_keys, maximum + jnp.log(normalizer), 0.0)
     return None, (mixed.astype(dtype), logsumexp)
 
-  n_block = queries.content.shape[0]
-  _, (mixed, logsumexp) = jax.lax.scan(attend_block, None, (jnp.arange(n_block), queries))
-  return mixed, (queries, keys, mixed, logsumexp)
+  _, (mixed, logsumexp) = jax.lax.scan(attend_block, None, (_block_indices(queries), queries))
+  return _Residuals(queries, keys, mixed, logsumexp)
 
 
-def _backward(layout: TileLayout, residuals: Any, gradient: Array):
+def _block_indices(queries: TileQueries) -> Array:
+  return jnp.arange(queries.content.shape[0], dtype=jnp.int32)
+
+
+def _tangent(layout: TileLayout, residuals: _Residuals, tangents: _Changes) -> Array:
+  """Returns the tangent of the result: see `ops.softmax`."""
+  queries, keys, mixed, logsumexp = residuals
+  f32, dtype = jnp.float32, mixed.dtype
+
+  def block_tangent(_, block):
+    r, (content, position, doc_ids), mixed, logsumexp, d_content, d_position = block
+
+    def tile_tangent(c: Array, carry: tuple[Array, Array]):
+      d_mixed, common = carry
+      tile = _take_tile(layout, doc_ids, keys, r, c)
+      d_tile = _take_tile(layout, doc_ids, keys._replace(**tangents_of_keys), r, c)
+      scores, d_scores = jax.jvp(
+        _tile_scores,
+        (content, position, tile.keys, tile.relative),
+        (d_content, d_position, d_tile.keys, d_tile.relative),
+      )
+      weights = jnp.exp(jnp.where(tile.visible, scores, MASKED) - logsumexp)
+      d_weights = weights * d_scores
+      # bgplc,bgcv->bgplv
+      d_mixed += matmul.mix(d_weights.astype(dtype), tile.values, **_F32)
+      d_mixed += matmul.mix(weights.astype(dtype), d_tile.values, **_F32)
+      return d_mixed, common + jnp.sum(d_weights, axis=-1, keepdims=True)
+
+    start = jnp.zeros(mixed.shape, f32), jnp.zeros(logsumexp.shape, f32)
+    tiles = visible_tiles(layout, keys.doc_ids, r)
+    d_mixed, common = jax.lax.fori_loop(*tiles, tile_tangent, start)
+    return None, (d_mixed - common * mixed.astype(f32)).astype(dtype)
+
+  d_content, d_position, *rest = tangents
+  tangents_of_keys = dict(zip(("keys", "values", "relative"), rest, strict=True))
+  blocks = (_block_indices(queries), queries, mixed, logsumexp, d_content, d_position)
+  return jax.lax.scan(block_tangent, None, blocks)[1]
+
+
+def _gradients(layout: TileLayout, residuals: _Residuals, gradient: Array) -> _Changes:
+  """Returns the gradients of the arguments for the gradient [R, B, G, P, L, V] of the result."""
   queries, keys, mixed, logsumexp = residuals
   f32 = jnp.float32
   # As in `ops.softmax`, d s_j = w_j (g·v_j - sum_i w_i g·v_i), and the sum equals g·(the output).
@@ -212,7 +287,7 @@ def _backward(layout: TileLayout, residuals: Any, gradient: Array):
         _add_slice(d_relative, tile_relative, tile.relative_start, axis=1),
       )
 
-    zeros = jnp.zeros(content.shape)
+    zeros = jnp.zeros(content.shape, f32)
     d_content, d_position, *key_gradients = jax.lax.fori_loop(
       *visible_tiles(layout, keys.doc_ids, r), tile_gradients, (zeros, zeros, *key_gradients)
     )
@@ -222,11 +297,11 @@ def _backward(layout: TileLayout, residuals: Any, gradient: Array):
   differentiable = (keys.keys, keys.values, keys.relative)
   key_gradients, query_gradients = jax.lax.scan(
     block_gradients,
-    tuple(jnp.zeros(x.shape) for x in differentiable),
-    (jnp.arange(queries.content.shape[0]), queries, gradient, logsumexp, common),
+    tuple(jnp.zeros(x.shape, f32) for x in differentiable),
+    (_block_indices(queries), queries, gradient, logsumexp, common),
   )
   key_gradients = (d.astype(x.dtype) for d, x in zip(key_gradients, differentiable, strict=True))
-  return TileQueries(*query_gradients, None), TileKeys(*key_gradients, None)
+  return _Changes(*query_gradients, *key_gradients)
 
 
 def _add_slice(x: Array, y: Array, start: Array, *, axis: int) -> Array:
@@ -234,6 +309,3 @@ def _add_slice(x: Array, y: Array, start: Array, *, axis: int) -> Array:
   old = jax.lax.dynamic_slice_in_dim(x, start, y.shape[axis], axis)
   new = old + y.astype(jnp.float32)
   return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis)
-
-
-tiled_attention.defvjp(_forward, _backward)

@@ -92,7 +92,7 @@ def vq_attention(
   later blocks that start at most M tokens after it; a value gets gradients from all queries that
   attend it. The codebook gets no gradient: update it by moving averages of
   `attention.quantization.code_statistics`. Add `attention.quantization.commit_loss` to the loss, to
-  keep keys close to their codes. Forward-mode differentiation is not supported.
+  keep keys close to their codes.
 
   Args:
     q: [B, T, H, K] queries. Head h reads key/value head h // (H/G).

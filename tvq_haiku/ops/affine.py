@@ -5,13 +5,10 @@ Letters: D width, n rows.
 
 from __future__ import annotations
 
-import functools
-
 import chex
-import jax
 import jax.numpy as jnp
 
-from tvq_haiku.ops import matmul
+from tvq_haiku.ops import linear, matmul
 from tvq_haiku.types import Array
 
 
@@ -47,19 +44,16 @@ def scale_and_shift(x: Array, gain: Array, offset: Array) -> Array:
   return x * gain + offset
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _repeat(vector: Array, n_row: int) -> Array:
   """Repeats a vector [D] as the rows of [n, D]."""
-  return jnp.broadcast_to(vector, (n_row, *vector.shape))
+
+  def repeat(_: tuple[()], vector: Array) -> Array:
+    return jnp.broadcast_to(vector, (n_row, *vector.shape))
+
+  return linear.linear_call(repeat, _sum_rows, (), vector)
 
 
-def _repeat_forward(vector: Array, n_row: int) -> tuple[Array, None]:
-  return _repeat(vector, n_row), None
-
-
-def _repeat_backward(n_row: int, _: None, gradient: Array) -> tuple[Array]:
-  ones = jnp.ones((1, n_row), gradient.dtype)
-  return (matmul.project(ones, gradient, precision=matmul.EXACT)[0],)  # in,nd->id
-
-
-_repeat.defvjp(_repeat_forward, _repeat_backward)
+def _sum_rows(_: tuple[()], rows: Array) -> Array:
+  """Sums rows [n, D] to a vector [D]: the transpose of `_repeat`."""
+  ones = jnp.ones((1, rows.shape[0]), rows.dtype)
+  return matmul.project(ones, rows, precision=matmul.EXACT)[0]  # in,nd->id

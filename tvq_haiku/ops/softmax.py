@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from tvq_haiku.ops import matmul
+from tvq_haiku.ops import linear, matmul
 from tvq_haiku.types import Array
 
 MASKED = -1e30  # score of a masked key; finite, so that a row without keys has finite gradients
@@ -74,21 +75,53 @@ def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   return _softmax_mix(merged, values).reshape(*scores[0].shape[:-1], values[0].shape[-1])
 
 
-@jax.custom_vjp
+class _Residuals(NamedTuple):
+  """What the derivatives of `_softmax_mix` need."""
+
+  weights: list[Array]  # for each set, [*batch, A, n] in the dtype of the values
+  values: list[Array]  # for each set, [*batch, n, V]
+  mixed: Array  # [*batch, A, V]: the result
+
+
+# Tangents or gradients of the scores and of the values of each set.
+_Changes = tuple[list[Array], list[Array]]
+
+
+@jax.custom_jvp
 def _softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
   """Computes `softmax_mix` for scores [*batch, A, n] with a single row axis."""
-  return _forward(scores, values)[0]
+  return _forward(scores, values).mixed
 
 
-def _forward(scores: Sequence[Array], values: Sequence[Array]):
+@_softmax_mix.defjvp
+def _softmax_mix_jvp(primals: _Changes, tangents: _Changes) -> tuple[Array, Array]:
+  residuals = _forward(*primals)
+  tangents = tuple(list(x) for x in tangents)
+  return residuals.mixed, linear.linear_call(_tangent, _gradients, residuals, tangents)
+
+
+def _forward(scores: Sequence[Array], values: Sequence[Array]) -> _Residuals:
   dtype = values[0].dtype
   weights = [x.astype(dtype) for x in softmax_weights(scores)]
   # bgran,bgrnv->bgrav, summed over the sets
   mixed = sum(matmul.mix(w, v, **_F32) for w, v in zip(weights, values, strict=True)).astype(dtype)
-  return mixed, (weights, list(values), mixed)
+  return _Residuals(weights, list(values), mixed)
 
 
-def _backward(residuals: tuple[list[Array], list[Array], Array], gradient: Array):
+def _tangent(residuals: _Residuals, tangents: _Changes) -> Array:
+  """Returns the tangent of the result: sum_j w_j (d s_j - sum_i w_i d s_i) v_j + w_j d v_j."""
+  weights, values, mixed = residuals
+  d_weights = [w * d for w, d in zip(weights, tangents[0], strict=True)]
+  common = sum(jnp.sum(d, axis=-1, keepdims=True) for d in d_weights)
+  d_mixed = -common * mixed.astype(jnp.float32)
+  for w, v, d_w, d_v in zip(weights, values, d_weights, tangents[1], strict=True):
+    # bgran,bgrnv->bgrav
+    d_mixed += matmul.mix(d_w.astype(v.dtype), v, **_F32) + matmul.mix(w, d_v, **_F32)
+  return d_mixed.astype(mixed.dtype)
+
+
+def _gradients(residuals: _Residuals, gradient: Array) -> _Changes:
+  """Returns the gradients of scores and values for the gradient [*batch, A, V] of the result."""
   # d s_j = w_j (g·v_j - sum_i w_i g·v_i). The sum over all keys equals g·(the output), which needs
   # V products instead of n, and no second pass over the weights.
   weights, values, mixed = residuals
@@ -100,6 +133,3 @@ def _backward(residuals: tuple[list[Array], list[Array], Array], gradient: Array
     d_value = matmul.pool(w, gradient, **_F32)  # bgran,bgrav->bgrnv
     d_values.append(d_value.astype(v.dtype))
   return d_scores, d_values
-
-
-_softmax_mix.defvjp(_forward, _backward)
