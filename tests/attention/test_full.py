@@ -138,7 +138,7 @@ def test_gradients_of_tiled_attention():
     lambda arrays: full.full_attention(**arrays, state=cold_state(5), block_len=4).values,
     (arrays,),
     order=1,
-    modes=["rev"],
+    modes=["fwd", "rev"],
     atol=1e-2,
     rtol=1e-2,
   )

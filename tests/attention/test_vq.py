@@ -135,6 +135,38 @@ def test_remat_changes_neither_values_nor_gradients(reduction, length):
   )
 
 
+@pytest.mark.parametrize(
+  "settings",
+  [
+    dict(reduction="scan"),
+    dict(reduction="scan", remat=True, grad_thru_cache=False),
+    dict(reduction="matmul", segment_ids=DOCUMENTS),
+    dict(reduction="serial", remat=True, agg_cache=False),
+    dict(reduction="assoc_scan", is_causal=False),
+  ],
+)
+def test_forward_mode_agrees_with_reverse_mode(settings):
+  is_causal = settings.get("is_causal", True)
+  arrays, codebook, biases = make_inputs(heads=2, is_causal=is_causal)
+  tangents = make_inputs(heads=2, is_causal=is_causal, seed=1)
+  primals, tangents = (arrays, biases), (tangents[0], tangents[2])
+
+  def values(arrays, biases):
+    return tvq.vq_attention(
+      **arrays, codebook=codebook, mem_len=4, block_len=5, **biases, **settings
+    ).values
+
+  @jax.jit
+  def both_modes(primals, tangents):
+    weight = jnp.cos(jnp.arange(T))[:, None, None]
+    _, tangent = jax.jvp(values, primals, tangents)
+    gradients = jax.grad(lambda *x: jnp.sum(weight * values(*x)), argnums=(0, 1))(*primals)
+    products = jax.tree.map(lambda g, t: jnp.sum(g * t), gradients, tangents)
+    return jnp.sum(weight * tangent), jax.tree.reduce(jnp.add, products)
+
+  np.testing.assert_allclose(*both_modes(primals, tangents), rtol=1e-4)
+
+
 def test_attention_without_relative_bias_equals_the_reference():
   arrays, codebook, _ = make_inputs()
   check_against_reference(arrays, codebook, {}, mem_len=4, block_len=6)

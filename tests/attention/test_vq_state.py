@@ -226,6 +226,15 @@ def test_counts_stay_exact_in_bfloat16():
       dict(state=cold_state(batch=3)),
       r"state.memory_keys must have shape \[B=2, G=1, M=4, K=4\], got \(3, 1, 4, 4\)",
     ),
+    (
+      dict(k=jnp.zeros((B, T, 2, K)), q=jnp.zeros((B, T, 2, K)), v=jnp.zeros((B, T, 2, V))),
+      r"codebook must have shape \[G=2, S, K=4\], got \(1, 5, 4\).*first axis for each head of k",
+    ),
+    (
+      {name: jnp.zeros((B, 1, T, K)) for name in "qkv"},  # [B, heads, T, K]
+      r"codebook must have shape \[G=24, S, K=4\].* Heads are the third axis of q, k and v",
+    ),
+    (dict(k=jnp.zeros((B, 1, T, K))), r"k must have .* got \(2, 1, 24, 4\).* third axis"),
     (dict(codebook=jnp.zeros((S, K))), r"codebook must have shape \[G=1, S, K=4\], got \(5, 4\)"),
     (dict(q=jnp.zeros((B, T, 1, K), jnp.int32)), "q must be floating, got int32"),
     (dict(lengths=[3]), r"lengths must have shape \[B=2\], got \(1,\)"),

@@ -22,7 +22,9 @@ def test_value_equals_its_plain_twin(arguments):
 
 
 def test_gradients(arguments):
-  check_grads(affine.scale_and_shift, arguments, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+  check_grads(
+    affine.scale_and_shift, arguments, order=2, modes=["fwd", "rev"], atol=1e-2, rtol=1e-2
+  )
 
 
 def test_a_gain_of_another_width_is_refused(arguments):

@@ -24,7 +24,9 @@ def test_mix_equals_its_plain_twin():
 
 
 def test_gradients():
-  check_grads(softmax.softmax_mix, random_sets(), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+  check_grads(
+    softmax.softmax_mix, random_sets(), order=2, modes=["fwd", "rev"], atol=1e-2, rtol=1e-2
+  )
 
 
 def test_gradients_equal_those_of_its_plain_twin():

@@ -87,7 +87,9 @@ def full_attention(
   )
   if segment_ids is None:
     segment_ids = key_values.continued_doc_ids(state, dims.T)
-  n_read = jnp.full((dims.B,), dims.T, jnp.int32) if lengths is None else lengths
+  segment_ids = jnp.asarray(segment_ids, jnp.int32)
+  n_read = jnp.full((dims.B,), dims.T) if lengths is None else lengths
+  n_read = n_read.astype(jnp.int32)
   scale = dims.K**-0.5 if scale is None else scale
 
   # 2. Lay out keys and values by head, and queries in R blocks of L.
@@ -174,7 +176,7 @@ def _lay_out_keys(
     keys, -keys.doc_ids.shape[2] % tile_len, KeyValues(None, 0, 0, NO_DOCUMENT)
   )
   if relative_keys is None:
-    relative_keys = jnp.zeros((1, G, K))
+    relative_keys = jnp.zeros((1, G, K), dtype)
   # The zeros give distances without a relative key the bias zero. There are enough of them for any
   # tile that overlaps the relative keys.
   n_zero = block_len + tile_len

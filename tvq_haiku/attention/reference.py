@@ -48,7 +48,7 @@ def quantize(k: Array, codebook: Array) -> tuple[Array, Array]:
   chex.assert_shape(k, (None, None, G, K))
   distances = jnp.sum((k[:, :, :, None] - codebook) ** 2, axis=-1)  # |k_t - C_s|^2 [B, T, G, S]
   codes = jnp.argmin(distances, axis=-1)
-  nearest = jnp.einsum("btgs,gsk->btgk", jax.nn.one_hot(codes, S), codebook)
+  nearest = jnp.einsum("btgs,gsk->btgk", jax.nn.one_hot(codes, S, dtype=codebook.dtype), codebook)
   return codes, k + jax.lax.stop_gradient(nearest - k)
 
 
@@ -92,9 +92,9 @@ def quadratic_attention(
   """
   (B, T, H, K), G = q.shape, k.shape[2]
   chex.assert_shape((k, v), [(B, T, G, K), (B, T, G, None)])
-  u = jnp.zeros((H, K)) if content_bias is None else content_bias
-  w = jnp.zeros((H, K)) if position_bias is None else position_bias
-  r = jnp.zeros((1, G, K)) if relative_keys is None else relative_keys
+  u = jnp.zeros((H, K), q.dtype) if content_bias is None else content_bias
+  w = jnp.zeros((H, K), q.dtype) if position_bias is None else position_bias
+  r = jnp.zeros((1, G, K), q.dtype) if relative_keys is None else relative_keys
   L = T if block_len is None else block_len
   k_hat = k if codebook is None else quantize(k, codebook)[1]
   k_hat, v, r = (jnp.repeat(x, H // G, axis=-2) for x in (k_hat, v, r))
@@ -163,14 +163,14 @@ def recurrent_attention(
   chex.assert_shape((k, v), [(B, T, G, K), (B, T, G, V)])
   chex.assert_shape((relative_keys, content_bias), [(M + 1, G, K), (H, K)])
   codes, k_hat = quantize(k, codebook)
-  counts, means = jnp.zeros((B, G, S)), jnp.zeros((B, G, S, V))  # n, m
+  counts, means = (jnp.zeros(shape, v.dtype) for shape in ((B, G, S), (B, G, S, V)))  # n, m
   outputs = []
   for i in range(T):
     # 1. The token at distance M + 1 leaves the window, and enters the cache under its code s:
     #    n_s <- n_s + 1,  m_s <- m_s + (v - m_s) / n_s.
     if i > M:
       evicted = i - M - 1
-      is_code = jax.nn.one_hot(codes[:, evicted], S)  # [B, G, S]
+      is_code = jax.nn.one_hot(codes[:, evicted], S, dtype=v.dtype)  # [B, G, S]
       counts += is_code
       share = is_code / jnp.maximum(counts, 1.0)  # 1/n_s for the code of the token, else 0
       means += share[..., None] * (v[:, evicted, :, None] - means)

@@ -128,7 +128,8 @@ def visible_tiles(layout: TileLayout, doc_ids: Array, r: Array) -> tuple[Array, 
   chex.assert_rank((doc_ids, r), (2, 0))
   n_tile = doc_ids.shape[1] // layout.tile_len
   is_token = jnp.any(doc_ids != NO_DOCUMENT, axis=0)
-  first, last = jnp.argmax(is_token), doc_ids.shape[1] - 1 - jnp.argmax(is_token[::-1])
+  first = jnp.argmax(is_token).astype(jnp.int32)
+  last = doc_ids.shape[1] - 1 - jnp.argmax(is_token[::-1]).astype(jnp.int32)
   start = r * layout.block_len
   if layout.mem_len is not None:
     first = jnp.maximum(first, start)

@@ -94,6 +94,9 @@ def vq_attention(
   `attention.quantization.code_statistics`. Add `attention.quantization.commit_loss` to the loss, to
   keep keys close to their codes.
 
+  Everything is computed in float32, or in the dtype of the arrays if they have fewer bits: float64
+  arrays are converted.
+
   Args:
     q: [B, T, H, K] queries. Head h reads key/value head h // (H/G).
     k: [B, T, G, K] keys, not quantized yet; they get a straight-through gradient.
@@ -124,7 +127,8 @@ def vq_attention(
     scan: runs loops over blocks: `jax.lax.scan`, or `hk.scan` inside of `hk.transform`.
 
   Returns:
-    values [B, T, H, V] in the dtype of `v`, codes [B, T, G], and the state after the T tokens.
+    values [B, T, H, V] in the dtype of `v` (float32 for float64), codes [B, T, G], and the state
+    after the T tokens.
 
   Raises:
     ValueError: a shape or setting is not allowed; the message names the argument.
@@ -150,6 +154,9 @@ def vq_attention(
   )
   dims = vq_arguments.check_arrays(
     q, k, v, codebook, segment_ids, mask, lengths, content_bias, position_bias
+  )
+  q, k, v, codebook, relative_keys, content_bias, position_bias = vq_arguments.to_single_precision(
+    q, k, v, codebook, relative_keys, content_bias, position_bias
   )
   vq_arguments.check_settings(dims, mem_len, block_len, reduction)
   if state is None:
@@ -213,6 +220,7 @@ def _compact(
     segment_ids = None if segment_ids is None else padding.reorder(segment_ids, order)
   if segment_ids is None:
     segment_ids = key_values.continued_doc_ids(state, T)
+  segment_ids = segment_ids.astype(jnp.int32)
   n_read = jnp.full((B,), T) if lengths is None else jnp.clip(lengths, 0, T)
   return _Inputs(q, k, v, segment_ids, n_read.astype(jnp.int32), lengths is not None, order)
 

@@ -47,13 +47,23 @@ def check_arrays(
     ValueError, TypeError: a shape or dtype is not allowed; the message names the array.
   """
   real, dims = jnp.floating, chex.Dimensions()
+  try:
+    checks.check_arrays(
+      "vq_attention",
+      dims,
+      q=(q, "BTHK", real),
+      k=(k, "BTGK", real),
+      v=(v, "BTGV", real),
+      codebook=(codebook, "GSK", real),
+    )
+  except ValueError as error:
+    raise ValueError(
+      f"{error} Heads are the third axis of q, k and v: to arrays [B, heads, T, K], apply "
+      "swapaxes(1, 2). The codebook has one entry on its first axis for each head of k."
+    ) from None
   checks.check_arrays(
     "vq_attention",
     dims,
-    q=(q, "BTHK", real),
-    k=(k, "BTGK", real),
-    v=(v, "BTGV", real),
-    codebook=(codebook, "GSK", real),
     segment_ids=(segment_ids, "BT", jnp.integer),
     mask=(mask, "BT", jnp.bool),
     lengths=(lengths, "B", jnp.integer),
@@ -64,6 +74,11 @@ def check_arrays(
   if mask is not None and lengths is not None:
     raise ValueError("vq_attention: give a mask or lengths, not both.")
   return dims
+
+
+def to_single_precision(*arrays: Array | None) -> list[Array | None]:
+  """Converts float64 arrays, which JAX only has with JAX_ENABLE_X64, to float32."""
+  return [x.astype(jnp.float32) if x is not None and x.dtype == jnp.float64 else x for x in arrays]
 
 
 def check_settings(

@@ -145,7 +145,7 @@ def _attention_weights(params: Params, config: TransformerConfig, name: str) -> 
     for module in ("q", "kvg" if c.gated else "kv", "r", "out")
   }
   scale = K**-0.25
-  distances = jnp.arange(c.mem_len, -1, -1)
+  distances = jnp.arange(c.mem_len, -1, -1, dtype=jnp.int32)
   sinusoids = positions.sinusoids(distances, width=c.d_model, lam=c.pe_lam).astype(dtype)
   relative_keys = (sinusoids @ kernels["r"].astype(dtype)).reshape(-1, G, K)  # [W, G, K]
   codebook = None

@@ -180,7 +180,7 @@ def sample_tokens(
     n_sampled=jnp.zeros((), jnp.int32),
     state=state,
     tokens=jnp.zeros((B, chunk_len), jnp.int32),
-    logprobs=jnp.zeros((B, chunk_len)),
+    logprobs=jnp.zeros((B, chunk_len), jnp.float32),
   )
   end = jax.lax.while_loop(should_continue, sample_column, start)
   lengths = end.state.decode_state.n_written - state.decode_state.n_written

@@ -174,7 +174,7 @@ class AttentionLayer(hk.Module):
       scale * hk.get_parameter(name, (H * K,), jnp.float32, init=jnp.zeros).reshape(H, K)
       for name in ("u", "v")  # the paper's names: v is w in `reference`
     )
-    distances = jnp.arange(0 if c.causal else -c.mem_len, c.mem_len + 1)
+    distances = jnp.arange(0 if c.causal else -c.mem_len, c.mem_len + 1, dtype=jnp.int32)
     table = positions.sinusoids(distances, width=c.d_model, lam=c.pe_lam)
     if is_training:
       table = layers.dropout(rng, c.p_dropsin, table)
@@ -208,7 +208,8 @@ class AttentionLayer(hk.Module):
     if c.attn_type == "full":
       k = k.astype(c.compute_dtype)
       out = sharded.sharded_attention(full.full_attention, q, k, v, state=state, **settings)
-      return out.values, BranchOutput(out.state, jnp.zeros(()), jnp.zeros(()), {})
+      zero = jnp.zeros((), jnp.float32)
+      return out.values, BranchOutput(out.state, zero, zero, {})
     vector_quantizer = quantizer.VectorQuantizer(
       n_head=c.kv_heads, n_code=c.n_code, d_k=c.d_k, gamma=c.c_gamma, name="quantizer"
     )
@@ -238,7 +239,7 @@ class AttentionLayer(hk.Module):
     context: LayerContext,
   ) -> BranchOutput:
     """Returns state, losses (in training) and metrics (if requested) of quantized attention."""
-    commit_loss = codebook_loss = jnp.zeros(())
+    commit_loss = codebook_loss = jnp.zeros((), jnp.float32)
     metrics = {}
     if context.is_training or context.with_metrics:
       nearest = quantization.look_up(out.codes, vector_quantizer.codebook())  # C_z [B, T, G, K]

@@ -238,5 +238,5 @@ def dropout(rng: Array | None, rate: float, x: Array, *, per_example: bool = Fal
   if rate == 0.0:
     return x
   shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_example else x.shape
-  keep = jax.random.bernoulli(rng, 1.0 - rate, shape)
+  keep = jax.random.bernoulli(rng, jnp.float32(1.0 - rate), shape)
   return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -102,6 +102,6 @@ def _random_keys(rng: Array, k: Array, mask: Array, n_code: int) -> tuple[Array,
     The keys [G, S, K] f32, and whether each is the key of an unmasked token [G, S].
   """
   B, T, G, K = k.shape
-  index = jax.random.randint(rng, (G, n_code), 0, B * T)
+  index = jax.random.randint(rng, (G, n_code), 0, B * T, jnp.int32)
   keys = jax.lax.stop_gradient(k).astype(jnp.float32).reshape(B * T, G, K)
   return keys[index, jnp.arange(G)[:, None]], mask.reshape(-1)[index] > 0.0

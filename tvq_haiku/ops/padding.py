@@ -49,7 +49,7 @@ def compact(
   """
   chex.assert_rank((inputs, last_doc), ({2, 3}, 1))
   shape = inputs.shape[:2]
-  weights = jnp.ones(shape) if loss_mask is None else loss_mask.astype(jnp.float32)
+  weights = jnp.ones(shape, jnp.float32) if loss_mask is None else loss_mask.astype(jnp.float32)
   if doc_ids is None:
     docs = jnp.broadcast_to(jnp.maximum(last_doc, 0)[:, None], shape)
     return CompactBatch(inputs, docs, weights, jnp.ones(shape, bool), None, None)

@@ -88,7 +88,7 @@ def loss_gradients(
     ), aux.state
 
   microbatches = (
-    jnp.arange(n_microbatch),
+    jnp.arange(n_microbatch, dtype=jnp.int32),
     jax.tree.map(lambda x: _split_batch(x, 0, n_microbatch), dict(batch)),
     state_lib.map_batch_axis(lambda x, axis: _split_batch(x, axis, n_microbatch), state),
   )
