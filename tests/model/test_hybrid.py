@@ -90,6 +90,27 @@ def test_a_hybrid_trains_with_remat_and_metrics_of_its_codebooks(optimizer):
   assert np.mean(losses[-2:]) < 0.8 * np.mean(losses[:2])
 
 
+@pytest.mark.parametrize(
+  "settings",
+  [
+    dict(attn_type=("vq", "full"), full_len=32, n_layer=2, remat="layer"),
+    dict(head_type="mha", n_head=2, d_v=8, reduction="scan", remat="dots"),
+  ],
+)
+def test_forward_mode_of_the_training_loss_agrees_with_reverse_mode(settings):
+  config = tiny(**settings)
+  params, tokens = random_params(config), random_tokens(config, 2, 25)
+  batch = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:])
+
+  @jax.jit
+  def both_modes(params, tangents):
+    loss = lambda p: tvq.training_loss(p, config, None, batch, tvq.initial_state(config, 2))[0]
+    products = jax.tree.map(lambda g, t: jnp.sum(g * t), jax.grad(loss)(params), tangents)
+    return jax.jvp(loss, (params,), (tangents,))[1], jax.tree.reduce(jnp.add, products)
+
+  np.testing.assert_allclose(*both_modes(params, random_params(config, seed=1)), rtol=1e-4)
+
+
 def test_a_saved_hybrid_loads_and_samples(tmp_path):
   config = helpers.RUN.replace(attn_type=("vq", "full"), full_len=32)
   params = random_params(config)

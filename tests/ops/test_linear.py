@@ -13,7 +13,7 @@ TANGENT, COTANGENT = jax.random.normal(RNGS[2], (3,)), jax.random.normal(RNGS[3]
 
 
 def product(matrix, vector):
-  """Multiplies a vector by the squares of a matrix; its declared transpose is 10 times too large."""
+  """Multiplies a vector by the squares of a matrix, with a transpose that is 10 times too large."""
   return linear.linear_call(
     lambda m, x: (m**2) @ x, lambda m, y: 10.0 * (m**2).T @ y, matrix, vector
   )
