@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from tvq_haiku.types import Array, ArrayTree
@@ -47,34 +46,30 @@ def linear_call(
   2.0
   """
   leaves_r, tree_r = jax.tree.flatten(residuals)
-  leaves_x, tree_x = jax.tree.flatten(operands)
-  shapes, tree_y = jax.tree.flatten(jax.eval_shape(function, residuals, operands))
+  leaves_x = jax.tree.leaves(operands)
+  jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(residuals, operands)
+  tree_y = jax.tree.structure(shapes)
+  n = len(leaves_r)
 
-  def flat(function: Callable[..., ArrayTree], tree: Any) -> Callable[..., list[Array]]:
-    def call(*leaves: Array) -> list[Array]:
-      r, x = leaves[: len(leaves_r)], leaves[len(leaves_r) :]
-      return jax.tree.leaves(function(tree_r.unflatten(r), tree.unflatten(x)))
-
-    return call
+  def flat_transpose(*leaves: Array) -> list[Array]:
+    return jax.tree.leaves(transpose(tree_r.unflatten(leaves[:n]), tree_y.unflatten(leaves[n:])))
 
   ys = _linear_call_p.bind(
-    *leaves_r,
-    *leaves_x,
-    function=flat(function, tree_x),
-    transpose=flat(transpose, tree_y),
-    n_residual=len(leaves_r),
-    out_avals=tuple(ShapedArray(s.shape, s.dtype) for s in shapes),
+    *leaves_r, *leaves_x, function=jaxpr, transpose=flat_transpose, n_residual=n
   )
   return tree_y.unflatten(ys)
 
 
-# Operands: residuals, then linear operands. `function` and `transpose` take and return flat lists.
+# Its operands are the residuals, and then the linear operands. Parameters:
+#   function    ClosedJaxpr
+#   transpose   a function of the residuals and the cotangents, which returns a list
+#   n_residual  number of residuals
 _linear_call_p = Primitive("linear_call_with_transpose")
 _linear_call_p.multiple_results = True
 
 
-def _evaluate(*args: Array, function: Callable[..., list[Array]], **_: Any) -> list[Array]:
-  return function(*args)
+def _evaluate(*args: Array, function: ClosedJaxpr, **_: Any) -> list[Array]:
+  return jaxpr_as_fun(function)(*args)
 
 
 def _jvp(
@@ -92,53 +87,62 @@ def _jvp(
       full = list(r)
       for i, value in zip(varying, values, strict=True):
         full[i] = value
-      return params["function"](*full, *x)
+      return jaxpr_as_fun(params["function"])(*full, *x)
 
     _, d_varying = jax.jvp(of_varying, [r[i] for i in varying], [tangents[i] for i in varying])
     d_y = [a + b for a, b in zip(d_y, d_varying, strict=True)]
   return _linear_call_p.bind(*primals, **params), d_y
 
 
-def _transpose(cotangents: Sequence[Array | ad.Zero], *args: Any, **params: Any) -> list[Any]:
-  n, x = params["n_residual"], args[params["n_residual"] :]
-  x_avals = tuple(y.aval if ad.is_undefined_primal(y) else jax.typeof(y) for y in x)
+def _transpose(
+  cotangents: Sequence[Array | ad.Zero],
+  *args: Any,
+  function: ClosedJaxpr,
+  transpose: Callable[..., list[Array]],
+  n_residual: int,
+) -> list[Any]:
+  r, x = args[:n_residual], args[n_residual:]
+  d_y = [ad.instantiate_zeros(ct) for ct in cotangents]
   d_x = _linear_call_p.bind(
-    *args[:n],
-    *(ad.instantiate_zeros(ct) for ct in cotangents),
-    function=params["transpose"],
-    transpose=params["function"],
-    n_residual=n,
-    out_avals=x_avals,
+    *r,
+    *d_y,
+    function=jax.make_jaxpr(transpose)(*r, *d_y),
+    transpose=jaxpr_as_fun(function),
+    n_residual=n_residual,
   )
+  # An operand that is not an unknown is a constant zero.
   d_x = [d if ad.is_undefined_primal(y) else None for d, y in zip(d_x, x, strict=True)]
-  return [None] * n + d_x
+  return [None] * n_residual + d_x
 
 
 def _batch(
-  args: Sequence[Array], axes: Sequence[int | None], **params: Any
+  args: Sequence[Array],
+  axes: Sequence[int | None],
+  *,
+  function: ClosedJaxpr,
+  transpose: Callable[..., list[Array]],
+  n_residual: int,
 ) -> tuple[list[Array], list[int]]:
-  n = params["n_residual"]
+  n = n_residual
   size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
-  pairs = zip(args[n:], axes[n:], strict=True)
+  r, pairs = args[:n], zip(args[n:], axes[n:], strict=True)
   x = [batching.bdim_at_front(y, axis, size) for y, axis in pairs]
 
   def batched(function: Callable[..., list[Array]], n_linear: int) -> Callable[..., list[Array]]:
     return jax.vmap(function, in_axes=(*axes[:n], *(0,) * n_linear))
 
-  out_avals = tuple(ShapedArray((size, *a.shape), a.dtype) for a in params["out_avals"])
   y = _linear_call_p.bind(
-    *args[:n],
+    *r,
     *x,
-    function=batched(params["function"], len(x)),
-    transpose=batched(params["transpose"], len(out_avals)),
+    function=jax.make_jaxpr(batched(jaxpr_as_fun(function), len(x)))(*r, *x),
+    transpose=batched(transpose, len(function.out_avals)),
     n_residual=n,
-    out_avals=out_avals,
   )
   return y, [0] * len(y)
 
 
 _linear_call_p.def_impl(_evaluate)
-_linear_call_p.def_abstract_eval(lambda *_, out_avals, **params: list(out_avals))
+_linear_call_p.def_abstract_eval(lambda *_, function, **params: list(function.out_avals))
 ad.primitive_jvps[_linear_call_p] = _jvp
 ad.primitive_transposes[_linear_call_p] = _transpose
 batching.primitive_batchers[_linear_call_p] = _batch
