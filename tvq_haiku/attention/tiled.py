@@ -64,7 +64,7 @@ class _Tile(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-  """What the derivatives of `tiled_attention` need."""
+  """Arrays that the derivatives of `tiled_attention` need."""
 
   queries: TileQueries
   keys: TileKeys

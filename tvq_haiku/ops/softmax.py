@@ -76,7 +76,7 @@ def softmax_mix(scores: Sequence[Array], values: Sequence[Array]) -> Array:
 
 
 class _Residuals(NamedTuple):
-  """What the derivatives of `_softmax_mix` need."""
+  """Arrays that the derivatives of `_softmax_mix` need."""
 
   weights: list[Array]  # for each set, [*batch, A, n] in the dtype of the values
   values: list[Array]  # for each set, [*batch, n, V]
