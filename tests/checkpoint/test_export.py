@@ -16,11 +16,13 @@ from helpers import assert_same
 CONFIG = helpers.RUN
 
 
-def test_round_trip(tmp_path):
-  params = helpers.random_params(CONFIG)
-  tvq.export_params(params, CONFIG, tmp_path / "a" / "model.safetensors")
+@pytest.mark.parametrize("pe_abs", [False, True])  # True: one parameter is a scalar
+def test_round_trip(pe_abs, tmp_path):
+  want = CONFIG.replace(pe_abs=pe_abs)
+  params = helpers.random_params(want)
+  tvq.export_params(params, want, tmp_path / "a" / "model.safetensors")
   loaded, config = tvq.import_params(tmp_path / "a" / "model.safetensors")
-  assert config == CONFIG
+  assert config == want
   assert_same(loaded, params)
   assert os.listdir(tmp_path / "a") == ["model.safetensors"]
 

@@ -45,7 +45,7 @@ def test_params_round_trip_through_main():
   assert_same(tvq.interop.params_from_official(official, config), params)
 
 
-@pytest.mark.parametrize("name", helpers.VARIANTS)
+@pytest.mark.parametrize("name", [name for name in helpers.VARIANTS if "hybrid" not in name])
 def test_params_round_trip_through_optimized(name):
   config = helpers.tiny(**helpers.VARIANTS[name])
   params = helpers.random_params(config)

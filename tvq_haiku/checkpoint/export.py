@@ -60,7 +60,7 @@ def serialize_params(params: Params, config: TransformerConfig) -> bytes:
   """
   transformer.check_params(params, config)
   arrays = {
-    f"{module}/{name}": np.ascontiguousarray(jax.device_get(value))
+    f"{module}/{name}": np.asarray(jax.device_get(value), order="C")
     for module, leaves in params.items()
     for name, value in leaves.items()
   }
