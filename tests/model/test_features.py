@@ -148,7 +148,7 @@ def test_errors_of_a_batch_name_the_inputs():
   tokens = np.zeros((2, 8), np.int32)
   batch = dict(inputs=tokens, targets=tokens)
   with pytest.raises(ValueError, match=r"batch\['inputs'\] must be features \[B, T, D=16\]"):
-    tvq.make_train_step(CONFIG, train_cfg)(None, batch, None)
+    tvq.make_train_step(CONFIG, train_cfg)(None, batch, jax.random.key(0))
   with pytest.raises(ValueError, match=r"inputs must have shape \[B, T, D=16\], got \(2, 8\)"):
     tvq.training_loss({}, CONFIG, None, batch, None)
   with pytest.raises(ValueError, match=r"Features \[B, T, D\] need no_emb=True"):
