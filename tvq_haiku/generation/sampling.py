@@ -135,10 +135,9 @@ def sample_token(rng: Array, logits: Array, params: SamplingParams) -> Array:
   n_candidate = min(params.n_candidate or logits.shape[-1], logits.shape[-1])
   candidates, tokens = jax.lax.top_k(scaled, n_candidate)  # most probable first
   probabilities = jnp.exp(candidates - jax.nn.logsumexp(scaled))
-  rank = jnp.arange(n_candidate)
   kept = jnp.ones(candidates.shape, bool)
   if params.top_k is not None:
-    kept &= rank < params.top_k
+    kept &= jnp.arange(n_candidate) < params.top_k
   if params.top_p is not None:
     # A token is kept if the probabilities of the tokens before it add up to less than p. A sum that
     # is less than p only by rounding counts as p.
@@ -146,7 +145,7 @@ def sample_token(rng: Array, logits: Array, params: SamplingParams) -> Array:
     kept &= mass_before < params.top_p * (1 - _ROUNDING)
   if params.min_p is not None:
     kept &= probabilities >= params.min_p * probabilities[0]
-  kept |= rank == 0  # even if float32 rounds p to 0
+  # If float32 rounds p to 0, no token is kept. Then the choice is the first one, too.
   choice = jax.random.categorical(rng, jnp.where(kept, candidates, -jnp.inf))
   return tokens[choice].astype(jnp.int32)
 
