@@ -16,9 +16,11 @@ from small_experiments import CONFIG
 pytestmark = pytest.mark.slow
 
 
-def test_encoder_is_rejected(runs):
+def test_encoders_and_models_of_features_are_rejected(runs):
   with pytest.raises(ValueError, match="causal=False: an encoder cannot predict"):
     dataclasses.replace(runs["text"][0], config=CONFIG.replace(causal=False))
+  with pytest.raises(ValueError, match="no_emb=True: the model reads features"):
+    dataclasses.replace(runs["text"][0], config=CONFIG.replace(no_emb=True))
 
 
 def test_vocabulary_of_another_size_is_rejected(runs):

@@ -37,6 +37,25 @@ def check_causal(caller: str, config: TransformerConfig) -> None:
     )
 
 
+def check_reads_tokens(caller: str, config: TransformerConfig) -> None:
+  """Checks that a model reads tokens and predicts the next one.
+
+  Args:
+    caller: name of the function, for the message.
+    config: the configuration that was passed.
+
+  Raises:
+    TypeError: `config` is not a configuration of a model.
+    ValueError: the model is an encoder, or it reads features.
+  """
+  check_causal(caller, config)
+  if config.no_emb:
+    raise ValueError(
+      f"{caller}: no_emb=True: the model reads features, so it cannot read the tokens that it "
+      "predicts. Use tvq.decode_step, or a model with embeddings."
+    )
+
+
 def check_language_model(caller: str, params: Params, config: TransformerConfig) -> None:
   """Checks a model that a public function runs: parameters and configuration.
 
@@ -51,12 +70,7 @@ def check_language_model(caller: str, params: Params, config: TransformerConfig)
     ValueError: the model does not read and predict tokens, or the parameters are not those of the
       configuration.
   """
-  check_causal(caller, config)
-  if config.no_emb:
-    raise ValueError(
-      f"{caller}: no_emb=True: the model reads features, so it cannot read the tokens that it "
-      "predicts. Use tvq.decode_step, or a model with embeddings."
-    )
+  check_reads_tokens(caller, config)
   if not isinstance(params, Mapping) or not all(isinstance(x, Mapping) for x in params.values()):
     raise TypeError(
       f"{caller}: params must map modules to named arrays, as the `init` of tvq.make_transformer "

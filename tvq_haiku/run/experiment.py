@@ -57,7 +57,7 @@ class Experiment:
   def __post_init__(self):
     size_checks.check_sizes(self.config, self.train_cfg, self.mesh)
     self.vocabulary.check("config.n_vocab", self.config.n_vocab)
-    preconditions.check_causal("Experiment", self.config)
+    preconditions.check_reads_tokens("Experiment", self.config)
     if self.train_cfg.sequence_len % self.align:
       raise ValueError(
         f"Experiment: sequence_len={self.train_cfg.sequence_len} must be a multiple of "
