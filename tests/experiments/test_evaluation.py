@@ -13,6 +13,8 @@ import tvq_haiku as tvq
 
 from small_experiments import IMAGE_SIZE
 
+pytestmark = pytest.mark.slow
+
 ONE_ROW = EvalFlags(eval_rows=1, eval_window=32, weights="last")
 
 

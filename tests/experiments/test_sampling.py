@@ -11,6 +11,8 @@ from experiments import console, sampling, shared_flags
 
 from small_experiments import IMAGE_SIZE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sample(saved_runs, tmp_path, capsys):
