@@ -79,6 +79,8 @@ class TestEvaluate:
     """Data of the same name and size, of which all bytes or only those of the test split differ."""
     experiment, checkpoint = runs["text"]
     own = commands.evaluate(experiment, checkpoint, "test")
+    if changed == "all":  # the data of the run are recognized before they are evaluated
+      own[1].unlink()
     content = bytearray(experiment.source._file.read_bytes())
     start = {"all": 0, "test": 2850}[changed]
     content[start:] = bytes(byte ^ 1 for byte in content[start:])
@@ -93,7 +95,8 @@ class TestEvaluate:
     assert file.name == f"test-enwik8-{metrics['checksum']:08x}.figures.json"
     assert json.loads(file.read_text()) == metrics and metrics["data"] == str(tmp_path / "enwik8")
     assert commands.evaluate(other, checkpoint, "test") == (metrics, file)
-    assert json.loads(own[1].read_text()) == own[0]  # not overwritten
+    assert commands.evaluate(experiment, checkpoint, "test") == own
+    assert json.loads(own[1].read_text()) == own[0]
 
   def test_damaged_tokens_are_rejected(self, runs, tmp_path):
     experiment = dataclasses.replace(runs["text"][0], cache_dir=tmp_path)
