@@ -10,6 +10,8 @@ import pytest
 import safetensors
 
 import tvq_haiku as tvq
+from tvq_haiku import data
+from tvq_haiku.evaluation import compression
 from tvq_haiku.run import trainer
 
 import helpers
@@ -18,7 +20,7 @@ from helpers import assert_same
 pytestmark = pytest.mark.slow
 
 COMPAT = pathlib.Path(__file__).parent / "compat"
-CONFIG = helpers.RUN.replace(d_model=8, d_k=4, d_v=8)
+CONFIG = helpers.RUN.replace(head_type="shga", n_head=1, d_model=8, d_k=4, d_v=8)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,15 @@ def test_parameter_names_are_unchanged(expected):
   params = tvq.params_shapes(CONFIG)
   assert param_names(params) == expected["param_names"].tolist()
   assert param_names(tvq.import_params(COMPAT / "params.safetensors")[0]) == param_names(params)
+
+
+def test_fingerprint_of_compressed_files_is_unchanged():
+  """Fields that the configuration did not have then must not change it."""
+  params, config = tvq.import_params(COMPAT / "params.safetensors")
+  fingerprint = compression._fingerprint(params, config, data.ByteVocabulary)
+  assert fingerprint.hex() == "cd7860be4191efcb"
+  changed = config.replace(full_len=3)
+  assert compression._fingerprint(params, changed, data.ByteVocabulary) != fingerprint
 
 
 def test_export_writes_the_same_arrays_and_format(tmp_path):

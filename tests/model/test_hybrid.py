@@ -112,7 +112,9 @@ def test_forward_mode_of_the_training_loss_agrees_with_reverse_mode(settings):
 
 
 def test_a_saved_hybrid_loads_and_samples(tmp_path):
-  config = helpers.RUN.replace(attn_type=("vq", "full"), full_len=32)
+  config = helpers.RUN.replace(
+    head_type="shga", n_head=1, d_v=16, attn_type=("vq", "full"), full_len=32
+  )
   params = random_params(config)
   tvq.export_params(params, config, tmp_path / "params.safetensors")
   loaded, loaded_config = tvq.import_params(tmp_path / "params.safetensors")

@@ -15,8 +15,10 @@ with the same versions of the software; otherwise `decompress` raises an error.
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import hashlib
+import json
 import struct
 from typing import Any, NamedTuple
 import zlib
@@ -35,6 +37,9 @@ from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import optional, progress, value_checks
 
 _MAGIC = b"TVQZ"
+# Fields that the configuration did not have when the format was defined, with the values that have
+# no effect: with these values, the fingerprint of a model is the same as before.
+_NEW_FIELDS = {"no_emb": False, "full_len": None}
 _VERSION = 1
 _HEADER = struct.Struct("<4sBxHQ8sI")  # the magic number, then the fields of `_Header`
 _CHECKSUM = struct.Struct("<I")
@@ -267,7 +272,12 @@ def _unpack(packed: bytes) -> tuple[_Header, bytes]:
 
 def _fingerprint(params: Params, config: TransformerConfig, vocabulary: Vocabulary) -> bytes:
   """Returns 8 bytes of a hash of the configuration, all parameters and the vocabulary."""
-  digest = hashlib.sha256(config.to_json().encode())
+  settings = {
+    name: value
+    for name, value in dataclasses.asdict(config).items()
+    if name not in _NEW_FIELDS or value != _NEW_FIELDS[name]
+  }
+  digest = hashlib.sha256(json.dumps(settings, indent=2, sort_keys=True).encode())
   for module in sorted(params):
     for name in sorted(params[module]):
       digest.update(f"{module}/{name}".encode())
