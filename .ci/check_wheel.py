@@ -14,7 +14,7 @@ from tvq_haiku import data
 
 
 def files_of(package):
-  """Returns the paths of the files of a package, without compiled and hidden ones."""
+  """Returns the relative paths of the files of a package, except compiled and hidden files."""
   paths = (path.relative_to(package) for path in package.rglob("*") if path.is_file())
   ignored = ("__pycache__", ".")
   return {str(path) for path in paths if not any(part.startswith(ignored) for part in path.parts)}
