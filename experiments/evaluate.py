@@ -21,8 +21,8 @@ flags.DEFINE_alias("rows", "eval_rows")  # an earlier name
 _FILE = flags.DEFINE_string(
   "file",
   None,
-  "File to evaluate: a text or, for a model of images, a picture, or the bytes of several images, "
-  "of the size of the run.",
+  "File to evaluate: a text. For a model of images: a picture, or the raw bytes (RGB) of one or "
+  "more images, of the same size as the images that the model was trained on.",
   required=True,
 )
 

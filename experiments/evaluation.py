@@ -19,7 +19,7 @@ def evaluate_file(run: OpenRun, file: str, options: EvalFlags) -> str:
 
   Args:
     run: the run.
-    file: path of a text or, for a model of images, of a picture or the bytes of several images.
+    file: path of a text; for a model of images, path of a picture, or of the raw bytes of images.
     options: the flags of evaluations.
 
   Returns:
@@ -59,11 +59,11 @@ def _image_stream(content: bytes, size: int) -> data.TokenStream:
   """Returns the bytes of images as a stream of one document per image.
 
   Args:
-    content: of a picture file, or the bytes of one or more images.
+    content: content of a picture file, or the raw bytes (RGB) of one or more images.
     size: height and width of an image in pixels.
 
   Raises:
-    ValueError: the images have another size.
+    ValueError: the images have a different size.
   """
   n_byte = 3 * size**2
   pixels = _read_picture(content, size)
@@ -77,7 +77,15 @@ def _image_stream(content: bytes, size: int) -> data.TokenStream:
 
 
 def _read_picture(content: bytes, size: int) -> bytes:
-  """Returns the bytes of a picture, none if it has another size, or `content` if it is none."""
+  """Returns the raw bytes (RGB) of the picture in a file.
+
+  Args:
+    content: content of the file.
+    size: expected height and width in pixels.
+
+  Returns:
+    The bytes; empty if the picture has a different size; `content` if it is not a picture file.
+  """
   image = optional.require("PIL.Image", extra="images", purpose="pictures")
   try:
     with image.open(io.BytesIO(content)) as picture:

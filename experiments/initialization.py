@@ -1,4 +1,4 @@
-"""The model that a new run starts from (--init): that of another run, or of an exported file."""
+"""Reads the model that a new run starts from (--init): from another run or an exported file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tvq_haiku.utils import progress
 
 
 def read_config(init: str) -> tvq.TransformerConfig:
-  """Returns the configuration of the model.
+  """Returns the configuration of the model that --init names.
 
   Args:
     init: directory of a run, or file or directory of exported parameters.
@@ -39,9 +39,9 @@ def read_config(init: str) -> tvq.TransformerConfig:
 
 
 def find_vocabulary(init: str) -> pathlib.Path | None:
-  """Returns the SentencePiece vocabulary of the model, or None if its tokens are bytes.
+  """Returns the SentencePiece vocabulary of this model, or None if its tokens are bytes.
 
-  The vocabulary is in the directory of the run, from which a file may have been exported.
+  It is looked for in the directory of the run, or in that of the exported file.
 
   Args:
     init: directory of a run, or file or directory of exported parameters.
@@ -63,7 +63,7 @@ def find_vocabulary(init: str) -> pathlib.Path | None:
 
 
 def load_params(init: str, config: tvq.TransformerConfig, *, weights: str) -> Params:
-  """Loads the parameters, and logs what was loaded.
+  """Loads the parameters of this model, and logs what was loaded.
 
   Args:
     init: directory of a run, or file or directory of exported parameters.

@@ -6,7 +6,8 @@ that JAX is imported once and not twice, and Ctrl-C ends the imports without a t
 
 from __future__ import annotations
 
-# The module `signal` imports others, which takes so long that Ctrl-C may end it with a traceback.
+# The module `signal` imports other modules. This takes so long that Ctrl-C may interrupt it, which
+# would print a traceback.
 import _signal as signal
 import os
 import sys
@@ -44,7 +45,7 @@ def restart_with_malloc_settings() -> None:
 
 
 def _end_on_interrupt(name: str) -> None:
-  """Makes Ctrl-C end the process with the line that `launcher` prints, too, and its exit status.
+  """Makes Ctrl-C end the process with the same message and exit status as in `launcher`.
 
   Args:
     name: name of the command.

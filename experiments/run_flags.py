@@ -27,9 +27,9 @@ flags.DEFINE_string("data_dir", None, "Directory or file with the data set.")
 flags.DEFINE_string(
   "workdir",
   None,
-  "Directory of the run. Default: runs/NAME, with the name of the experiment; for text, "
-  "runs/text-DATA, with the name of the data. It ends in -cpu with --size=cpu, and is "
-  "runs/NAME-smoke with --smoke.",
+  "Directory of the run. Default: runs/NAME, where NAME is the name of the experiment; for text, "
+  "runs/text-DATA, where DATA is the name of the data. --size=cpu appends -cpu. With --smoke: "
+  "runs/NAME-smoke.",
 )
 flags.DEFINE_string(
   "cache_dir",
@@ -87,8 +87,8 @@ flags.DEFINE_integer("keep", 2, "Number of most recent checkpoints to keep.", lo
 flags.DEFINE_string(
   "init",
   None,
-  "Directory of a run, or file written by --command=export, with the initial parameters. Its model "
-  "configuration replaces the defaults of --size, and its vocabulary that of the experiment. "
+  "Directory of a run, or file written by --command=export: its parameters are the initial ones. "
+  "Its model configuration replaces the defaults of --size, and its vocabulary the default one. "
   "Default: random parameters.",
 )
 flags.DEFINE_integer(

@@ -95,8 +95,8 @@ def _default_workdir(spec: specs.ExperimentSpec, run_flags: RunFlags, size: str)
     elif run_flags.command in _RUN_COMMANDS:
       runs = sorted(map(str, pathlib.Path("runs").glob(f"{spec.name}*")))
       raise flags.ValidationError(
-        f"--command={run_flags.command}: which run? Set --workdir, or --data_dir to the data that "
-        "the run was trained on." + (f" Here are {', '.join(runs)}." if runs else "")
+        f"--command={run_flags.command} needs a run: set --workdir, or set --data_dir to the data "
+        "that the run was trained on." + (f" Existing runs: {', '.join(runs)}." if runs else "")
       )
   return "runs/" + "-".join(parts if size == specs.SIZES[0] else [*parts, size])
 

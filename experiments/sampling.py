@@ -104,7 +104,7 @@ def _stream(
 
 
 def _start_text(i: int, n: int, file: samples.TextFile) -> None:
-  """Separates text i of n from the one before it: by a heading in the file, by an empty line."""
+  """Writes an empty line before text i of n, unless i is 0; a heading in the file, if n > 1."""
   if i > 0:
     _print_now("\n", file)
   if n > 1:

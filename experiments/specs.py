@@ -25,7 +25,7 @@ class SizePreset(NamedTuple):
 class ExperimentSpec(NamedTuple):
   """The settings that distinguish one experiment from the others."""
 
-  name: str  # of the command and of the default working directory
+  name: str  # name of the command; the default working directory contains it
   source: Callable[[str | None], base.Source]  # opens the data set in --data_dir
   smoke_source: Callable[[pathlib.Path], base.Source]  # writes a small data set to a directory
   presets: Mapping[str, SizePreset]  # keys: SIZES and SMOKE
@@ -33,7 +33,7 @@ class ExperimentSpec(NamedTuple):
   token_name: str = "byte"  # what one token is, for messages
   vocabularies: tuple[str, ...] = (BYTES,)  # kinds that --vocab may select, the default first
   top_p: float = 0.95  # default of --top_p
-  default_size: str = SIZES[0]  # of --size
+  default_size: str = SIZES[0]  # default of --size
   names_data: bool = False  # whether the default working directory is runs/NAME-DATA, not runs/NAME
 
 
