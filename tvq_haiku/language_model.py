@@ -141,7 +141,7 @@ class LanguageModel:
 
     def chunks_and_rest() -> Iterator[str]:
       yield from chunks
-      if conversation.pending:  # of a character that `max_new_tokens` has cut
+      if conversation.pending:  # a part of a character that `max_new_tokens` has cut
         yield conversation.pending.decode(errors="replace")
 
     return chunks_and_rest()
@@ -236,7 +236,7 @@ class LanguageModel:
     Raises:
       FileExistsError: the directory holds files.
       OSError: the directory cannot be written.
-      ValueError: the vocabulary is of a class of your own.
+      ValueError: the vocabulary is neither a `ByteVocabulary` nor a `PieceVocabulary`.
     """
     contents = {export.PARAMS_FILE: export.serialize_params(self.params, self.config)}
     if isinstance(self.vocabulary, PieceVocabulary):
@@ -288,7 +288,7 @@ def load(
 
 
 def find_vocabulary(directory: pathlib.Path) -> PieceVocabulary | None:
-  """Returns the vocabulary that belongs to a model in `directory`; None: it has none of its own."""
+  """Returns the vocabulary in the directory of a model, or None if there is no vocab.model."""
   directories = [directory]
   if directory.absolute().name == run_directory.BEST_DIRECTORY:
     directories.append(directory.absolute().parent)  # best/ is a part of the directory of a run

@@ -17,9 +17,8 @@ ArrayTree = chex.ArrayTree  # arrays in nested containers
 Batch = Mapping[str, Array]
 HostBatch = dict[str, np.ndarray]  # the same in host memory, before it is copied to devices
 OptState = optax.OptState  # state of the optimizer, in the containers of optax
-Tree = TypeVar(
-  "Tree"
-)  # nested containers, where the result of a function has those of its argument
+# Nested containers; a function from Tree to Tree returns the same containers as it takes.
+Tree = TypeVar("Tree")
 Params = hk.Params  # module path -> parameter name -> array, or `jax.ShapeDtypeStruct`
 
 

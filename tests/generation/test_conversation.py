@@ -45,7 +45,7 @@ def test_chunks_add_up_to_the_text_of_continue_text(prompt, n):
 
 
 def write_bytes(monkeypatch, content):
-  """Makes the model write `content`, after which it would go on with spaces."""
+  """Makes the model write `content`, after which it would write spaces."""
   tokens = data.ByteVocabulary.encode(content + b" " * 100)
   n_sampled = 0
 
@@ -175,7 +175,7 @@ def test_a_conversation_from_a_saved_state_continues_bit_for_bit(tmp_path, text_
 
 
 class TestPieces:
-  """The model's tokens are pieces of text, which may hold a stop text or begin inside of one."""
+  """Tokens are subwords: a stop text may begin or end inside of a token."""
 
   def model(self, pieces):
     config = CONFIG.replace(n_vocab=pieces.size)

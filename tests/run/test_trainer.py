@@ -256,7 +256,7 @@ def test_finished_run_is_not_trained_again(uninterrupted, monkeypatch):
 
 
 def test_extended_run_equals_one_that_was_longer_from_the_start(uninterrupted, tmp_path):
-  """A finished run goes on at the last learning rate of its schedule."""
+  """A finished run continues at the last learning rate of its schedule."""
   longer, rates = TRAIN.replace(n_extra_step=4), {}
   extended_dir = shutil.copytree(uninterrupted[0], tmp_path / "extended")
   extended = trainer.fit(

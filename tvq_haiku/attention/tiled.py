@@ -2,8 +2,8 @@
 
 Scores exist for one tile at a time: the L queries of a block and C keys. The forward pass keeps a
 running maximum and normalizer for each query (the online softmax of Milakov & Gimelshein 2018, as
-in FlashAttention); the derivatives recompute the scores of each tile, and from their logsumexp
-the weights. Tiles in which no query of the block sees a key are skipped.
+in FlashAttention); the derivatives recompute the scores of each tile, and compute the weights from
+the scores and their logsumexp. Tiles in which no query of the block sees a key are skipped.
 
 Letters: B batch, R query blocks, G key/value heads, P query heads for each of them, L block length,
 C tile length, n keys, D relative keys, K key width, V value width, M memory length.

@@ -94,8 +94,7 @@ def vq_attention(
   `attention.quantization.code_statistics`. Add `attention.quantization.commit_loss` to the loss, to
   keep keys close to their codes.
 
-  Everything is computed in float32, or in the dtype of the arrays if they have fewer bits: float64
-  arrays are converted.
+  float64 arrays are converted to float32.
 
   Args:
     q: [B, T, H, K] queries. Head h reads key/value head h // (H/G).

@@ -165,7 +165,7 @@ def check_same_run(
   if differences:
     raise CheckpointError(
       f"{directory} holds a run with a different configuration: {'; '.join(differences.values())}. "
-      + _how_to_go_on(directory, differences)
+      + _advice(directory, differences)
     )
 
 
@@ -182,7 +182,7 @@ def _may_resume(name: str, saved: Any, given: Any) -> bool:
   return name in _EXECUTION_FIELDS or given == saved
 
 
-def _how_to_go_on(directory: str | os.PathLike, differences: Container[str]) -> str:
+def _advice(directory: str | os.PathLike, differences: Container[str]) -> str:
   """Returns the end of the message about fields that differ: what the user can do."""
   if "n_max_step" in differences:
     return (
@@ -206,9 +206,8 @@ def extend(directory: pathlib.Path, train_cfg: TrainConfig) -> None:
 def set_aside_later(directory: str | os.PathLike, *, after: int) -> None:
   """Moves the checkpoints of more than `after` updates to `damaged/`.
 
-  A run calls this before it resumes after `after` updates, because it will save the later ones
-  again.
-  All processes must call it.
+  A run calls this before it resumes after `after` updates, because it will save the later
+  checkpoints again. All processes must call it.
 
   Raises:
     CheckpointError: a checkpoint cannot be moved; the message names it.

@@ -17,8 +17,8 @@ from tvq_haiku.data.vocabulary import ByteVocabulary
 from tvq_haiku.utils import files, optional, progress
 
 _SPACE = "▁"  # SentencePiece's symbol for a space
-# What is encoded as bytes: this symbol where a text has it, and bytes that are not UTF-8, which
-# Python's "surrogateescape" decodes to these surrogates.
+# Two things are encoded as bytes: this symbol, if it occurs in a text; and bytes that are not
+# UTF-8, which Python's error handler "surrogateescape" decodes to these surrogates.
 _ENCODED_AS_BYTES = re.compile(f"([{_SPACE}\udc80-\udcff]+)")
 _PROBE = "  It was;\n\nwas it?\té▁🧀 "  # a text that only lossless vocabularies restore
 _SPECIAL_IDS = (ByteVocabulary.PAD, ByteVocabulary.EOS, ByteVocabulary.UNK, -1)  # -1: no such token
@@ -117,7 +117,7 @@ class PieceVocabulary:
       return np.array(self._processor.encode(text), np.int32)
     text = text if isinstance(text, str) else text.decode(errors="surrogateescape")
     tokens: list[int] = []
-    for i, part in enumerate(_ENCODED_AS_BYTES.split(text)):  # a match after each other part
+    for i, part in enumerate(_ENCODED_AS_BYTES.split(text)):  # odd parts are matches
       if i % 2:
         raw = part.encode(errors="surrogateescape")
         tokens += [self._byte_tokens[byte] for byte in raw]
@@ -128,7 +128,8 @@ class PieceVocabulary:
   def decode(self, tokens: npt.ArrayLike) -> bytes:
     """Returns the bytes of each of the `tokens`, concatenated.
 
-    So the bytes of a text are those of its parts, even where a part ends inside of a character.
+    So tokens can be decoded in parts whose bytes are concatenated, even if a part ends inside of a
+    character.
 
     Args:
       tokens: array of any shape. Padding and ends of documents have no bytes.
@@ -194,7 +195,7 @@ def train_pieces(
 
 
 class _Sentences:
-  """Iterates over lines, in parts of which SentencePiece ignores none.
+  """Iterates over lines, split into parts that SentencePiece does not ignore.
 
   Attributes:
     count: number of parts so far.
@@ -224,7 +225,8 @@ class _Sentences:
 def _split_long_line(line: str, max_len: int = _SENTENCE_LEN) -> Iterator[str]:
   """Splits a line into parts of at most `max_len` characters, before white space if there is any.
 
-  A word keeps the space before it, so a part has the same words as in the whole line.
+  A word keeps the space before it, so that SentencePiece finds the same words as in the complete
+  line.
 
   >>> list(_split_long_line("so it was", 6))
   ['so it', ' was']

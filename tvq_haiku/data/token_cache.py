@@ -200,7 +200,7 @@ class _SplitEncoder:
     """Encodes the next chunk, and returns its tokens as bytes of the token file."""
     try:
       if self._vocabulary is not ByteVocabulary:
-        chunk.content.decode()  # pieces could encode other encodings than UTF-8 only byte by byte
+        chunk.content.decode()  # otherwise, it would be encoded byte by byte
       tokens = self._vocabulary.encode(chunk.content)
     except UnicodeDecodeError as error:
       raise ValueError(f"{chunk.file} is not UTF-8: {error.reason}.") from error

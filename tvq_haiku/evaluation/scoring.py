@@ -112,8 +112,8 @@ def _windows(
 ) -> Iterator[HostBatch]:
   """Yields the windows of several documents, one per batch element; the rest is padding.
 
-  If all documents fit into one window, its length is a power of two that is hardly longer than the
-  longest document: few compiled programs serve documents of all lengths.
+  If all documents fit into one window, its length is that of the longest document, rounded up to a
+  power of two (at least 16), so that documents of many lengths share a few compiled programs.
 
   Args:
     documents: at most `batch_size` arrays of tokens; the first and the last token of each is an

@@ -48,7 +48,7 @@ def decode_step(
 
   Returns:
     The logits [B, X] f32, and the state after the token, which has the type of `state`.
-    `finish_decoding` converts the fast one for the model.
+    `finish_decoding` converts a `DecodeState` to the state that the model takes.
 
   Raises:
     ValueError: the model is an encoder, `params` or `state` do not fit it, or `inputs` have a wrong
@@ -81,7 +81,7 @@ def decode_step(
 def _decode_step(
   params: Params | DecoderWeights, config: TransformerConfig, inputs: Array, state: State
 ) -> tuple[Array, State]:
-  """Checks the arguments, which costs nothing once the program is compiled, and does the step."""
+  """Checks the arguments, and computes one step. The checks run only while it is traced."""
   dims = chex.Dimensions(D=config.d_model)
   expected = ("BD", jnp.floating) if config.no_emb else ("B", jnp.integer)
   checks.check_arrays("decode_step", dims, inputs=(inputs, *expected))

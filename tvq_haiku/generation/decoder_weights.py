@@ -79,7 +79,7 @@ def prepare_weights(params: Params, config: TransformerConfig) -> DecoderWeights
     The weights, which `decode_token` takes.
   """
   c = config
-  embedding = params.get("transformer/embedding")  # None: neither tokens nor a tied output
+  embedding = params.get("transformer/embedding")  # None: features, untied output
   if c.e_tie:
     unembedding, logit_bias = embedding["embeddings"], embedding["output_bias"]
   else:

@@ -76,9 +76,9 @@ def generate(
     min_p: samples from tokens whose probability is at least this fraction of the highest one.
     eos_id: token that ends a text, or several such tokens. The first of them also starts a text
       whose prompt is empty.
-    stop: sequences of tokens; a text ends when one of them has been sampled completely. Other
-      values of `stop` and `eos_id` do not recompile, up to 4 conditions of up to 8 tokens; more
-      of them do when their number or length exceeds the next power of two.
+    stop: sequences of tokens; a text ends when one of them has been sampled completely. `stop` and
+      `eos_id` are stored in one array, whose size is rounded up to powers of two, at least 4
+      sequences of 8 tokens. Other values recompile only if this size changes.
     state: the state that the prompts continue, such as `state` of an earlier output. None: each
       prompt starts a new document.
     logits: [B, X]: `logits` of the same output, required if an empty prompt continues a text.

@@ -67,7 +67,7 @@ def unpad_prompts(
 
 
 def _as_array(name: str, values: Any) -> np.ndarray:
-  """Returns an argument of `generate` as an array; lists of unequal lengths are none."""
+  """Returns an argument of `generate` as an array; raises if lists have unequal lengths."""
   try:
     return np.asarray(values)
   except ValueError:

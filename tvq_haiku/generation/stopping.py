@@ -27,7 +27,7 @@ _NEVER = -3  # matches no token
 class StopConditions(NamedTuple):
   """Token sequences that end a text, as an array, so that other sequences do not recompile."""
 
-  # [S, n] int32: sequences end at the right; `_ANY` is before them, and `_NEVER` in unused rows.
+  # [S, n] int32: each row is a sequence, padded on the left with `_ANY`; unused rows are `_NEVER`.
   sequences: Array
 
   @property
@@ -161,10 +161,10 @@ def _integers(values: Any, limit: int) -> list[int] | None:
 
 
 def encode_stop_texts(vocabulary: Vocabulary, stop_texts: Sequence[bytes]) -> list[np.ndarray]:
-  """Returns the tokens of the texts that a vocabulary restores.
+  """Returns the tokens of each stop text, without the texts that decoding would not restore.
 
-  They end most texts while they are sampled. But subwords may write a stop text in other tokens,
-  too, so the bytes of the sampled tokens must be searched for it.
+  As stop sequences, these tokens end most texts early. But a model of subwords may write a stop
+  text with other tokens, too, so the bytes of the sampled tokens must also be searched for it.
   """
   encoded = [(text, vocabulary.encode(text)) for text in stop_texts]
   return [tokens for text, tokens in encoded if vocabulary.decode(tokens) == text]
@@ -179,7 +179,7 @@ def find_stop_text(text: bytes, stop_texts: Sequence[bytes], start: int = 0) -> 
     start: a stop text does not begin before this position.
 
   Returns:
-    Its beginning and its end in `text`; if there is none, twice the length of `text`.
+    The positions in `text` where it begins and ends; both are `len(text)` if none is found.
 
   >>> find_stop_text(b"to be or not", [b"not", b"be", b"to be"])
   (0, 5)
@@ -194,7 +194,7 @@ def find_stop_text(text: bytes, stop_texts: Sequence[bytes], start: int = 0) -> 
 
 
 def partial_match_len(text: bytes, stop_texts: Sequence[bytes]) -> int:
-  """Returns the length of the longest end of `text` with which a stop text begins.
+  """Returns the length of the longest suffix of `text` that is a proper prefix of a stop text.
 
   >>> partial_match_len(b"to be", [b"bet", b"ex"])
   2

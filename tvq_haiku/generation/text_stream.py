@@ -30,7 +30,7 @@ class TextStream:
 
     Args:
       vocabulary: vocabulary of the tokens.
-      stop_texts: texts at which the text ends. They are not searched in `pending`.
+      stop_texts: texts at which the text ends. `pending` is not searched for them.
       pending: the bytes of an incomplete character, which the first tokens continue.
     """
     self._vocabulary = vocabulary
@@ -52,7 +52,7 @@ class TextStream:
       tokens: [n] tokens.
 
     Returns:
-      The number of tokens that were read: n unless a stop text is complete before.
+      The number of tokens that were read: n, unless an earlier token completes a stop text.
     """
     parts = [self._vocabulary.decode([token]) for token in tokens]
     raw = self._held_back + b"".join(parts)
@@ -65,7 +65,7 @@ class TextStream:
     return int(np.searchsorted(ends, end)) + 1 if self.is_stopped else len(parts)
 
   def release(self, *, is_end: bool) -> None:
-    """Makes the bytes ready that were held back as the beginning of a stop text.
+    """Makes `take` return bytes that were held back as the possible beginning of a stop text.
 
     Args:
       is_end: whether the text has ended; then an incomplete character becomes a replacement

@@ -1,4 +1,4 @@
-"""Conditions that a model must meet before it can predict tokens, for the public functions."""
+"""Checks, for public functions, that a model can predict tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear functions whose transpose is given, too.
+"""Linear functions with an explicit transpose.
 
 The backward pass of some operations is cheaper if it is written by hand. A `jax.custom_vjp` would
 have such a backward pass, but no forward-mode derivative. So these operations state their
@@ -27,7 +27,7 @@ def linear_call(
 ) -> Y:
   """Returns `function(residuals, operands)`; its reverse-mode derivative is `transpose`.
 
-  This is `jax.custom_derivatives.linear_call`, which can in addition be mapped by `jax.vmap`, and
+  Unlike `jax.custom_derivatives.linear_call`, this function can be mapped by `jax.vmap`, and
   differentiated with respect to the residuals.
 
   Args:

@@ -1,8 +1,8 @@
 """The checkpoint with the lowest validation loss.
 
 best/              a run directory that holds only this checkpoint
-validation.json    the updates before the last and the best validation so far, and the metrics of
-                   the best one
+validation.json    the numbers of updates at the last and at the best validation so far, and the
+                   metrics of the best one
 """
 
 from __future__ import annotations

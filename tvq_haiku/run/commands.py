@@ -186,7 +186,7 @@ def evaluate(
 
 
 def _figures_file(experiment: Experiment, split_name: str, checksum: int) -> pathlib.Path:
-  """Returns the file for the metrics of a split, which no other data use.
+  """Returns the file for the metrics of a split; different data have different files.
 
   Args:
     experiment: the experiment.

@@ -45,10 +45,12 @@ class Experiment:
   cache_dir: pathlib.Path | None
   measures: Sequence[str]  # names in `measures.MEASURES`, the main one first
   token_name: str  # unit of the loss in the progress line, such as "byte"
-  data_dir: pathlib.Path | None = None  # where the dataset is, for the files of metrics
+  data_dir: pathlib.Path | None = (
+    None  # file or directory of the dataset, named in files of metrics
+  )
   name: str | None = None  # such as "pg19"; recorded in the directory of the run
   image_size: int | None = None  # height and width in pixels; None: documents are not images
-  top_p: float = 0.95  # nucleus of samples, unless another one is chosen
+  top_p: float = 0.95  # default of the sampling parameter `top_p`
   seed: int = 0  # seed of the initial parameters, dropout, the order of the data, and samples
   eval_rows: int = 8  # batch size of evaluation: number of parts of a split read in parallel
   eval_window: int = 512  # number of tokens of each part in one step of evaluation

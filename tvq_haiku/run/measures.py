@@ -4,10 +4,11 @@ bits_per_byte      bits of all tokens, divided by the number of bytes of the doc
 bits_per_dim       the same for images, whose bytes are the dimensions
 word_perplexity    exp(nats of all tokens, divided by the number of words of the documents)
 
-All tokens are those of the documents and those that end documents, which the model predicts, too;
-the latter have a likelihood, but no bytes and no words. This is the only definition: `info`,
-`score`, `evaluate` and the messages of a run follow it. The size of a compressed file also follows
-it. `loss_lm`, the loss of training, is a mean over tokens instead: nats per token.
+All tokens are the tokens of the documents and the tokens that end documents. The model predicts the
+latter, too, so they have a likelihood, but they have no bytes and no words. `info`, `score`,
+`evaluate` and the messages of a run use this definition. A compressed file has no tokens that end
+documents; it stores its number of tokens instead. `loss_lm`, the loss of training, is a mean over
+tokens instead: nats per token.
 """
 
 from __future__ import annotations

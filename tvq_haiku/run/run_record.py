@@ -18,7 +18,7 @@ class RunRecord(NamedTuple):
 
   name: str | None = None  # of the experiment, such as "pg19"; None: not recorded
   image_size: int | None = None  # height and width in pixels; None: documents are not images
-  top_p: float = 0.95  # nucleus of samples, unless another one is chosen
+  top_p: float = 0.95  # default of the sampling parameter `top_p`
 
 
 def write_record(workdir: pathlib.Path, record: RunRecord) -> None:
@@ -42,7 +42,7 @@ def read_record(workdir: str | os.PathLike) -> RunRecord:
     return record._replace(top_p=float(record.top_p))
   except (TypeError, ValueError) as error:
     raise run_directory.CheckpointError(
-      f"{file} is damaged: {files.short_message(error)}. Remove it to use the run as one of text."
+      f"{file} is damaged: {files.short_message(error)}. Remove it to use the run as a run of text."
     ) from error
 
 

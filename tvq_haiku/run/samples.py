@@ -38,7 +38,7 @@ def new_file(workdir: pathlib.Path, name: str) -> pathlib.Path:
 
 
 class TextFile:
-  """A new text file under samples/, in UTF-8, that contains all text as soon as it is sampled.
+  """A new text file under samples/, in UTF-8, to which text is written as soon as it is sampled.
 
   If it cannot be written, a warning is logged, and the text is not saved.
   """

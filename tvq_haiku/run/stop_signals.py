@@ -67,8 +67,8 @@ def stop_on_signals(note: str | None = None) -> Iterator[SignalStopRequest]:
 class Interruption:
   """Ends a command on Ctrl-C: with one line at once, and exit status 130 within a second.
 
-  The main thread gets a `KeyboardInterrupt`, so that it can remove incomplete files. The process
-  ends without it if it takes longer, or if a second Ctrl-C arrives.
+  The main thread gets a `KeyboardInterrupt`, so that it can remove incomplete files. If that takes
+  longer than a second, or if a second Ctrl-C arrives, the process ends without waiting for it.
   """
 
   def __init__(self, note: str):

@@ -26,8 +26,8 @@ from tvq_haiku.types import Batch, Params, StopRequest
 from tvq_haiku.utils import files, progress
 
 _STOP_NOTE = (
-  "finishing this batch and saving; a second Ctrl-C ends at once, without the updates since the "
-  "last checkpoint"
+  "finishing this batch and saving; a second Ctrl-C ends the run at once, and loses the updates "
+  "since the last checkpoint"
 )
 
 # Takes parameters and a stop request. Returns the metrics of the validation split, with `loss_lm`

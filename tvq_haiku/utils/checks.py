@@ -18,7 +18,7 @@ import numpy as np
 
 from tvq_haiku.types import Array
 
-# One letter per axis; or a tuple of letters and, for a given size, of (expression, size).
+# A letter for each axis; in a tuple, an axis may also be a pair (expression, size).
 Axes = str | tuple[str | tuple[str, int], ...]
 
 
@@ -30,8 +30,8 @@ def check_arrays(
   Args:
     caller: name of the function, for the message.
     dims: letter -> size, as far as sizes are known; the letters of `arrays` are added to it.
-    **arrays: name of the argument -> (array, axes, abstract dtype), with a letter for each axis, or
-      an expression in letters and its value, such as ("M+1", 5). None is not checked.
+    **arrays: name of the argument -> (array, axes, abstract dtype). Each axis is a letter, or a
+      pair of an expression and its value, such as ("M+1", 5). An array that is None is not checked.
 
   Raises:
     ValueError: an array has a wrong shape.

@@ -41,8 +41,8 @@ def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
 
   Args:
     file: the file to create or replace; its directory must exist.
-    content: the new content; a string is encoded as UTF-8, except that bytes of file names that are
-      not UTF-8 (surrogate escapes) stay what they are.
+    content: the new content; a string is encoded as UTF-8. Surrogate escapes, which stand for the
+      bytes of file names that are not UTF-8, are written as these bytes.
 
   Raises:
     OSError: the file cannot be written; the message names it.

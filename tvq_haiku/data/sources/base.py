@@ -89,11 +89,12 @@ def find_files(directory: pathlib.Path, pattern: str) -> list[pathlib.Path]:
   """Returns the files in a directory whose names match a pattern, in the order of their names.
 
   Args:
-    directory: the directory; its subdirectories are not searched. A file contains no files.
+    directory: the directory; its subdirectories are not searched. If it is a file or is missing,
+      the result is empty.
     pattern: a file name with wildcards, such as "*.txt".
 
   Raises:
-    ValueError: such a file is a link that leads nowhere.
+    ValueError: such a file is a broken link.
     OSError: the directory cannot be read.
   """
   paths = directory.iterdir() if directory.is_dir() else ()
@@ -109,7 +110,7 @@ def files_below(directory: pathlib.Path) -> list[pathlib.Path]:
   Files and directories whose names begin with a dot are left out.
 
   Raises:
-    ValueError: a link leads nowhere, or to a directory that contains it.
+    ValueError: a link is broken, or leads to a directory that contains it.
     OSError: a directory cannot be read.
   """
   return sorted(_walk(directory, ()))
@@ -131,7 +132,7 @@ def _walk(directory: pathlib.Path, outer: tuple[pathlib.Path, ...]) -> Iterator[
 
 
 def _check_link(path: pathlib.Path) -> None:
-  """Raises a ValueError if `path` is a link that leads nowhere."""
+  """Raises a ValueError if `path` is a broken link."""
   if path.is_symlink() and not path.exists():
     raise ValueError(
       f"{path} is a broken link (to {path.readlink()}): restore its target, or remove the link."
@@ -139,7 +140,7 @@ def _check_link(path: pathlib.Path) -> None:
 
 
 def data_name(data_dir: str | os.PathLike) -> str:
-  """Returns the name of a directory, or of a file without its suffix, as a part of file names.
+  """Returns the name of a directory, or of a file without its suffix, for use in file names.
 
   >>> data_name("novels/Pride & Prejudice.txt"), data_name("/")
   ('Pride-Prejudice', 'data')

@@ -32,7 +32,7 @@ class Books:
       data_dir: a directory with the subdirectories train, validation and test.
 
     Raises:
-      ValueError: a split is missing or empty, or a book is a link that leads nowhere.
+      ValueError: a split is missing or empty, or a book is a broken link.
       OSError: a directory cannot be read.
     """
     self._path = base.existing_path(data_dir, _EXPECTED)

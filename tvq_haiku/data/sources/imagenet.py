@@ -39,7 +39,7 @@ class DownsampledImages:
       size: height and width of an image in pixels.
 
     Raises:
-      ValueError: an archive is missing, or is a link that leads nowhere.
+      ValueError: an archive is missing, or is a broken link.
       OSError: the directory cannot be read.
     """
     self._expected = (

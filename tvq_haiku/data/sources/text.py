@@ -147,7 +147,7 @@ class TextFiles:
       data_dir: a text file, or a directory of text files.
 
     Raises:
-      ValueError: there is no text, or a link leads nowhere or to a directory that contains it.
+      ValueError: there is no text, or a link is broken or leads to a directory that contains it.
       OSError: a directory cannot be read.
     """
     expected = "Expected: a text file, or a directory of text files."
