@@ -70,7 +70,7 @@ def test_parameter_names_are_unchanged(expected):
 
 
 def test_fingerprint_of_compressed_files_is_unchanged():
-  """Fields that the configuration did not have then must not change it."""
+  """Fields that were added to the configuration later must not change it."""
   params, config = tvq.import_params(COMPAT / "params.safetensors")
   fingerprint = compression._fingerprint(params, config, data.ByteVocabulary)
   assert fingerprint.hex() == "cd7860be4191efcb"

@@ -73,7 +73,7 @@ def test_prompt_of_bytes_need_not_be_utf8(sample):
   assert out.startswith("\N{REPLACEMENT CHARACTER}")
 
 
-def test_nucleus_is_that_of_the_experiment_unless_another_one_is_chosen(sample):
+def test_top_p_is_that_of_the_experiment_unless_a_flag_sets_it(sample):
   greedy, _ = sample("text", "--length=20", "--temperature=0")
   assert sample("text", "--length=20", top_p=1e-9)[0] == greedy
   assert sample("text", "--length=20", "--top_p=1", top_p=1e-9)[0] != greedy

@@ -5,7 +5,9 @@ The paper's code has two layouts, named after its branches:
 main         Each layer has its own subtree. Supports only head_type='shga' with attn_type='vq'.
 optimized    All layers are stacked along a leading axis, which is followed by an axis of length 1.
              The kernels of keys, values and gates are separate. Norms have no gain or offset, and a
-             tied output has no bias.
+             tied output has no bias. Supports attn_type='vq' and attn_type='full'.
+
+Models that read features (no_emb) cannot be converted.
 
 This package stacks the layers along the first axis, and has one kernel for keys, values and gates.
 In this package and in both layouts, kernels are [in, out], and heads are concatenated in order.

@@ -37,8 +37,8 @@ from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import optional, progress, value_checks
 
 _MAGIC = b"TVQZ"
-# Fields that the configuration did not have when the format was defined, with the values that have
-# no effect: with these values, the fingerprint of a model is the same as before.
+# Fields that were added to the configuration after the format was defined, with their defaults. A
+# field with its default is left out of the fingerprint, so that earlier files can still be read.
 _NEW_FIELDS = {"no_emb": False, "full_len": None}
 _VERSION = 1
 _HEADER = struct.Struct("<4sBxHQ8sI")  # the magic number, then the fields of `_Header`
