@@ -20,8 +20,10 @@ pytestmark = pytest.mark.slow
 CONFIG = helpers.RUN.replace(c_revive=0.1, pe_abs=True, p_dropemb=0.1, p_dropsin=0.1)
 MODELS = {
   "vq": CONFIG,
-  "hybrid": CONFIG.replace(attn_type=("full", "vq"), full_len=24, reduction="scan"),
-  "encoder": CONFIG.replace(head_type="mqa", causal=False),
+  "hybrid": CONFIG.replace(
+    head_type="shga", attn_type=("full", "vq"), full_len=24, reduction="scan"
+  ),
+  "encoder": CONFIG.replace(causal=False),
 }
 TEXT = "It is a truth universally acknowledged"
 

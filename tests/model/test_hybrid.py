@@ -65,11 +65,10 @@ def test_only_quantized_attentions_have_codebooks_losses_and_metrics():
     assert all(np.isfinite(x) for x in out.metrics.values())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_a_hybrid_trains_with_remat_and_metrics_of_its_codebooks(optimizer):
+def test_a_hybrid_trains_with_remat_and_metrics_of_its_codebooks():
   config = tiny(attn_type=("vq", "full"), full_len=32, n_layer=2, remat="layer")
   train_cfg = tvq.TrainConfig(
-    optimizer=optimizer,
+    optimizer="adafactor",
     lr_max=1e-2,
     n_warmup_step=2,
     n_max_step=60,
