@@ -77,6 +77,15 @@ def test_fields_that_do_not_change_results_may_differ(run):
   run_directory.check_same_run(run, *changed)
 
 
+def test_pair_of_attention_types_is_compared(tmp_path):
+  hybrid = CONFIG.replace(head_type="shga", attn_type=("vq", "full"))
+  run_directory.write_config(tmp_path, hybrid, TRAIN)
+  run_directory.check_same_run(tmp_path, hybrid, TRAIN)
+  message = r"attn_type is \('vq', 'full'\) in the run, \('full', 'vq'\) here"
+  with pytest.raises(CheckpointError, match=message):
+    run_directory.check_same_run(tmp_path, hybrid.replace(attn_type=("full", "vq")), TRAIN)
+
+
 def test_run_can_be_extended_but_not_shortened(run):
   longer = TRAIN.replace(n_extra_step=4)
   run_directory.check_same_run(run, CONFIG, longer)

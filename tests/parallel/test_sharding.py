@@ -148,14 +148,16 @@ def test_train_state_is_created_sharded():
   assert per_device < 0.2 * total  # vectors and codebooks are replicated
 
 
-def test_a_batch_is_put_on_the_devices_of_its_elements():
+@pytest.mark.parametrize("width", [(), (5,)])  # tokens [B, T] and features [B, T, D]
+def test_a_batch_is_put_on_the_devices_of_its_elements(width):
   mesh = sharding.make_mesh("data:2,fsdp:2,sequence:2")
-  batch = {"inputs": np.arange(24).reshape(8, 3)}
+  shape = (8, 3, *width)
+  batch = {"inputs": np.arange(np.prod(shape)).reshape(shape)}
   x = sharding.put_batch(batch, mesh, 8)["inputs"]
   np.testing.assert_array_equal(x, batch["inputs"])
   assert x.sharding.spec == P(("data", "fsdp"), None)
   for shard in x.addressable_shards:
-    assert shard.data.shape == (2, 3)
+    assert shard.data.shape == (2, 3, *width)
     np.testing.assert_array_equal(shard.data, batch["inputs"][shard.index])
 
 

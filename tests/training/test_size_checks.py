@@ -22,6 +22,7 @@ TRAIN = tvq.TrainConfig(sequence_len=128, update_len=64, global_batch_size=8)
     ("sequence:8", dict(mem_len=3), dict(update_len=32), "update_len=32 must be a multiple of"),
     ("sequence:8", dict(block_len=4), dict(update_len=32), "32/8 = 4 must be at least mem_len=8"),
     ("sequence:8", dict(attn_type="full", mem_len=64), {}, "attn_type='full'. Use attn_type='vq'"),
+    ("sequence:8", dict(attn_type=("vq", "full")), {}, "attn_type=.*'full'.*. Use attn_type='vq'"),
   ],
 )
 def test_incompatible_sizes_of_a_mesh_are_named(mesh, model, training, message):
