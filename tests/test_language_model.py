@@ -82,6 +82,29 @@ def test_any_bytes_are_restored_from_their_compressed_form(lm, rows):
   assert lm.compress(bytearray(ANY_BYTES), rows=rows) == packed
 
 
+class Utf8Vocabulary(data.ByteVocabulary):
+  """A vocabulary that encodes texts, but not arbitrary bytes."""
+
+  @classmethod
+  def encode(cls, text):
+    return super().encode(text if isinstance(text, str) else text.decode())
+
+
+def test_texts_that_the_vocabulary_cannot_encode_are_named():
+  params = helpers.random_params(BYTE_CONFIG)
+  lm = tvq.LanguageModel(params, BYTE_CONFIG, vocabulary=Utf8Vocabulary)
+  with pytest.raises(ValueError, match=r"score: texts\[1\] is not UTF-8, .*no tokens of bytes"):
+    lm.score(["Emma", b"\xff"])
+  with pytest.raises(ValueError, match=r"continue_text: prompts\[0\] is not UTF-8"):
+    lm.generate(b"\xff", max_new_tokens=1)
+  with pytest.raises(ValueError, match=r"Conversation: prompt is not UTF-8"):
+    lm.stream(b"\xff", max_new_tokens=1)
+  with pytest.raises(ValueError, match="does not restore these data"):
+    lm.compress(b"\xff")
+  settings = dict(max_new_tokens=9, stop=[b"\xff"])  # a part of a text that need not be UTF-8
+  assert "".join(lm.stream("Emma ", **settings)) == lm.generate("Emma ", **settings)
+
+
 def test_load_reads_what_save_wrote(lm, tmp_path):
   lm.save(tmp_path / "new" / "model")
   for path in (tmp_path / "new" / "model", tmp_path / "new" / "model" / "params.safetensors"):

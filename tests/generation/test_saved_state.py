@@ -70,6 +70,8 @@ def content(tmp_path_factory):
   [
     (lambda content: b"", "is not a state that save_state wrote"),
     (lambda content: b"a plain text that is longer than the header", "is not a state"),
+    (lambda content: content[:4], "is damaged"),
+    (lambda content: content[:7], "is damaged"),
     (lambda content: content[:11], "is damaged"),
     (lambda content: content[:-1], "is damaged"),
     (lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:], "is damaged"),

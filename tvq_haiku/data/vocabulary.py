@@ -74,6 +74,26 @@ class ByteVocabulary:
     return (tokens[tokens >= cls.OFFSET] - cls.OFFSET).astype(np.uint8).tobytes()
 
 
+def encode_text(caller: str, name: str, vocabulary: Vocabulary, text: bytes) -> np.ndarray:
+  """Returns the tokens of an argument, [n] int32.
+
+  Args:
+    caller: name of the function, for the message.
+    name: name of the argument.
+    vocabulary: the vocabulary.
+    text: the argument.
+
+  Raises:
+    ValueError: the text is not UTF-8, and the vocabulary has no tokens of bytes.
+  """
+  try:
+    return vocabulary.encode(text)
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"{caller}: {name} is not UTF-8, and the vocabulary has no tokens of bytes: {error}."
+    ) from None
+
+
 def check_vocabulary(caller: str, vocabulary: Vocabulary, n_vocab: int) -> None:
   """Checks that an argument is the vocabulary of a model.
 

@@ -87,7 +87,11 @@ def score(
   window_len = value_checks.check_integer("score", "window_len", window_len)
   raw_texts = value_checks.check_texts("score", "texts", texts)
   eos = [vocabulary.EOS]
-  documents = [np.concatenate([eos, vocabulary.encode(raw), eos]) for raw in raw_texts]
+  encoded = [
+    vocabulary_lib.encode_text("score", f"texts[{i}]", vocabulary, raw)
+    for i, raw in enumerate(raw_texts)
+  ]
+  documents = [np.concatenate([eos, tokens, eos]) for tokens in encoded]
   n_token = np.array([len(document) - 1 for document in documents], np.int64)
   logprobs = np.zeros(len(documents), np.float64)
   # Texts of similar length share a batch, so that little of it is padding.

@@ -142,7 +142,8 @@ class Conversation:
       raise ValueError(
         "Conversation: the first prompt must not be empty if a `state` was given without `logits`."
       )
-    return self._write(self._vocabulary.encode(prompt), max_new_tokens, stop_texts)
+    tokens = vocabulary_lib.encode_text("Conversation", "prompt", self._vocabulary, prompt)
+    return self._write(tokens, max_new_tokens, stop_texts)
 
   def _is_new_text(self) -> bool:
     return self._generation is None and bool(self._first_state.document[0] < 0)

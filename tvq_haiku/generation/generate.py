@@ -174,7 +174,11 @@ def continue_text(
   if not texts:
     raise ValueError("continue_text: prompts must be a list of at least one text, got none.")
   stop_texts = stopping.check_stop_texts("continue_text", stop)
-  padded, lengths = _pad([np.append(vocabulary.EOS, vocabulary.encode(text)) for text in texts])
+  encoded = [
+    vocabulary_lib.encode_text("continue_text", f"prompts[{i}]", vocabulary, text)
+    for i, text in enumerate(texts)
+  ]
+  padded, lengths = _pad([np.append(vocabulary.EOS, tokens) for tokens in encoded])
   out = generate(
     params,
     config,

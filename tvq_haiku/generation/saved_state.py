@@ -115,6 +115,8 @@ def load_state(config: TransformerConfig, file: str | os.PathLike) -> SavedState
     OSError: the file cannot be read.
   """
   content = pathlib.Path(file).read_bytes()
+  if content.startswith(_MAGIC) and len(content) < _HEADER.size:
+    raise ValueError(f"{file} is damaged: it is too short.")
   magic, version, checksum = _HEADER.unpack(content[: _HEADER.size].ljust(_HEADER.size, b"\0"))
   if magic != _MAGIC:
     raise ValueError(f"{file} is not a state that save_state wrote.")

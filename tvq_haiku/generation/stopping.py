@@ -166,8 +166,15 @@ def encode_stop_texts(vocabulary: Vocabulary, stop_texts: Sequence[bytes]) -> li
   As stop sequences, these tokens end most texts early. But a model of subwords may write a stop
   text with other tokens, too, so the bytes of the sampled tokens must also be searched for it.
   """
-  encoded = [(text, vocabulary.encode(text)) for text in stop_texts]
-  return [tokens for text, tokens in encoded if vocabulary.decode(tokens) == text]
+  sequences = []
+  for text in stop_texts:
+    try:
+      tokens = vocabulary.encode(text)
+    except UnicodeDecodeError:  # not UTF-8, and the vocabulary has no tokens of bytes
+      continue
+    if vocabulary.decode(tokens) == text:
+      sequences.append(tokens)
+  return sequences
 
 
 def find_stop_text(text: bytes, stop_texts: Sequence[bytes], start: int = 0) -> tuple[int, int]:

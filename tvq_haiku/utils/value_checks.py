@@ -84,9 +84,13 @@ def check_number(
   Traceback (most recent call last):
   ValueError: f: rate=None must be a number in [0, 1).
   """
-  if not _is_number(value) or not is_valid(float(value)):
+  try:
+    number = float(value) if _is_number(value) else math.nan
+  except OverflowError:  # an integer that is larger than any float
+    number = math.inf if value > 0 else -math.inf
+  if not _is_number(value) or not is_valid(number):
     raise ValueError(f"{caller}: {name}={value!r} {rule}.")
-  return float(value)
+  return number
 
 
 def _is_number(value: Any) -> bool:
