@@ -63,6 +63,13 @@ def define_evaluation_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None
 
 def define_sampling_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags of `SampleFlags`."""
+  _define_text_flags(flag_values)
+  _define_distribution_flags(flag_values)
+  _define_image_flags(flag_values)
+
+
+def _define_text_flags(flag_values: flags.FlagValues) -> None:
+  """Defines the flags for what is sampled, and how it is printed."""
   flags.DEFINE_multi_string(
     "prompt",
     [""],
@@ -83,6 +90,20 @@ def define_sampling_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     "Text that ends a sample; it is not printed. Repeat the flag for several texts.",
     flag_values=flag_values,
   )
+  flags.DEFINE_boolean(
+    "stream", False, "Print the text while it is sampled.", flag_values=flag_values
+  )
+  flags.DEFINE_boolean(
+    "interactive",
+    False,
+    "Read prompts from standard input, line by line. Each continues the conversation so far. "
+    "Ctrl-C interrupts a reply, Ctrl-D ends the conversation.",
+    flag_values=flag_values,
+  )
+
+
+def _define_distribution_flags(flag_values: flags.FlagValues) -> None:
+  """Defines the flags that change the distribution of the samples."""
   flags.DEFINE_float(
     "temperature",
     1.0,
@@ -115,16 +136,10 @@ def define_sampling_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     upper_bound=1.0,
     flag_values=flag_values,
   )
-  flags.DEFINE_boolean(
-    "stream", False, "Print the text while it is sampled.", flag_values=flag_values
-  )
-  flags.DEFINE_boolean(
-    "interactive",
-    False,
-    "Read prompts from standard input, line by line. Each continues the conversation so far. "
-    "Ctrl-C interrupts a reply, Ctrl-D ends the conversation.",
-    flag_values=flag_values,
-  )
+
+
+def _define_image_flags(flag_values: flags.FlagValues) -> None:
+  """Defines the flags for models of images."""
   flags.DEFINE_integer(
     "images",
     4,
