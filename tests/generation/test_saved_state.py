@@ -122,6 +122,10 @@ def test_what_does_not_fit_the_configuration_is_refused(tmp_path):
   file, state = tmp_path / "state", tvq.initial_state(CONFIG, 2)
   with pytest.raises(TypeError, match="state must be a TransformerState, got TransformerConfig"):
     tvq.save_state(CONFIG, state, file)
+  with pytest.raises(TypeError, match=r"config must be .*, got str. Pass \(state, config, file\)"):
+    tvq.save_state(state, "state", CONFIG)
+  with pytest.raises(TypeError, match=r"load_state: config must be .* Pass \(config, file\)"):
+    tvq.load_state(file, CONFIG)
   with pytest.raises(
     ValueError, match=r"state.attention_1.cache_counts must be float32\[1, 2, 1, 7\]"
   ):

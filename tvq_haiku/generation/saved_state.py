@@ -74,6 +74,7 @@ def save_state(
   """
   value_checks.check_not_traced("save_state", (state, logits))
   B = _batch_size(state)
+  _check_config("save_state", config, "(state, config, file)")
   state_lib.check_state(state, config, B)
   dims = chex.Dimensions(B=B, X=config.n_vocab)
   checks.check_arrays("save_state", dims, logits=(logits, "BX", jnp.floating))
@@ -112,8 +113,10 @@ def load_state(config: TransformerConfig, file: str | os.PathLike) -> SavedState
   Raises:
     ValueError: the file is damaged, `save_state` did not write it, or the state is that of a model
       with another configuration; the message names the differences.
+    TypeError: `config` is not a configuration.
     OSError: the file cannot be read.
   """
+  _check_config("load_state", config, "(config, file)")
   content = pathlib.Path(file).read_bytes()
   if content.startswith(_MAGIC) and len(content) < _HEADER.size:
     raise ValueError(f"{file} is damaged: it is too short.")
@@ -155,6 +158,14 @@ def _batch_size(state: TransformerState) -> int:
       "(state, config, file)."
     )
   return state.document.shape[0]
+
+
+def _check_config(caller: str, config: TransformerConfig, order: str) -> None:
+  """Raises a TypeError, which names the order of the arguments, if `config` is not one."""
+  if not isinstance(config, TransformerConfig):
+    raise TypeError(
+      f"{caller}: config must be a TransformerConfig, got {type(config).__name__}. Pass {order}."
+    )
 
 
 def _named_fields(state: TransformerState) -> dict[str, Array]:

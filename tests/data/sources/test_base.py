@@ -101,3 +101,17 @@ def test_fingerprint_changes_with_size_and_modification_time(tmp_path):
   os.utime(file, ns=(0, 8_000))
   assert base.fingerprint([file]) == [["a.txt", 4, 8_000]]
   assert base.describe_ranges([base.FileRange(file, 1, 3)]) == [[[1, 3]], [["a.txt", 4, 8_000]]]
+
+
+@pytest.mark.parametrize(
+  "path, name",
+  [
+    ("日本.txt", "日本"),
+    ("a.tar.gz", "a.tar"),
+    (".hidden/", "hidden"),
+    ("...", "data"),
+    ("a" * 59 + " b", "a" * 59),
+  ],
+)
+def test_names_of_data_fit_into_file_names(path, name):
+  assert base.data_name(path) == name

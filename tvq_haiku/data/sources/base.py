@@ -147,7 +147,8 @@ def data_name(data_dir: str | os.PathLike) -> str:
   """
   path = pathlib.Path(os.path.abspath(data_dir))
   name = path.name if path.is_dir() else path.stem
-  return re.sub(r"[^\w.]+", "-", name).strip("-.")[:_LONGEST_NAME] or "data"
+  name = re.sub(r"[^\w.]+", "-", name).strip("-.")
+  return name[:_LONGEST_NAME].rstrip("-.") or "data"
 
 
 def fingerprint(files: Sequence[pathlib.Path]) -> list[JSON]:
