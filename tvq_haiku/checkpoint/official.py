@@ -231,9 +231,10 @@ def _sources(config: TransformerConfig, layout: str) -> Iterator[tuple[str, _Sou
 
 def _main_sources(config: TransformerConfig) -> Iterator[tuple[str, _Source]]:
   if not config.gated or config.attn_type != "vq":
+    hint = " Use the layout 'optimized'." if config.attn_type in ("vq", "full") else ""
     raise ValueError(
       "the layout 'main' supports head_type='shga' and attn_type='vq' only, not "
-      f"{config.head_type!r} and {config.attn_type!r}. Use the layout 'optimized'."
+      f"{config.head_type!r} and {config.attn_type!r}.{hint}"
     )
   yield from _existing(config, _MAIN_MODEL, "transformer")
   for j in (1, 2):
