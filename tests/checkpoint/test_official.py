@@ -126,7 +126,7 @@ def test_unknown_layout_is_refused():
 @pytest.mark.parametrize("changes", [dict(head_type="mha"), dict(attn_type="full")])
 def test_main_supports_gated_quantized_attention_only(changes):
   config = tvq.TransformerConfig.tiny(**changes)
-  with pytest.raises(ValueError, match="attn_type='vq' only.* Use the layout 'optimized'"):
+  with pytest.raises(ValueError, match=r"attn_type='vq' only.* Use the layout 'optimized'"):
     tvq.interop.params_to_official(tvq.params_shapes(config), config)
 
 
