@@ -183,6 +183,8 @@ def test_what_holds_no_model_is_named(tmp_path):
   with pytest.raises(tvq.CheckpointError, match=r"holds no checkpoint: config.json is missing"):
     tvq.load(tmp_path)
   (tmp_path / "a.txt").write_text("text")
+  with pytest.raises(TypeError, match=r"load: path must be a str or a pathlib.Path, got 5"):
+    tvq.load(5)
   with pytest.raises(ValueError, match=r"a.txt does not hold the parameters of a model"):
     tvq.load(tmp_path / "a.txt")
 

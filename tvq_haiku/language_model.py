@@ -265,9 +265,12 @@ def load(
   Raises:
     ValueError: there is no model at `path`, it is damaged (a `CheckpointError` for a run), or the
       vocabulary is not that of the model.
+    TypeError: `path` is not a path.
     OSError: a file cannot be read.
     ImportError: a package that reads the files is not installed.
   """
+  if not isinstance(path, (str, os.PathLike)):
+    raise TypeError(f"load: path must be a str or a pathlib.Path, got {path!r}.")
   path = pathlib.Path(path)
   if path.is_file():
     params, config = export.import_params(path)

@@ -87,9 +87,7 @@ def import_params(file: str | os.PathLike) -> tuple[Params, TransformerConfig]:
       params.setdefault(module, {})[name] = jnp.asarray(value)
     transformer.check_params(params, config)
   except Exception as error:  # safetensors raises exceptions of its own type
-    raise ValueError(
-      f"{file} does not hold the parameters of a model: {files.short_message(error)}"
-    ) from error
+    raise _not_parameters(file, error) from error
   return params, config
 
 
@@ -107,9 +105,15 @@ def read_config(file: str | os.PathLike) -> TransformerConfig:
   try:
     return TransformerConfig.from_json(_metadata(size + header)["config"])
   except Exception as error:  # a damaged file can cause many types
-    raise ValueError(
-      f"{file} does not hold the parameters of a model: {files.short_message(error)}"
-    ) from error
+    raise _not_parameters(file, error) from error
+
+
+def _not_parameters(file: str | os.PathLike, error: Exception) -> ValueError:
+  """Returns the exception for a file that `export_params` did not write, or that is damaged."""
+  return ValueError(
+    f"{file} does not hold the parameters of a model ({files.short_message(error)}). Expected a "
+    ".safetensors file that --command=export or tvq_haiku.export_params wrote."
+  )
 
 
 def _metadata(content: bytes) -> dict[str, str]:
