@@ -48,7 +48,10 @@ _SUFFIX = ".tvqz"
 def main(file: str) -> None:
   """Compresses or decompresses `file` and prints the sizes of input and output."""
   output = _output_path(file, _OUTPUT.value, decompress=_DECOMPRESS.value)
-  content = pathlib.Path(file).read_bytes()
+  try:
+    content = pathlib.Path(file).read_bytes()
+  except OSError as error:
+    raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
   if output.exists():
     raise ValueError(f"{output} exists already: remove it, or set a different --output.")
   files.prepare_directory(output.absolute().parent)

@@ -26,10 +26,13 @@ def evaluate_file(run: OpenRun, file: str, options: EvalFlags) -> str:
     A line with the bits per byte, or per dimension of an image.
 
   Raises:
-    ValueError: the file is empty, or the model cannot read it.
-    OSError: the file cannot be read.
+    ValueError: the file is missing or empty, or the model cannot read it.
   """
-  content, size = pathlib.Path(file).read_bytes(), run.record.image_size
+  size = run.record.image_size
+  try:
+    content = pathlib.Path(file).read_bytes()
+  except OSError as error:
+    raise ValueError(f"--file={file} cannot be read: {error.strerror}.") from error
   if not content:
     raise ValueError(f"--file={file} is empty: there is nothing to evaluate.")
   try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import functools
 import os
+import re
 import signal
 import sys
 import traceback
@@ -18,6 +19,8 @@ from tvq_haiku.run import stop_signals
 
 EXIT_BAD_INPUT = 1
 EXIT_BAD_FLAGS = 2
+
+_MISSING_FLAG = re.compile(r"Flag (--\w+) must have a value other than None")  # absl's message
 
 
 def launch(name: str, main: Callable[..., None], *, argument: str | None = None) -> None:
@@ -63,7 +66,8 @@ def _parse_flags(name: str, argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    _fail(name, str(error), EXIT_BAD_FLAGS)
+    missing = _MISSING_FLAG.search(str(error))
+    _fail(name, f"{missing[1]} is missing; see --help." if missing else str(error), EXIT_BAD_FLAGS)
 
 
 def _run(name: str, main: Callable[..., None], argument: str | None, argv: Sequence[str]) -> None:

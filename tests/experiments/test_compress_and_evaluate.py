@@ -44,7 +44,12 @@ def test_decompression_restores_the_file_and_evaluation_agrees_on_its_size(quick
       1,
       "README.md: this is not compressed data",
     ),
-    ("evaluate --workdir=runs/quickstart --file=missing.txt", 1, "missing.txt"),
+    (
+      "evaluate --workdir=runs/quickstart --file=missing.txt",
+      1,
+      "--file=missing.txt cannot be read: No such file",
+    ),
+    ("compress --workdir=runs/quickstart missing.txt", 1, "missing.txt cannot be read: No such"),
     ("evaluate --workdir=runs/quickstart --file=empty.txt", 1, "empty.txt is empty"),
   ],
 )
