@@ -103,7 +103,7 @@ def test_run_can_be_extended_but_not_shortened(run):
 def test_refusal_of_more_updates_names_both_ways_to_make_them(run):
   with pytest.raises(CheckpointError, match="n_max_step is 12 in the run, 16 here") as error:
     run_directory.check_same_run(run, CONFIG, TRAIN.replace(n_max_step=16))
-  assert "set n_extra_step (--config.n_extra_step=N)" in str(error.value)
+  assert "set n_extra_step (--config.n_max_step=12 --config.n_extra_step=N)" in str(error.value)
   assert f"--init={run} --workdir=OTHER" in str(error.value)
 
 

@@ -163,9 +163,10 @@ def check_same_run(
     if not _may_resume(name, getattr(saved, name), getattr(given, name))
   }
   if differences:
+    n_max_step = load_config(directory)[1].n_max_step
     raise CheckpointError(
       f"{directory} holds a run with a different configuration: {'; '.join(differences.values())}. "
-      + _advice(directory, differences)
+      + _advice(directory, differences, n_max_step)
     )
 
 
@@ -182,13 +183,20 @@ def _may_resume(name: str, saved: Any, given: Any) -> bool:
   return name in _EXECUTION_FIELDS or given == saved
 
 
-def _advice(directory: str | os.PathLike, differences: Container[str]) -> str:
-  """Returns the end of the message about fields that differ: what the user can do."""
+def _advice(directory: str | os.PathLike, differences: Container[str], n_max_step: int) -> str:
+  """Returns the end of the message about fields that differ: what the user can do.
+
+  Args:
+    directory: directory of the run.
+    differences: names of the fields that differ.
+    n_max_step: the n_max_step of the run.
+  """
   if "n_max_step" in differences:
     return (
-      "To make more updates, keep n_max_step and set n_extra_step (--config.n_extra_step=N), which "
-      "continues at the last learning rate. For other settings or data, start a new run from the "
-      f"parameters of this one: --init={directory} --workdir=OTHER."
+      "To make more updates, keep n_max_step and set n_extra_step "
+      f"(--config.n_max_step={n_max_step} --config.n_extra_step=N), which continues at the last "
+      "learning rate. For other settings or data, start a new run from the parameters of this one: "
+      f"--init={directory} --workdir=OTHER."
     )
   if "n_extra_step" in differences:
     return "n_extra_step can be raised, but not lowered."
