@@ -32,6 +32,22 @@ def test_empty_documents_are_refused(documents):
     data.stream_of(documents)
 
 
+@pytest.mark.parametrize(
+  "documents, message",
+  [
+    ("text", r"a list of arrays of tokens, got one str: pass \[tokens\]"),
+    (np.arange(3), "got one ndarray"),
+    (["text"], r"documents\[0\] must be an array of tokens, got str. A text is encoded by"),
+    ([np.array([3]), b"text"], r"documents\[1\] must be an array of tokens, got bytes"),
+    ([3, 4], r"documents\[0\] must be an array of tokens, got int"),
+    ([np.array([3.5])], r"documents\[0\] must be integer, got float"),
+  ],
+)
+def test_documents_that_are_not_lists_of_tokens_are_refused(documents, message):
+  with pytest.raises(TypeError, match=f"stream_of: .*{message}"):
+    data.stream_of(documents)
+
+
 def test_arrays_of_a_wrong_rank_are_named():
   with pytest.raises(ValueError, match=r"stream_of: documents\[1\] must have shape \[n\]"):
     data.stream_of([np.array([3]), np.array([[3, 4]])])

@@ -1,5 +1,6 @@
 """Sizes of a model, a batch and a mesh that are incompatible, and the messages about them."""
 
+import jax
 import pytest
 
 import tvq_haiku as tvq
@@ -31,6 +32,13 @@ def test_incompatible_sizes_of_a_mesh_are_named(mesh, model, training, message):
   with pytest.raises(ValueError, match=message) as error:
     tvq.make_train_step(config, train_cfg, mesh)
   assert str(error.value).startswith(f"mesh={sizes}: ")
+
+
+def test_arguments_that_are_not_configurations_are_named():
+  with pytest.raises(TypeError, match="make_train_step: train_cfg must be a TrainConfig, got dict"):
+    tvq.make_train_step(CONFIG, {})
+  with pytest.raises(TypeError, match="config must be a TransformerConfig, got TrainConfig"):
+    tvq.init_train_state(TRAIN, CONFIG, jax.random.key(0))
 
 
 def test_codes_cannot_be_revived_with_accumulation():

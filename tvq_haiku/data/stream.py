@@ -85,17 +85,31 @@ def stream_of(documents: Sequence[np.ndarray], *, eos: int = ByteVocabulary.EOS)
 
   Raises:
     ValueError: there is no document, or a document is empty or not one-dimensional.
+    TypeError: `documents` is one text or array, or a document does not hold integers.
 
   >>> len(stream_of([np.array([5, 6]), np.array([7])]))
   5
   """
+  if isinstance(documents, (str, bytes)) or hasattr(documents, "dtype"):
+    raise TypeError(
+      "stream_of: documents must be a list of arrays of tokens, got one "
+      f"{type(documents).__name__}: pass [tokens]."
+    )
+  for i, document in enumerate(documents):
+    if isinstance(document, (str, bytes)) or not hasattr(document, "__len__"):
+      raise TypeError(
+        f"stream_of: documents[{i}] must be an array of tokens, got {type(document).__name__}. A "
+        "text is encoded by a vocabulary: ByteVocabulary.encode(text)."
+      )
   if not documents or any(len(document) == 0 for document in documents):
     raise ValueError(
       "stream_of: documents must hold at least one document, and no document may be empty."
     )
-  documents = [np.asarray(document, np.int32) for document in documents]
+  documents = [np.asarray(document) for document in documents]
   for i, document in enumerate(documents):
     argument = {f"documents[{i}]": (document, "n", jnp.integer)}
     checks.check_arrays("stream_of", chex.Dimensions(), **argument)
-  values = np.concatenate([np.append(document, np.int32(eos)) for document in documents])
+  values = np.concatenate(
+    [np.append(document.astype(np.int32), np.int32(eos)) for document in documents]
+  )
   return TokenStream(values, np.cumsum([len(document) + 1 for document in documents]))

@@ -7,6 +7,31 @@ import jax
 from tvq_haiku.config import TrainConfig, TransformerConfig
 
 
+def check_configs(caller: str, config: TransformerConfig, train_cfg: TrainConfig) -> None:
+  """Checks that two arguments are configurations, in the common order.
+
+  Args:
+    caller: name of the function, for the message.
+    config: the configuration of the model that was passed.
+    train_cfg: the configuration of the training that was passed.
+
+  Raises:
+    TypeError: one of them has a different type.
+
+  >>> check_configs("f", TransformerConfig.tiny(), {"lr_max": 1e-3})
+  Traceback (most recent call last):
+  TypeError: f: train_cfg must be a TrainConfig, got dict.
+  """
+  for name, value, expected in [
+    ("config", config, TransformerConfig),
+    ("train_cfg", train_cfg, TrainConfig),
+  ]:
+    if not isinstance(value, expected):
+      raise TypeError(
+        f"{caller}: {name} must be a {expected.__name__}, got {type(value).__name__}."
+      )
+
+
 def check_sizes(
   config: TransformerConfig,
   train_cfg: TrainConfig,

@@ -68,8 +68,9 @@ def init_train_state(
 
   Raises:
     ValueError: `params` do not fit `config`, or `mesh` is an invalid text.
-    TypeError: `rng` is not a key.
+    TypeError: `config` or `train_cfg` is not a configuration, or `rng` is not a key.
   """
+  size_checks.check_configs("init_train_state", config, train_cfg)
   optimizer = optimizers.make_optimizer(train_cfg)
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
   if params is not None:
@@ -124,7 +125,9 @@ def make_train_step(
 
   Raises:
     ValueError: the sizes of model, batch and mesh are incompatible: see `size_checks`.
+    TypeError: `config` or `train_cfg` is not a configuration.
   """
+  size_checks.check_configs("make_train_step", config, train_cfg)
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
   size_checks.check_sizes(config, train_cfg, mesh)
   return TrainStep(config, train_cfg, mesh, with_metrics=with_metrics)
