@@ -106,8 +106,9 @@ def make_mesh(text: str) -> Mesh:
   n_device, devices = math.prod(sizes.values()), jax.devices()
   if n_device > len(devices):
     hint = f" JAX_NUM_CPU_DEVICES={n_device} makes that many CPU devices."
+    available = "1 is" if len(devices) == 1 else f"{len(devices)} are"
     raise ValueError(
-      f"mesh={text!r} needs {n_device} devices, but only {len(devices)} are available."
+      f"mesh={text!r} needs {n_device} devices, but only {available} available."
       + (hint if devices[0].platform == "cpu" else "")
     )
   if jax.process_count() > 1 and n_device < len(devices):

@@ -11,8 +11,9 @@ from typing import Protocol
 from tvq_haiku.utils import optional
 
 _SECONDS_BETWEEN_LINES = 10.0
+# tqdm puts a comma before the postfix.
 _BAR_FORMAT = (
-  "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
+  "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 )
 
 
