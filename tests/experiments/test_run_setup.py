@@ -75,7 +75,9 @@ def test_commands_on_a_text_run_need_its_directory_or_its_data(tmp_path, monkeyp
   monkeypatch.chdir(tmp_path)
   for name in ("text-Emma-cpu", "text-novels", "enwik8"):
     (tmp_path / "runs" / name).mkdir(parents=True)
-  with pytest.raises(flags.ValidationError, match=r"which run\? Set --workdir, or --data_dir") as e:
+  with pytest.raises(
+    flags.ValidationError, match="sample needs a run: set --workdir, or set --data_dir"
+  ) as e:
     make(text.SPEC, command="sample")
   assert str(e.value).endswith(" Existing runs: runs/text-Emma-cpu, runs/text-novels.")
   assert make(text.SPEC, command="info").workdir == pathlib.Path("runs/text-cpu")

@@ -21,16 +21,11 @@ SAMPLE = "python -m experiments.sample --workdir=runs/quickstart"
 ENDLESS = SAMPLE + " --temperature=0 --length=1000000"
 
 
-def test_streamed_text_equals_text_sampled_at_once(quickstart, workspace):
+def test_text_is_printed_and_saved(quickstart, workspace):
   flags = " --prompt='Anne ' --prompt=Bath --length=40 --top_k=50 --min_p=0.01 --stop=qqq"
-  outputs = []
-  for mode, name in (("", "step-20-seed-0.txt"), (" --stream", "step-20-seed-0-2.txt")):
-    status, out, err = run(SAMPLE + mode + flags, workspace)
-    assert (status, err) == (0, f"written to runs/quickstart/samples/{name}\n"), err
-    outputs.append(out)
-  at_once, streamed = outputs
-  assert at_once == streamed
-  assert at_once.startswith("Anne ") and "\n\nBath" in at_once
+  status, out, err = run(SAMPLE + " --stream" + flags, workspace)
+  assert (status, err) == (0, "written to runs/quickstart/samples/step-20-seed-0.txt\n"), err
+  assert out.startswith("Anne ") and "\n\nBath" in out
 
 
 def test_stream_ends_silently_when_its_reader_closes_it(quickstart, workspace):
