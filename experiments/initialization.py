@@ -10,9 +10,10 @@ import pathlib
 import jax
 
 import tvq_haiku as tvq
+from tvq_haiku import language_model
 from tvq_haiku.checkpoint import checkpoints, export, run_directory
 from tvq_haiku.data.vocabulary import ByteVocabulary
-from tvq_haiku.model import transformer
+from tvq_haiku.model import parameters
 from tvq_haiku.parallel import multihost
 from tvq_haiku.types import Params
 from tvq_haiku.utils import progress
@@ -34,7 +35,7 @@ def read_config(init: str) -> tvq.TransformerConfig:
         "it does not exist. Expected: the directory of a run, or a file that --command=export "
         "wrote."
       )
-    file = _exported_file(path)
+    file = export.exported_file(path)
     return run_directory.load_config(path)[0] if file is None else export.read_config(file)
 
 
@@ -49,17 +50,13 @@ def find_vocabulary(init: str) -> pathlib.Path | None:
   Raises:
     ValueError: there is no such model, or its vocabulary cannot be found.
   """
-  path, config = pathlib.Path(init), read_config(init)
-  is_directory = path.is_dir() and path.absolute().name != run_directory.BEST_DIRECTORY
-  file = (path if is_directory else path.absolute().parent) / run_directory.VOCABULARY_FILE
-  if file.exists():
-    return file
-  if config.n_vocab != ByteVocabulary.SIZE:
+  config, file = read_config(init), language_model.vocabulary_file(pathlib.Path(init))
+  if file is None and config.n_vocab != ByteVocabulary.SIZE:
     raise ValueError(
-      f"--init={init}: the model has n_vocab={config.n_vocab}, but {file} does not exist: set "
-      "--vocab to its vocabulary."
+      f"--init={init}: the model has n_vocab={config.n_vocab}, but no "
+      f"{run_directory.VOCABULARY_FILE} lies beside it: set --vocab to its vocabulary."
     )
-  return None
+  return file
 
 
 def load_params(init: str, config: tvq.TransformerConfig, *, weights: str) -> Params:
@@ -75,7 +72,7 @@ def load_params(init: str, config: tvq.TransformerConfig, *, weights: str) -> Pa
   """
   path, origin = pathlib.Path(init), ""
   with _naming_flag(init):
-    file = _exported_file(path)
+    file = export.exported_file(path)
     if file is None:
       if not multihost.is_single_process():
         raise ValueError(
@@ -87,7 +84,7 @@ def load_params(init: str, config: tvq.TransformerConfig, *, weights: str) -> Pa
       origin = f", after {int(run.train_state.step):,} updates"
     else:
       params, saved = export.import_params(file)
-    transformer.check_params(params, config)
+    parameters.check_params(params, config)
   n_param = sum(x.size for x in jax.tree.leaves(params))
   changes = [
     f"{field.name}={getattr(config, field.name)} instead of {getattr(saved, field.name)}"
@@ -100,14 +97,6 @@ def load_params(init: str, config: tvq.TransformerConfig, *, weights: str) -> Pa
       + (f", with {', '.join(changes)}" if changes else "")
     )
   return params
-
-
-def _exported_file(path: pathlib.Path) -> pathlib.Path | None:
-  """Returns the file of exported parameters, or None if `path` is the directory of a run."""
-  if path.is_file():
-    return path
-  file = path / export.PARAMS_FILE
-  return file if file.is_file() and not run_directory.has_checkpoint(path) else None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import tvq_haiku as tvq
 from tvq_haiku import language_model
 from tvq_haiku.checkpoint import checkpoints
+from tvq_haiku.data.sentencepiece_vocabulary import PieceVocabulary
 from tvq_haiku.data.vocabulary import Vocabulary
 from tvq_haiku.run import data_statistics, run_record
 
@@ -47,7 +48,8 @@ def open_run(
   directory = run_record.directory_of_run(workdir)
   params, config = checkpoint.train_state.params, checkpoint.config
   try:
-    vocabulary = vocabulary or language_model.find_vocabulary(directory)
+    if vocabulary is None and (file := language_model.vocabulary_file(directory)):
+      vocabulary = PieceVocabulary(file)
     model = tvq.LanguageModel(params, config, vocabulary=vocabulary)
   except ValueError as error:
     raise ValueError(f"--workdir={workdir}: {error}") from error

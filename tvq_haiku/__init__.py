@@ -19,13 +19,13 @@ from tvq_haiku.generation.decoder_weights import DecoderWeights, prepare_weights
 from tvq_haiku.generation.generate import GenerateOutput, continue_text, generate
 from tvq_haiku.generation.saved_state import SavedState, load_state, save_state
 from tvq_haiku.language_model import LanguageModel, load
+from tvq_haiku.model.parameters import params_shapes
 from tvq_haiku.model.transformer import (
   Transformer,
   TransformerOutput,
   TransformerState,
   initial_state,
   make_transformer,
-  params_shapes,
 )
 from tvq_haiku.training.losses import LossAux, training_loss
 from tvq_haiku.training.nan_debug import NumericalError

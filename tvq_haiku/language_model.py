@@ -272,33 +272,35 @@ def load(
   if not isinstance(path, (str, os.PathLike)):
     raise TypeError(f"load: path must be a str or a pathlib.Path, got {path!r}.")
   path = pathlib.Path(path)
-  if path.is_file():
-    params, config = export.import_params(path)
-  elif (path / export.PARAMS_FILE).is_file() and not run_directory.has_checkpoint(path):
-    params, config = export.import_params(path / export.PARAMS_FILE)
-  elif path.is_dir():
-    run = checkpoints.load_run(path, weights=weights)
-    params, config = run.train_state.params, run.config
-  else:
+  if not path.exists():
     raise ValueError(
       f"load: {path} does not exist. Pass the directory of a training run, a directory that "
       "LanguageModel.save wrote, or a .safetensors file."
     )
-  if vocabulary is None:
-    directory = path.parent if path.is_file() else path
-    vocabulary = find_vocabulary(directory)
+  if file := export.exported_file(path):
+    params, config = export.import_params(file)
+  else:
+    run = checkpoints.load_run(path, weights=weights)
+    params, config = run.train_state.params, run.config
+  if vocabulary is None and (file := vocabulary_file(path)):
+    vocabulary = PieceVocabulary(file)
   return LanguageModel(params, config, vocabulary=vocabulary)
 
 
-def find_vocabulary(directory: pathlib.Path) -> PieceVocabulary | None:
-  """Returns the vocabulary in the directory of a model, or None if there is no vocab.model."""
+def vocabulary_file(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the vocab.model that belongs to a saved model, or None if there is none.
+
+  Args:
+    path: the directory of a run or its best/, or the directory or file of exported parameters.
+  """
+  directory = path.absolute()
+  if directory.is_file():
+    directory = directory.parent
   directories = [directory]
-  if directory.absolute().name == run_directory.BEST_DIRECTORY:
-    directories.append(directory.absolute().parent)  # best/ is a part of the directory of a run
-  for candidate in directories:
-    if (candidate / run_directory.VOCABULARY_FILE).is_file():
-      return PieceVocabulary(candidate / run_directory.VOCABULARY_FILE)
-  return None
+  if directory.name == run_directory.BEST_DIRECTORY:
+    directories.append(directory.parent)  # best/ is a part of the directory of a run
+  candidates = [directory / run_directory.VOCABULARY_FILE for directory in directories]
+  return next((file for file in candidates if file.is_file()), None)
 
 
 def _default_key(rng: Array | None) -> Array:

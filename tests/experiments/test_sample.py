@@ -83,7 +83,7 @@ def test_checkpoint_with_a_different_vocabulary_is_refused(workspace, command):
   "command, status, message",
   [
     ("sample", 2, "sample: --workdir is missing"),
-    ("sample --workdir=nowhere", 1, "nowhere holds no checkpoint: config.json is missing"),
+    ("sample --workdir=nowhere", 1, "nowhere holds no checkpoint: it does not exist"),
     ("sample --workdir=nowhere --top_p=1.5", 2, "top_p"),
     ("sample --workdir=runs/quickstart --length=0", 2, "length"),
     ("sample --workdir=runs/quickstart --top_p=0", 2, "top_p"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tvq_haiku as tvq
-from tvq_haiku.model import transformer
+from tvq_haiku.model import parameters
 
 import helpers
 from helpers import VARIANTS, apply, random_features, random_params, random_tokens, tiny
@@ -32,10 +32,10 @@ def pair_of_models(name):
 def test_the_only_embeddings_are_those_of_a_tied_output():
   for name in ("plain", "mha", "absolute"):
     config, _, feature_config, of_features = pair_of_models(name)
-    transformer.check_params(of_features, feature_config)
+    parameters.check_params(of_features, feature_config)
     assert (EMBEDDING in of_features) == config.e_tie
   initial = tvq.make_transformer(CONFIG).init(jax.random.key(0), random_features(CONFIG, 1, 3))
-  transformer.check_params(initial, CONFIG)
+  parameters.check_params(initial, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["plain", "absolute", "mqa", "hybrid"])

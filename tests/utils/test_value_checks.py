@@ -15,7 +15,7 @@ def test_integers_of_any_type_are_converted(value):
 
 
 @pytest.mark.parametrize(
-  "value", [0, 4, 2.5, float("nan"), float("inf"), None, "3", b"3", [3], np.array([3]), 3j]
+  "value", [0, 4, 2.5, float("nan"), float("inf"), None, "3", b"3", [3], np.array([3]), 3j, True]
 )
 def test_anything_else_is_no_integer(value):
   with pytest.raises(ValueError, match=r"f: n=.* must be an integer in \[1, 3\]"):
@@ -28,7 +28,9 @@ def test_numbers_of_any_type_are_converted(value):
   assert x == 0.5 and type(x) is float
 
 
-@pytest.mark.parametrize("value", [1, 10**400, float("nan"), None, "0.5", [0.5], np.array([0.5])])
+@pytest.mark.parametrize(
+  "value", [1, 10**400, float("nan"), None, "0.5", [0.5], np.array([0.5]), False]
+)
 def test_other_numbers_are_refused(value):
   with pytest.raises(ValueError, match=r"f: x=.* must be less than 1"):
     value_checks.check_number("f", "x", value, lambda x: x < 1, "must be less than 1")

@@ -16,7 +16,7 @@ import jax
 from tvq_haiku.checkpoint import checkpoints, run_directory
 from tvq_haiku.checkpoint.run_directory import CheckpointError
 from tvq_haiku.config import TrainConfig, TransformerConfig
-from tvq_haiku.model import transformer
+from tvq_haiku.model import parameters
 from tvq_haiku.parallel import multihost
 from tvq_haiku.utils import files
 
@@ -173,7 +173,7 @@ def save_checkpoint(
     ValueError: the parameters do not fit the model configuration.
     OSError: the checkpoint could not be written.
   """
-  transformer.check_params(checkpoint.train_state.params, checkpoint.config)
+  parameters.check_params(checkpoint.train_state.params, checkpoint.config)
   with CheckpointWriter(
     directory,
     checkpoint.config,

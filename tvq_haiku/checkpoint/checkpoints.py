@@ -16,7 +16,7 @@ import numpy as np
 from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.checkpoint.run_directory import CheckpointError
 from tvq_haiku.config import TrainConfig, TransformerConfig
-from tvq_haiku.model import transformer
+from tvq_haiku.model import parameters
 from tvq_haiku.parallel import multihost, sharding
 from tvq_haiku.training import train_step as train_step_lib
 from tvq_haiku.types import Array, ArrayTree
@@ -112,7 +112,7 @@ def load_run(
   else:
     checkpoint = load_checkpoint(directory)
   config = checkpoint.config.replace(**(changes or {}))
-  transformer.check_params(checkpoint.train_state.params, config)
+  parameters.check_params(checkpoint.train_state.params, config)
   return checkpoint._replace(config=config)
 
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.config import TransformerConfig
-from tvq_haiku.model import transformer
+from tvq_haiku.model import parameters
 from tvq_haiku.types import Array, Params
 from tvq_haiku.utils import files, optional
 
@@ -39,6 +40,7 @@ def export_params(params: Params, config: TransformerConfig, file: str | os.Path
     OSError: the file cannot be written.
 
   >>> import tempfile
+  >>> from tvq_haiku.model import transformer
   >>> config = TransformerConfig.tiny()
   >>> model = transformer.make_transformer(config)
   >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
@@ -58,13 +60,25 @@ def serialize_params(params: Params, config: TransformerConfig) -> bytes:
   Raises:
     ValueError: the parameters do not fit the configuration.
   """
-  transformer.check_params(params, config)
+  parameters.check_params(params, config)
   arrays = {
     f"{module}/{name}": np.asarray(jax.device_get(value), order="C")
     for module, leaves in params.items()
     for name, value in leaves.items()
   }
   return _safetensors().save(arrays, {"format": _FORMAT, "config": config.to_json()})
+
+
+def exported_file(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the file of exported parameters at `path`, or None if `path` holds a training run.
+
+  Args:
+    path: a file, or a directory of a run, of `LanguageModel.save` or of --command=export.
+  """
+  if path.is_file():
+    return path
+  file = path / PARAMS_FILE
+  return file if file.is_file() and not run_directory.has_checkpoint(path) else None
 
 
 def import_params(file: str | os.PathLike) -> tuple[Params, TransformerConfig]:
@@ -85,7 +99,7 @@ def import_params(file: str | os.PathLike) -> tuple[Params, TransformerConfig]:
     for path, value in arrays.items():
       module, _, name = path.rpartition("/")
       params.setdefault(module, {})[name] = jnp.asarray(value)
-    transformer.check_params(params, config)
+    parameters.check_params(params, config)
   except Exception as error:  # safetensors raises exceptions of its own type
     raise _not_parameters(file, error) from error
   return params, config

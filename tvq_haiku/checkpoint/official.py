@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvq_haiku.config import TransformerConfig
-from tvq_haiku.model import transformer
+from tvq_haiku.model import parameters
 from tvq_haiku.types import Array, ArrayTree, Params
 
 _LAYOUTS = ("main", "optimized")
@@ -138,7 +138,7 @@ def params_from_official(tree: Mapping[str, ArrayTree], config: TransformerConfi
 
   return {
     module: {name: join(module, name, x.shape) for name, x in names.items()}
-    for module, names in transformer.params_shapes(config).items()
+    for module, names in parameters.params_shapes(config).items()
   }
 
 
@@ -163,14 +163,14 @@ def params_to_official(
       represent the model.
 
   >>> config = TransformerConfig.tiny()
-  >>> shapes = transformer.params_shapes(config)
+  >>> shapes = parameters.params_shapes(config)
   >>> sorted(params_to_official(shapes, config))[0]
   'out_proj/bias'
   """
   if layout not in _LAYOUTS:
     raise ValueError(f"params_to_official: layout={layout!r} must be 'main' or 'optimized'.")
   convert = _to_optimized if layout == "optimized" else _to_main
-  shapes = transformer.params_shapes(config)
+  shapes = parameters.params_shapes(config)
   official = {}
   for path, source in _sources(config, layout):
     value = params.get(source.module, {}).get(source.name)
@@ -295,7 +295,7 @@ def _existing(
   config: TransformerConfig, names: _Names, parent: str
 ) -> Iterator[tuple[str, _Source]]:
   """Yields (official path, source) of the parameters in a table that the configuration has."""
-  shapes = transformer.params_shapes(config)
+  shapes = parameters.params_shapes(config)
   for path, (child, name) in names.items():
     module = f"{parent}/{child}" if child else parent
     if name in shapes.get(module, {}):

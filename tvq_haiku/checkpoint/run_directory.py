@@ -122,8 +122,12 @@ def _read_config(
   """Returns the content of `config.json`."""
   file = pathlib.Path(directory).absolute() / CONFIG_FILE
   if not file.is_file():
+    if not file.parent.exists():
+      problem = "it does not exist"
+    else:
+      problem = f"{CONFIG_FILE} is missing"
     raise CheckpointError(
-      f"{file.parent} holds no checkpoint: {CONFIG_FILE} is missing. Pass the directory of a run."
+      f"{file.parent} holds no checkpoint: {problem}. Pass the directory of a run."
     )
   try:
     content = json.loads(file.read_text(encoding="utf-8"))

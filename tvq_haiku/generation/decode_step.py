@@ -19,7 +19,7 @@ from tvq_haiku.config import TransformerConfig
 from tvq_haiku.generation import decoder, decoder_weights
 from tvq_haiku.generation.decoder import DecodeState
 from tvq_haiku.generation.decoder_weights import DecoderWeights
-from tvq_haiku.model import preconditions, transformer
+from tvq_haiku.model import parameters, preconditions
 from tvq_haiku.model import state as state_lib
 from tvq_haiku.model.transformer import TransformerState
 from tvq_haiku.types import Array, Params
@@ -55,6 +55,7 @@ def decode_step(
       shape or value; the message names the argument.
     TypeError: `inputs` have a wrong dtype.
 
+  >>> from tvq_haiku.model import transformer
   >>> config = TransformerConfig.tiny(no_emb=True)
   >>> model = transformer.make_transformer(config)
   >>> params = model.init(jax.random.key(0), transformer.zero_inputs(config))
@@ -89,7 +90,7 @@ def _decode_step(
     weights = params
     _check_weights(weights, config)
   else:
-    transformer.check_params(params, config)
+    parameters.check_params(params, config)
     weights = decoder_weights.prepare_weights(params, config)
   is_started = isinstance(state, DecodeState)
   as_model_state = jax.eval_shape(decoder.finish_decoding, state) if is_started else state
@@ -104,7 +105,7 @@ def _check_weights(weights: DecoderWeights, config: TransformerConfig) -> None:
   """Raises a ValueError unless the weights have the shapes that `config` needs."""
   expected = jax.eval_shape(
     functools.partial(decoder_weights.prepare_weights, config=config),
-    transformer.params_shapes(config),
+    parameters.params_shapes(config),
   )
   if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, expected):
     raise ValueError("decode_step: params are weights that were prepared with another config.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tvq_haiku.config import TransformerConfig
-from tvq_haiku.model import transformer
+from tvq_haiku.model import parameters
 from tvq_haiku.types import Params
 from tvq_haiku.utils import value_checks
 
@@ -77,4 +77,4 @@ def check_language_model(caller: str, params: Params, config: TransformerConfig)
       f"returns them, got {type(params).__name__}."
     )
   value_checks.check_not_traced(caller, params)
-  transformer.check_params(params, config)
+  parameters.check_params(params, config)

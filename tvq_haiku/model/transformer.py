@@ -6,7 +6,6 @@ Letters: B batch, T tokens, D model width, X vocabulary, N layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-import functools
 from typing import NamedTuple
 
 import chex
@@ -20,7 +19,7 @@ from tvq_haiku.model import remat as remat_lib
 from tvq_haiku.model.state import TransformerState, check_state, initial_state
 from tvq_haiku.ops import padding
 from tvq_haiku.parallel import sharding
-from tvq_haiku.types import Array, Params
+from tvq_haiku.types import Array
 from tvq_haiku.utils import checks
 
 # Models of at most this many layers are unrolled, because a loop copies the activations that each
@@ -323,54 +322,3 @@ def zero_inputs(config: TransformerConfig, batch_size: int = 1, length: int = 1)
   if config.no_emb:
     return jnp.zeros((*shape, config.d_model), jnp.float32)
   return jnp.zeros(shape, jnp.int32)
-
-
-def params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-  """Returns the shapes and dtypes of the parameters of `make_transformer(config)`.
-
-  >>> shapes = params_shapes(TransformerConfig.tiny())
-  >>> shapes["transformer/embedding"]["embeddings"].shape
-  (259, 32)
-  """
-  return {module: dict(leaves) for module, leaves in _params_shapes(config).items()}
-
-
-@functools.cache
-def _params_shapes(config: TransformerConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-  def init(rng: Array) -> hk.Params:
-    return make_transformer(config).init(rng, zero_inputs(config))
-
-  return jax.eval_shape(init, jax.random.key(0))
-
-
-def check_params(params: Params, config: TransformerConfig) -> None:
-  """Raises unless `params` holds exactly the parameters of `make_transformer(config)`.
-
-  Args:
-    params: module path -> parameter name -> array or `jax.ShapeDtypeStruct`.
-    config: the model's configuration.
-
-  Raises:
-    ValueError: a parameter is missing, unknown or has a different shape. The message names the
-      first one in alphabetical order, its shape and the expected shape.
-
-  >>> config = TransformerConfig.tiny()
-  >>> check_params(params_shapes(config), config.replace(d_model=16))
-  Traceback (most recent call last):
-  ValueError: params do not fit this config: transformer/embedding/embeddings has shape ...
-  """
-
-  def shapes_by_path(tree: Params) -> dict[tuple[str, str], tuple[int, ...]]:
-    return {(m, n): jnp.shape(x) for m, leaves in tree.items() for n, x in leaves.items()}
-
-  shapes, expected = shapes_by_path(params), shapes_by_path(_params_shapes(config))
-  for key in sorted(shapes.keys() | expected.keys()):
-    if shapes.get(key) == expected.get(key):
-      continue
-    if key not in shapes:
-      problem = f"is missing, expected shape {expected[key]}"
-    elif key not in expected:
-      problem = f"has shape {shapes[key]}, but this config has no such parameter"
-    else:
-      problem = f"has shape {shapes[key]}, expected {expected[key]}"
-    raise ValueError(f"params do not fit this config: {'/'.join(key)} {problem}.")

@@ -12,7 +12,7 @@ from tvq_haiku.checkpoint import run_directory
 from tvq_haiku.config import TrainConfig, TransformerConfig
 from tvq_haiku.data.token_cache import SplitStatistics
 from tvq_haiku.evaluation import flops, memory_plan
-from tvq_haiku.model import transformer
+from tvq_haiku.model import parameters, transformer
 from tvq_haiku.run import best_checkpoint, measures
 
 
@@ -22,7 +22,7 @@ def count_params(config: TransformerConfig) -> int:
   >>> count_params(TransformerConfig.enwik8())
   187679750
   """
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(transformer.params_shapes(config)))
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(parameters.params_shapes(config)))
 
 
 def state_bytes(config: TransformerConfig) -> int:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import optax
 
 from tvq_haiku.config import TrainConfig, TransformerConfig
-from tvq_haiku.model import codebook_metrics, transformer
+from tvq_haiku.model import codebook_metrics, parameters, transformer
 from tvq_haiku.parallel import sharding
 from tvq_haiku.training import gradients as gradients_lib
 from tvq_haiku.training import optimizers, size_checks
@@ -74,7 +74,7 @@ def init_train_state(
   optimizer = optimizers.make_optimizer(train_cfg)
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
   if params is not None:
-    transformer.check_params(params, config)
+    parameters.check_params(params, config)
   else:
     rng = value_checks.check_key("init_train_state", rng)
 

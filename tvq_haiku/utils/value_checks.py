@@ -58,7 +58,8 @@ def check_integer(
   Traceback (most recent call last):
   ValueError: f: n=2.5 must be an integer of at least 1.
   """
-  is_finite = isinstance(value, int) or (_is_number(value) and math.isfinite(value))
+  is_integer = isinstance(value, int) and _is_number(value)  # isfinite fails for huge integers
+  is_finite = is_integer or (_is_number(value) and math.isfinite(value))
   if is_finite and value == int(value) >= minimum and (maximum is None or value <= maximum):
     return int(value)
   limits = f"of at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
@@ -94,9 +95,9 @@ def check_number(
 
 
 def _is_number(value: Any) -> bool:
-  """Returns whether a value is a real number, or an array without axes that holds one."""
+  """Returns whether a value is a real number but no bool, or an array of one such number."""
   if isinstance(value, (int, float)):
-    return True
+    return not isinstance(value, bool)
   dtype = getattr(value, "dtype", None)
   is_real = dtype is not None and any(jnp.issubdtype(dtype, t) for t in (jnp.integer, jnp.floating))
   return is_real and np.ndim(value) == 0
